@@ -1,0 +1,217 @@
+# One command for all papers; `make help` lists them. The ten folders know nothing of each other or of this file.
+
+FOLDERS ?= unlearning iptvos part eoe gpl mokd lap deem echoalign aaer
+SCALE   ?= demo
+CORES   := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+JOBS    ?= $(CORES)
+GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+PYTHON  ?= python3
+UPGRADE ?= 0
+UV_VERSION   := 0.13.9
+RUFF_VERSION := 0.17.6
+
+# Files that are byte for byte the same in several folders; `make lint` compares them wherever the folder is there.
+TWINS_all = runs.py plan.py tables.py Snakefile pyproject.toml tests/test_runs.py tests/test_tables.py: $(FOLDERS)
+# TWINS_attacks = attacks.py: aaer lap
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+.ONESHELL:
+.SILENT:
+# One folder at a time, also under `make -j`: a workflow takes all cores by itself (JOBS), and environments are built once.
+.NOTPARALLEL:
+.SUFFIXES:
+
+# ---- What was asked for is checked before anything is built: one line, exit code 2.
+HERE  := $(patsubst %/requirements.in,%,$(wildcard $(FOLDERS:%=%/requirements.in)))
+EACH  := env lock test smoke reproduce plan bench clean clean-env
+ALL   := help env lock test smoke reproduce-all bench lint report clean clean-env
+KNOWN := $(ALL) $(foreach t,$(EACH),$(HERE:%=$(t)-%))
+WRONG := $(firstword $(filter $(EACH:%=%-%),$(filter-out $(KNOWN),$(MAKECMDGOALS))))
+ifeq ($(filter oneshell,$(.FEATURES)),)
+  $(error GNU make 4 or newer is needed, this is $(MAKE_VERSION))
+else ifneq ($(WRONG),)
+  $(error make $(WRONG): no such folder. Here: $(HERE). Not here yet: $(filter-out $(HERE),$(FOLDERS)))
+else ifneq ($(words $(SCALE))$(filter-out smoke demo paper,$(SCALE)),1)
+  $(error SCALE=$(SCALE) is not a scale: use SCALE=smoke, SCALE=demo or SCALE=paper)
+else ifneq ($(shell [[ "$(JOBS)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
+  $(error JOBS=$(JOBS) is not a number of processes: use JOBS=1 or more)
+endif
+.PHONY: $(KNOWN) python-ok
+
+ifneq ($(REPRO_DATA),)  # absolute, because every command runs inside its folder
+  override REPRO_DATA := $(if $(filter /%,$(firstword $(REPRO_DATA))),$(REPRO_DATA),$(CURDIR)/$(REPRO_DATA))
+  export REPRO_DATA
+endif
+export UV_PYTHON_DOWNLOADS := never
+# Without byte code each start of Python compiles torch and its company anew, which costs seconds a run.
+unexport PYTHONPATH VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
+
+## help                      this list
+help:
+	printf 'make TARGET [NAME=value ...]     X is one of: %s\n\n' "$(FOLDERS)"
+	sed -n 's/^## /  make /p' Makefile
+	echo
+	printf '  %-12s %s\n' \
+		'SCALE'      'smoke (seconds), demo (minutes, needs no data), paper (settings and data of the paper). Now: $(SCALE)' \
+		'JOBS'       'runs at once; each gets cores / JOBS threads unless OMP_NUM_THREADS is set. Now: $(JOBS)' \
+		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
+		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
+		'PYTHON'     'the Python 3.11 or 3.12 that the environments are made from. Now: $(PYTHON)' \
+		'FOLDERS'    'the folders that the targets over all take, e.g. FOLDERS="gpl lap"'
+
+# ---- Tools: the uv on PATH, else a private one; ruff in the version the locks have.
+HAVE_UV := $(shell command -v uv)
+UV      := $(or $(HAVE_UV),$(CURDIR)/.tools/bin/uv)
+UV_TOOL := $(if $(HAVE_UV),,.tools/uv-$(UV_VERSION))
+HELPER   = "$(PYTHON)" .ci/workspace.py
+SET_CACHE = export UV_CACHE_DIR="$$($(HELPER) cache)"
+
+python-ok:
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12: name one, as in make PYTHON=python3.12" >&2; exit 2; }
+
+.tools/uv-$(UV_VERSION): | python-ok
+	echo "tools: installing uv $(UV_VERSION) into .tools"
+	.tools/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .tools; "$(PYTHON)" -m venv .tools; } || {
+		echo "$(PYTHON) -m venv failed: install uv, or the venv module (on Debian: apt install python3-venv)" >&2; exit 1; }
+	.tools/bin/python -m pip install -q uv==$(UV_VERSION) || {
+		echo "uv could not be installed (message above): is the package index reachable?" >&2; exit 1; }
+	touch $@
+
+.tools/ruff-$(RUFF_VERSION): $(UV_TOOL) | python-ok
+	echo "tools: installing ruff $(RUFF_VERSION) into .tools"
+	$(SET_CACHE)
+	[ -x .tools/bin/python ] || "$(UV)" venv -q --python "$(PYTHON)" .tools
+	"$(UV)" pip install -q --python .tools/bin/python ruff==$(RUFF_VERSION) || {
+		echo "ruff could not be installed (message above): is the package index reachable?" >&2; exit 1; }
+	touch $@
+
+# ---- Environments: the stamp names the lock and the Python, and is written last, so that a broken build is built anew.
+## env-X        env          build X/.venv from X/requirements.txt; an unchanged lock rebuilds nothing
+$(HERE:%=env-%): env-%: | python-ok $(UV_TOOL)
+	[ -f $*/requirements.txt ] || { echo "$*/requirements.txt is missing: make lock-$*" >&2; exit 2; }
+	want="$$($(HELPER) stamp $*/requirements.txt)"
+	[ "$$(cat $*/.venv/.stamp 2>/dev/null)" != "$$want" ] || exit 0
+	echo "$*: building $*/.venv (Python $${want##* })"
+	[[ "$${want##* }" =~ ^3\.1[12]\. ]] || echo "warning: tested with Python 3.11 and 3.12 only" >&2
+	$(SET_CACHE)
+	rm -rf $*/.venv
+	{ "$(UV)" venv -q --relocatable --python "$(PYTHON)" $*/.venv &&
+		"$(UV)" pip sync -q --python $*/.venv/bin/python $*/requirements.txt; } || {
+		echo "$*: the environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
+	echo "$$want" > $*/.venv/.stamp
+
+## lock-X       lock         make X/requirements.txt from X/requirements.in; keeps the pins unless UPGRADE=1
+$(HERE:%=lock-%): lock-%: | python-ok $(UV_TOOL)
+	$(SET_CACHE)
+	cd $*
+	"$(UV)" pip compile -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
+		--custom-compile-command "make lock" requirements.in -o requirements.txt || {
+		echo "$*: requirements.in could not be locked (message above): is the package index reachable?" >&2; exit 1; }
+	echo "$*/requirements.txt: $$(grep -c == requirements.txt) packages"
+
+# ---- One folder. Its workflow keeps the runs that are there: only missing ones, and what depends on them, are made.
+# JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run. At most one run for each GPU.
+# --nolock, because a run that was killed must not block its own restart.
+define workflow
+cd $(1)
+export PATH="$$PWD/.venv/bin:$$PATH"
+threads="$${OMP_NUM_THREADS:-$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 ))}"
+.venv/bin/snakemake -s Snakefile --cores $$(( $(JOBS) * threads )) --set-threads run=$$threads \
+	$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --config scale=$(2) --keep-going --rerun-incomplete \
+	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources
+endef
+
+## reproduce-X               the runs of plan.yaml at SCALE, their records, tables and claims: X/RESULTS.md
+$(HERE:%=reproduce-%): reproduce-%: env-%
+	$(call workflow,$*,$(SCALE))
+
+## smoke-X      smoke        every command of a folder once at the tiniest settings, from nothing
+$(HERE:%=smoke-%): smoke-%: env-%
+	rm -rf $*/runs/smoke
+	$(call workflow,$*,smoke)
+
+## test-X                    the tests of one folder
+$(HERE:%=test-%): test-%: env-%
+	cd $* && rm -f runs/junit.xml && .venv/bin/python -m pytest -q --junitxml=runs/junit.xml
+
+## plan-X                    the runs at SCALE, their cost, the data and weights they need; runs nothing
+$(HERE:%=plan-%): plan-%: env-%
+	cd $* && .venv/bin/python plan.py --scale $(SCALE)
+
+## bench-X      bench        speed against a plain implementation
+$(HERE:%=bench-%): bench-%: env-%
+	cd $* && .venv/bin/python bench.py
+
+## clean-X      clean        remove X/runs and caches; committed records and environments stay
+$(HERE:%=clean-%): clean-%:
+	rm -rf $*/runs $*/.snakemake
+	find $* -name .venv -prune -o -type d \( -name __pycache__ -o -name .pytest_cache -o -name .hypothesis \
+		-o -name .ruff_cache \) -prune -exec rm -rf {} +
+
+## clean-env-X  clean-env    remove X/.venv; over all folders also the tools and the cache of the workspace
+$(HERE:%=clean-env-%): clean-env-%:
+	rm -rf $*/.venv
+
+# ---- All folders that are here. A failing one does not stop the others; the exit code tells at the end.
+define for_each_folder
+trap 'exit 130' INT TERM
+for f in $(filter-out $(HERE),$(FOLDERS)); do echo "$$f: not here yet"; done
+failed=
+for f in $(HERE); do
+endef
+FAILED = [ -z "$$failed" ] || { echo "make $@ failed in:$$failed" >&2; exit 1; }
+
+env lock smoke bench clean clean-env:
+	+$(for_each_folder)
+		echo "=== $@: $$f"
+		$(MAKE) $@-$$f </dev/null || failed+=" $$f"
+	done
+	$(if $(filter clean,$@),rm -rf report .ruff_cache .ci/.ruff_cache)
+	$(if $(filter clean-env,$@),rm -rf .tools .cache)
+	$(FAILED)
+
+## reproduce-all             reproduce-X for every folder, then the report; again: does only what is missing
+reproduce-all: python-ok
+	+lines=
+	$(for_each_folder)
+		log=$$f/runs/reproduce-$(SCALE).log; start=$$SECONDS; mkdir -p $$f/runs
+		echo "=== reproduce: $$f at scale $(SCALE), log in $$log"
+		if $(MAKE) reproduce-$$f </dev/null 2>&1 | tee $$log &&
+			line="$$($(HELPER) closing $$f $(SCALE) $$((SECONDS - start)) 2>>$$log)"
+		then lines+="$$line"$$'\n'
+		else lines+="$$f: FAILED, see $$log"$$'\n'; failed+=" $$f"
+		fi
+	done
+	printf '=== done\n%s' "$$lines"
+	$(MAKE) report >/dev/null && echo "report: report/index.md"
+	$(FAILED)
+
+## test                      the tests of all folders; the last line is `N passed, N failed, N skipped`
+test: python-ok
+	+codes=
+	$(for_each_folder)
+		rm -f $$f/runs/junit.xml; code=0
+		echo "=== test: $$f"
+		$(MAKE) test-$$f </dev/null || { code=1; failed+=" $$f"; }
+		codes+=" $$f=$$code"
+	done
+	$(HELPER) count $$codes
+	[ -z "$$failed" ]
+
+## lint                      ruff, twin files, imports across folders, locks
+lint: .tools/ruff-$(RUFF_VERSION)
+	status=0
+	ruff() { .tools/bin/ruff "$$@" --output-format concise -q || status=1; }
+	for f in $(HERE); do ruff check $$f; ruff format --check $$f; done
+	ruff check --select E,F,I,UP,B,W --line-length 120 .ci; ruff format --line-length 120 --check .ci
+	$(HELPER) lint "$(HERE)" "$(FOLDERS)" $(foreach v,$(filter TWINS_%,$(.VARIABLES)),"$($(v))") || status=1
+	bash -n .ci/run || status=1
+	[ $$status = 0 ] && echo "lint: in order" || { echo "make lint found problems" >&2; exit 1; }
+
+## report                    report/index.md: what has been run, a line a folder and scale
+report: python-ok
+	$(HELPER) report $(FOLDERS)

@@ -1,0 +1,320 @@
+"""Every classifier of the tables as an objective for the one loop in train.py.
+
+A method holds its own state for S seeds: `begin(epoch)` runs before an optimiser step (re-estimates a prior, picks
+labels, learns edge weights), `loss(model)` gives one number a seed. Labels of U never enter here, except the true
+class prior where a method is told it.
+"""
+
+import torch
+from torch import Tensor
+
+import baselines
+import gpl
+from data import GraphBatch
+from models import Adjacency, Classifier
+
+
+class Method:
+    """P-versus-U cross-entropy: the naive GCN and MLP, and the warm start of the others."""
+
+    model_class = Classifier
+
+    def __init__(self, settings, batch: GraphBatch, labelled: Tensor, held_p: Tensor, held_u: Tensor, true_pi: Tensor):
+        """labelled, held_p, held_u: [S, N] bool; true_pi [S]: share of positives in U."""
+        self.s, self.batch, self.held_p = settings, batch, held_p
+        self.labelled, self.unlabelled = labelled, ~labelled
+        # In the losses: P without its held-out part, U without its held-out part.
+        self.fit_p, self.fit_u = labelled & ~held_p, ~labelled & ~held_u
+        self.estimate_u = held_u if bool(held_u.any()) else self.unlabelled
+        self.true_pi = true_pi
+        self.pi = torch.full((batch.S,), float("nan"), device=batch.device)
+        self.adjacency = None if settings.method.startswith("mlp") else Adjacency(batch)
+
+    @property
+    def epochs(self) -> int:
+        """Optimiser steps in all; every method gets the same number unless its recipe says otherwise."""
+        return self.s.warmup + self.s.epochs
+
+    def begin(self, epoch: int, trainer) -> None:
+        pass
+
+    def loss(self, model: Classifier) -> Tensor:
+        return gpl.two_set_loss(model(self.adjacency), self.fit_p, self.fit_u) / 2
+
+    @torch.no_grad()
+    def posterior(self, model: Classifier) -> Tensor:
+        """P(positive) of every node [S, N], dropout off."""
+        model.eval()
+        return model(self.adjacency).sigmoid()
+
+    def estimate(self, posterior: Tensor) -> Tensor:
+        """Class prior [S] by BBE on held-out P (all of P when none is held out) and U."""
+        return gpl.class_prior(posterior, self.held_p if self.s.cpe_holdout > 0 else self.labelled, self.estimate_u)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a checkpoint must hold besides the model."""
+        return {"pi": self.pi}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.pi = state["pi"]
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        """What eval.py needs out of a run's weights: the prior (and GPL's mask)."""
+        self.pi = kept["pi"]
+
+    def extra(self) -> dict[str, Tensor]:
+        """Tensors [S] for the log and the record."""
+        return {}
+
+
+class GPL(Method):
+    """Algorithm 1: edge weights by the label propagation loss, prior on the re-weighted graph, two-set cross-entropy."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        s, b = self.s, self.batch
+        self.raw = gpl.mask_start((b.S, b.E), s.mask, b.device)
+        self.adam = gpl.adam_start(self.raw)
+        self.chosen = torch.zeros_like(self.labelled)
+        self.pool = self.unlabelled  # where the labels of Eq. 9 and Eq. 8 are picked
+        self.lpl = torch.zeros(b.S, device=b.device)
+        self.last = torch.zeros(self.labelled.shape, device=b.device)
+        self.adjacency, self.warming = Adjacency(b, self.weight), True
+
+    @property
+    def weight(self) -> Tensor:
+        return gpl.mask_of(self.raw, self.s.mask)
+
+    def _inner(self, first: bool, steps: int) -> None:
+        s, known = self.s, self.fit_p
+        if first:  # no S yet: positives only (Eq. 6)
+            start = gpl.start_belief(known, s.lpl_init, pi=self.pi)
+        else:  # Eq. 9
+            positive = known | (self.chosen if s.lpl_labels == "hard" else torch.zeros_like(known))
+            negative = torch.where(self.chosen, 1.0, 0.0) if s.lpl_labels == "hard" else self.last
+            start = gpl.start_belief(positive, "posterior", posterior=negative)
+        clamp = known if s.lpl_clamp else None
+
+        def loss_of(weight: Tensor) -> Tensor:
+            belief = gpl.propagate(weight, start, self.batch, s.alpha, s.steps, clamp)
+            if first:
+                return gpl.lpl(belief, known, s.lpl_form)
+            rest = self.pool & ~self.chosen
+            return gpl.lpl_joint(belief, known | self.chosen, rest, s.lpl_form, s.lambda_neg)
+
+        self.raw, self.adam, self.lpl = gpl.learn_mask(self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr)
+        self.adjacency = Adjacency(self.batch, self.weight)
+
+    def begin(self, epoch: int, trainer) -> None:
+        s = self.s
+        self.warming, first = epoch < s.warmup, epoch == s.warmup
+        if self.warming:
+            return
+        if s.inner_steps > 0:
+            if s.schedule == "alternate":
+                if first:
+                    self.pi = self.estimate(self.posterior(trainer.model))  # for --lpl-init prior
+                self._inner(first, s.inner_steps)
+            elif first:  # not bilevel: the mask is learned once, by Eq. 6, and stays
+                self.pi = self.estimate(self.posterior(trainer.model))
+                self._inner(True, s.inner_steps * s.epochs)
+        self.last = self.posterior(trainer.model)
+        self.pi = self.estimate(self.last)
+        self.chosen = gpl.select(self.last, self.pool, self.pi)
+
+    def loss(self, model: Classifier) -> Tensor:
+        if self.warming or self.s.selection == "none":
+            return super().loss(model)
+        logits = model(self.adjacency)
+        return gpl.two_set_loss(
+            logits, self.fit_p | (self.chosen & self.fit_u), self.fit_u & ~self.chosen, self.s.ce_reduction
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        m, v, t = self.adam
+        return {
+            **super().state(),
+            **{"raw": self.raw, "m": m, "v": v, "t": t, "chosen": self.chosen, "last": self.last, "lpl": self.lpl},
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        super().load(state)
+        self.raw, self.adam = state["raw"], (state["m"], state["v"], state["t"])
+        self.chosen, self.last, self.lpl = state["chosen"], state["last"], state["lpl"]
+        self.adjacency = Adjacency(self.batch, self.weight)
+
+    def restore(self, kept: dict[str, Tensor]) -> None:
+        super().restore(kept)
+        self.raw, self.chosen, self.lpl = kept["raw"], kept["chosen"], kept["lpl"]
+        self.adjacency = Adjacency(self.batch, self.weight)
+
+    def extra(self) -> dict[str, Tensor]:
+        truth = self.batch.y == 1
+        differ = (truth.gather(1, self.batch.edge_i) != truth.gather(1, self.batch.edge_j)).float()
+        w = self.weight
+        return {
+            "lpl": self.lpl,
+            "h_weighted": (w * differ).sum(-1) / w.sum(-1),
+            "s_precision": gpl.masked_mean(truth.float(), self.chosen),
+        }
+
+
+class TED(Method):
+    """TED^n (Garg et al. 2021): BBE on held-out nodes, CVIR drops the estimated share of U, the rest is negative."""
+
+    def begin(self, epoch: int, trainer) -> None:
+        self.dropped = epoch >= self.s.warmup
+        if self.dropped:
+            posterior = self.posterior(trainer.model)
+            self.pi = self.estimate(posterior)
+            self.negatives = baselines.cvir_negatives(posterior, self.fit_u, self.pi)
+
+    def loss(self, model: Classifier) -> Tensor:
+        if not self.dropped:
+            return super().loss(model)
+        return gpl.two_set_loss(model(self.adjacency), self.fit_p, self.negatives) / 2
+
+
+class NNPU(Method):
+    """nnPU with the true prior, or with BBE's after a P-versus-U warm start (the model then starts afresh)."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.s.prior == "true":
+            self.pi = self.true_pi
+
+    def begin(self, epoch: int, trainer) -> None:
+        self.warming = self.s.prior == "bbe" and epoch < self.s.warmup
+        if self.s.prior == "bbe" and epoch == self.s.warmup:
+            self.pi = self.estimate(self.posterior(trainer.model))
+            trainer.fresh_model()
+
+    def loss(self, model: Classifier) -> Tensor:
+        if self.warming:
+            return super().loss(model)
+        return baselines.nnpu_loss(model(self.adjacency), self.fit_p, self.fit_u, self.pi)[0]
+
+
+class LSDANMethod(NNPU):
+    """LSDAN trained with the nnPU risk (approximate)."""
+
+    model_class = baselines.LSDAN
+
+
+class PUGNN(Method):
+    """PU-GNN: distance-aware PU loss and structure regulariser (approximate). No weight decay, 100 steps."""
+
+    model_class = baselines.EmbeddingClassifier
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        near = baselines.near_nodes(self.batch, self.fit_p)
+        self.near, self.far = self.fit_u & near, self.fit_u & ~near
+        ones = torch.ones_like(self.true_pi)
+        scaled = self.s.pugnn_priors == "scaled"
+        self.pi_near = (1.2 * self.true_pi).clamp(max=0.99) if scaled else 0.6 * ones
+        self.pi_far = 0.8 * self.true_pi if scaled else 0.3 * ones
+        self.negatives = baselines.NegativeSamples(self.batch, list(self.s.seeds))
+
+    @property
+    def epochs(self) -> int:
+        return self.s.pugnn_epochs
+
+    def loss(self, model: baselines.EmbeddingClassifier) -> Tensor:
+        z = model.embed(self.adjacency)
+        p = model.readout(z).sigmoid()
+        pu = baselines.pugnn_loss(p, self.fit_p, self.near, self.far, self.pi_near, self.pi_far)
+        return pu + baselines.PUGNN_ALPHA * baselines.structure_loss(z, self.batch, self.negatives)
+
+
+class GRAB(Method):
+    """GRAB: rounds of (belief propagation -> marginals of U) and (fresh GCN on them); no prior is given.
+
+    A seed stops when a round's lowest training loss is not below the previous round's; its answer is the model of the
+    lowest training loss. All seeds train on until the last has stopped, stopped ones without effect.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        shape = self.labelled.shape
+        self.marginal = torch.zeros(shape, device=self.batch.device)  # first round: U counts as negative
+        inf = torch.full((self.batch.S,), float("inf"), device=self.batch.device)
+        self.low, self.before = inf, inf.clone()  # lowest loss of this round and of the round before
+        self.stopped = torch.zeros_like(inf, dtype=torch.bool)
+        self.best: dict[str, Tensor] = {}  # weights of the lowest loss so far in this round
+        self.answer: dict[str, Tensor] = {}  # weights of the last finished round of a running seed
+        self.done = False
+
+    @property
+    def epochs(self) -> int:
+        return self.s.grab_rounds * self.s.epochs
+
+    def begin(self, epoch: int, trainer) -> None:
+        if epoch == 0 or epoch % self.s.epochs:
+            return
+        self.finish_round(trainer)
+        if self.done:
+            return
+        with torch.no_grad():
+            predicted = (self.posterior(trainer.model) > 0.5) | self.labelled
+            share = gpl.masked_mean(predicted.float(), self.unlabelled)
+            self.pi = torch.where(self.stopped, self.pi, share)
+            logit = self.pi.clamp(1e-3, 1 - 1e-3).logit().unsqueeze(-1).expand(predicted.shape)
+            logit = torch.where(self.labelled, baselines.CERTAIN, logit)
+            self.marginal = baselines.belief_propagation(self.batch, logit)
+        trainer.fresh_model()
+        self.before, self.low = self.low, torch.full_like(self.low, float("inf"))
+
+    def finish_round(self, trainer) -> None:
+        """Put each seed's best weights of the round into the model; decide which seeds stop; keep answers."""
+        if not self.best:
+            return
+        first = not self.answer
+        ended = self.stopped if first else self.stopped | (self.low >= self.before)
+        # A seed that stops now keeps the answer of the round before.
+        self.answer = {k: v if first else torch.where(_wide(ended, v), self.answer[k], v) for k, v in self.best.items()}
+        self.stopped = ended
+        trainer.model.load_state_dict(self.answer)
+        self.best = {}
+        self.done = bool(ended.all())
+
+    def loss(self, model: Classifier) -> Tensor:
+        loss = baselines.grab_loss(model(self.adjacency), self.fit_p, self.fit_u, self.marginal)
+        now = loss.detach()
+        better, state = now < self.low, model.state_dict()
+        self.best = {
+            k: torch.where(_wide(better, v), v, self.best[k]) if self.best else v.clone() for k, v in state.items()
+        }
+        self.low = torch.where(better, now, self.low)
+        return loss
+
+    def state(self) -> dict[str, Tensor]:
+        named = {"marginal": self.marginal, "low": self.low, "before": self.before, "stopped": self.stopped}
+        best = {f"best.{k}": v for k, v in self.best.items()}
+        return {**super().state(), **named, **best, **{f"answer.{k}": v for k, v in self.answer.items()}}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        super().load(state)
+        self.marginal, self.low = state["marginal"], state["low"]
+        self.before, self.stopped = state["before"], state["stopped"]
+        self.best = {k[5:]: v for k, v in state.items() if k.startswith("best.")}
+        self.answer = {k[7:]: v for k, v in state.items() if k.startswith("answer.")}
+
+
+def _wide(flag: Tensor, like: Tensor) -> Tensor:
+    """[S] bool -> [S, 1, ...] for `like`."""
+    return flag.view(-1, *[1] * (like.dim() - 1))
+
+
+CLASSES: dict[str, type[Method]] = {
+    "gpl": GPL,
+    "gcn": Method,
+    "mlp": Method,
+    "gcn-ted": TED,
+    "mlp-ted": TED,
+    "gcn-nnpu": NNPU,
+    "mlp-nnpu": NNPU,
+    "lsdan": LSDANMethod,
+    "grab": GRAB,
+    "pugnn": PUGNN,
+}
