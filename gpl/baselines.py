@@ -98,13 +98,13 @@ def pugnn_loss(posterior: Tensor, is_p: Tensor, near: Tensor, far: Tensor, pi_ne
 class NegativeSamples:
     """K uniform non-neighbours k of i for every directed edge (i, j), drawn once a run by a seeded generator.
 
-    Kept as index pairs, or, when there are so many that pairs would outnumber an eighth of all N x N cells, as an
-    N x N table of how often each pair was drawn: then the sum is done by matrix products, row block by row block.
+    Kept as index pairs, or, when there are more of them than a 32nd of all N x N cells, as an N x N table of how often
+    each pair was drawn: then the sum is done by matrix products, row block by row block, which is faster.
     """
 
     def __init__(self, batch: GraphBatch, seeds: list[int], per_edge: int = PUGNN_NEGATIVES):
         n, s_n = batch.N, batch.S
-        self.batch, self.dense = batch, 2 * batch.E * per_edge > n * n / 8
+        self.batch, self.dense = batch, 2 * batch.E * per_edge > n * n / 32
         self.pairs, self.counts, self.total = [], [], []
         row, col = batch.row.cpu(), batch.col.cpu().long()
         per_seed = 2 * batch.E

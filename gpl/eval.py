@@ -15,6 +15,7 @@ from torch import Tensor
 
 import priors
 import runs
+from data import PAPER_SETS
 from runs import UserError
 
 
@@ -77,7 +78,11 @@ def describe(t, k: int) -> dict:
     labelled = int(t.labelled[k].sum())
     return {
         "name": g.name,
-        "variant": "generated" if g.name in ("synthetic", "karate") else "raw files",
+        "variant": "generated"
+        if g.name in ("synthetic", "karate")
+        else "paper"
+        if g.name in PAPER_SETS
+        else "not in the paper",
         "sha256": g.sha256,
         "n": len(g.y),
         "edges": g.edge.shape[1],
@@ -101,6 +106,24 @@ def measure(t, posterior: Tensor) -> list[dict]:
         row = scores(host[k], y[k], labelled[k], held[k], pi[k])
         rows.append(row | {name: values[k] for name, values in extra.items()})
     return rows
+
+
+def histograms(t, k: int) -> dict:
+    """GPL only: edge weights of the k-th seed on 20 bins of [0, 1], apart for edges inside and between the binary
+    classes and inside and between the original ones, and their means. Empty for other methods."""
+    weight = getattr(t.method, "weight", None)
+    if weight is None:
+        return {}
+    w, (i, j) = weight[k].cpu().numpy(), t.graphs[k % len(t.graphs)].edge.numpy()
+    out: dict = {}
+    for name, labels in (("binary", t.graphs[k % len(t.graphs)].y), ("classes", t.graphs[k % len(t.graphs)].classes)):
+        same = labels.numpy()[i] == labels.numpy()[j]
+        for side, mask in (("same", same), ("differ", ~same)):
+            out[f"hist_{name}_{side}"] = np.histogram(w[mask], 20, (0, 1))[0].tolist()
+            if mask.any():
+                out[f"w_{name}_{side}"] = float(w[mask].mean())
+        out[f"h_weighted_{name}"] = float(w[~same].sum() / w.sum())
+    return out
 
 
 def estimate(t, posterior: Tensor) -> list[dict[str, float]]:
@@ -134,10 +157,10 @@ def show(records: Iterable[dict]) -> None:
 def finish(t, run: runs.Run, posterior: Tensor) -> None:
     """Weights and records of every seed, then records.jsonl."""
     s, seconds = t.s, run.seconds() / len(t.s.seeds)
-    where = {"table": s.table, "dataset": s.dataset, "setting": s.setting, "method": s.method, "scale": s.scale}
+    where: dict = {"table": s.table, "dataset": s.dataset, "setting": s.setting, "method": s.label, "scale": s.scale}
     if s.dataset == "synthetic":
         where["dataset"] = f"synthetic h={s.h:g}"
-    rows = measure(t, posterior)
+    rows = [row | histograms(t, k) for k, row in enumerate(measure(t, posterior))]
     guesses = estimate(t, posterior) if s.estimators else []
     records = []
     for k, seed in enumerate(s.seeds):

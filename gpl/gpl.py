@@ -8,10 +8,10 @@ D^-1 A sum to one, so that the positive column is 1 minus it.
 import math
 
 import torch
-from priors import bbe_batch
 from torch import Tensor
 
 from data import GraphBatch
+from priors import bbe_batch
 
 FLOOR = 1e-6  # log P(neg) is unbounded below without it, and its gradient infinite
 MASK_MIN = 1e-4  # "positive" mask: an edge may fade but never disappear

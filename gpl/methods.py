@@ -68,7 +68,7 @@ class Method:
 
 
 class GPL(Method):
-    """Algorithm 1: edge weights by the label propagation loss, prior on the re-weighted graph, two-set cross-entropy."""
+    """Algorithm 1: edge weights by the label propagation loss, prior on the re-weighted graph, two-set loss."""
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -68,7 +68,7 @@ def bbe(p: Array, u: Array, delta: float = 0.1, gamma: float = 0.01) -> float:
 
     over the c with k_p > 1 and k_u > 1; returns the plain ratio q_u / q_p at the smallest bound, clipped to [0, 1], or
     0 if no c qualifies (fewer than two P, constant U scores). Without ties k_u is #{u > c}; with tied (rounded) scores
-    leaving out the whole tie would pull the estimate far down, so only one of them is left out, as in the authors' code.
+    leaving out the whole tie would pull the estimate far down, so only one is left out, as in the authors' code.
     `delta`: the bound's failure probability, `gamma`: its slack; the authors' values are 0.1 and 0.01.
     """
     p, u = _scores(p, "p"), _scores(u, "u")

@@ -54,6 +54,8 @@ def _fail(message: str) -> int:
 
 def _number(text: str) -> float:
     top, _, bottom = text.partition("/")
+    if bottom and float(bottom) == 0:
+        raise ValueError(f"{text} divides by zero")  # tyro tells of a ValueError in its own words
     value = float(top) / float(bottom) if bottom else float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a finite number")

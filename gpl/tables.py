@@ -137,6 +137,8 @@ class Cell:
         if n:
             v = self.values["value"]
             measured = number(v.mean(), v.std(ddof=0) if n > 1 else float("nan"), digits)
+            if self.values["metric"].iloc[0].startswith("data.") and v.nunique() == 1:
+                measured = f"{v.iloc[0]:.6g}"  # a property of the data, the same for every seed
             variants = sorted(set(self.values["variant"]) - {"paper", "", "generated"})
             measured += (f" (n={n})" if n != seeds else "") + "".join(f" [{v}]" for v in variants)
         if not beside:
@@ -199,7 +201,7 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     labels, digits = view.get("labels", {}), view.get("digits", 2)
     beside = any(c.expected for c in grid.values())
     counts = [len(c.values) for c in grid.values() if len(c.values)]
-    seeds = max(set(counts), key=counts.count) if counts else 0
+    seeds = max(counts, default=0)
     head = "printed / measured" if beside else "measured"
     lines = [f"### {view['title']}", ""]
     if view.get("note"):
@@ -279,7 +281,7 @@ def page(root: Path, scale: str) -> dict:
             lines.append(text)
             if s == "paper":
                 measured, total = measured + some, total + every
-        drawn = figures.draw(frames[s], root, s) if found[s] else []
+        drawn = figures.draw(found[s], root, s) if found[s] else []
         for path, caption in drawn:
             link = Path(os.path.relpath(path, target.parent)).as_posix()
             lines += [f"![{caption}]({link})", "", f"*{caption}*", ""]

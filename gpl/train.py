@@ -36,16 +36,16 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """Seeds; each gives its own split and weights, all train as one batch."""
 
-    warmup: int = 50
-    """Epochs of plain P-versus-U training before anything is estimated (our choice)."""
-    epochs: int = 200
+    warmup: int = 100
+    """Epochs of plain P-versus-U training before anything is estimated (our choice; TED's scripts use 100)."""
+    epochs: int = 100
     """Epochs after the warm-up (our choice)."""
     hidden: int = 16
     """Hidden units of the two-layer encoder (paper: 16)."""
     lr: Number = 0.01
     """Adam learning rate of the classifier (paper: 0.01)."""
     weight_decay: Number = 5e-4
-    """L2 added to the gradient by Adam (our choice; pugnn uses 0)."""
+    """L2 added to the gradient by Adam (our choice; nnPU, LSDAN and PU-GNN use 0)."""
     dropout: Number = 0.5
     """Dropout on the hidden layer (our choice)."""
 
@@ -56,7 +56,7 @@ class Settings:
     inner_steps: int = 5
     """Mask updates an epoch; 0 switches the label propagation loss off (our choice)."""
     inner_lr: Number = 0.01
-    """Adam learning rate of the mask (our choice)."""
+    """Adam learning rate of the mask (our choice; no value is printed)."""
     mask: Literal["clamp", "sigmoid", "exp"] = "clamp"
     """How the positive edge mask is parametrised (our choice)."""
     lpl_form: Literal["log", "ce"] = "log"
@@ -69,10 +69,11 @@ class Settings:
     """Reset labelled positives after each propagation step."""
     lambda_neg: Number = 1.0
     """Weight of the U \\ S part of Eq. 9 (our choice)."""
-    cpe_holdout: Number = 0.2
-    """Share of P kept out of every loss, for the prior estimate only (our choice; 0 uses all of P)."""
-    cpe_holdout_u: Number = 0.0
-    """Share of U kept out of every loss in the same way (TED uses the same share as of P)."""
+    cpe_holdout: Number | None = None
+    """Share of P kept out of every loss, for the prior estimate only (our choice). Default: 0.2 for methods that
+    estimate the prior from scores (gpl, TED, nnPU with --prior bbe, --estimators), 0 for the others."""
+    cpe_holdout_u: Number | None = None
+    """Share of U kept out of every loss in the same way. Default: as cpe_holdout, which is what TED does."""
     ce_reduction: Literal["set", "all"] = "set"
     """Eq. 8: one mean over each set, or one mean over all nodes."""
     schedule: Literal["alternate", "once"] = "alternate"
@@ -94,11 +95,13 @@ class Settings:
     table: str = "f1"
     """Table of RESULTS.md the records belong to."""
     setting: str = ""
-    """Label inside the table; default r_p=<r_p>."""
+    """Setting inside the table; default r_p=<r_p>."""
+    label: str = ""
+    """Row name in the table; default the method."""
     scale: Literal["smoke", "demo", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
-    """Run folder; default runs/<scale>/<table>-<method>-<dataset>."""
+    """Run folder; default runs/<scale>/<table>-<label>-<dataset>."""
     data_dir: str = ""
     """Folder with graphs/; default $REPRO_DATA, else ./data."""
     download: bool = False
@@ -113,7 +116,16 @@ class Settings:
     """Print the data and what would be trained, then stop."""
 
     def check(self) -> None:
-        """Raise UserError for a value outside its range."""
+        """Fill in what depends on other settings; raise UserError for a value outside its range."""
+        if self.cpe_holdout is None:
+            estimates = self.method == "gpl" or self.method.endswith("-ted") or self.estimators
+            nnpu = self.method in ("gcn-nnpu", "mlp-nnpu", "lsdan") and self.prior == "bbe"
+            self.cpe_holdout = 0.2 if estimates or nnpu else 0.0
+        if self.cpe_holdout_u is None:
+            self.cpe_holdout_u = self.cpe_holdout
+        self.setting = self.setting or f"r_p={self.r_p:g}"
+        self.label = self.label or self.method
+        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.label}-{self.dataset}"
         for name in ("r_p", "h", "dropout", "cpe_holdout", "cpe_holdout_u"):
             top = 1.0 if name in ("r_p", "h") else 0.99
             if not 0 <= getattr(self, name) <= top:
@@ -156,7 +168,10 @@ class Trainer:
         self.rounds += 1
         seeds = [seed + 1_000_003 * self.rounds for seed in self.s.seeds]
         self.model = self.method.model_class(self.batch, self.s.hidden, self.s.dropout, seeds)
-        decay = 0.0 if self.s.method == "pugnn" else self.s.weight_decay
+        # Under the sigmoid loss a saturated logit has next to no gradient, so that any decay wins and every node ends
+        # negative: nnPU, and LSDAN with it, train without. PU-GNN's recipe has none either.
+        plain = self.s.method in ("pugnn", "lsdan") or self.s.method.endswith("nnpu")
+        decay = 0.0 if plain else self.s.weight_decay
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.s.lr, weight_decay=decay, fused=True)
 
     # ------------------------------------------------------------------ checkpoint: every tensor the next step reads
@@ -247,15 +262,9 @@ def flush(t: Trainer, run: runs.Run, lines: list[dict[str, Tensor]], keep_to: in
         run.log(seed, [{key: v for key, v in row.items() if v == v} for row in rows], keep_to)
 
 
-def default_out(s: Settings) -> str:
-    return s.out or f"runs/{s.scale}/{s.table}-{s.method}-{s.dataset}"
-
-
 def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
-    s.setting = s.setting or f"r_p={s.r_p:g}"
-    s.out = default_out(s)
     device = runs.device(s.device)
     torch.set_float32_matmul_precision("high")
     if s.dry_run:
