@@ -154,15 +154,14 @@ def show(records: Iterable[dict]) -> None:
     print(f"{line}; all positive would give {np.mean([r['metrics']['f1_all_positive'] for r in rows]):.2f} %")
 
 
-def finish(t, run: runs.Run, posterior: Tensor) -> None:
-    """Weights and records of every seed, then records.jsonl."""
+def record(t, run: runs.Run, posterior: Tensor) -> None:
+    """Write weights and records of every seed of this process."""
     s, seconds = t.s, run.seconds() / len(t.s.seeds)
     where: dict = {"table": s.table, "dataset": s.dataset, "setting": s.setting, "method": s.label, "scale": s.scale}
     if s.dataset == "synthetic":
         where["dataset"] = f"synthetic h={s.h:g}"
     rows = [row | histograms(t, k) for k, row in enumerate(measure(t, posterior))]
     guesses = estimate(t, posterior) if s.estimators else []
-    records = []
     for k, seed in enumerate(s.seeds):
         tensors = {name: v[k] for name, v in t.model.state_dict().items()}
         tensors |= {
@@ -173,10 +172,7 @@ def finish(t, run: runs.Run, posterior: Tensor) -> None:
         for name, value in guesses[k].items() if guesses else ():
             metrics = {"pi_true": rows[k]["pi_true"], **prior_errors(value, rows[k]["pi_true"])}
             run.record(seed, metrics=metrics, where={**where, "method": name}, suffix=f"-{name}", **about)
-        records.append(run.record(seed, metrics=rows[k], where=where, **about))
-    run.finish()
-    show(records)
-    print(f"records in {run.out}")
+        run.record(seed, metrics=rows[k], where=where, **about)
 
 
 def load(settings: EvalSettings):

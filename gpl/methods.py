@@ -230,53 +230,58 @@ class PUGNN(Method):
 class GRAB(Method):
     """GRAB: rounds of (belief propagation -> marginals of U) and (fresh GCN on them); no prior is given.
 
-    A seed stops when a round's lowest training loss is not below the previous round's; its answer is the model of the
-    lowest training loss. All seeds train on until the last has stopped, stopped ones without effect.
+    A seed's answer is the round of the lowest training loss; it stops after two rounds in a row without a lower one.
+    All seeds train on until the last has stopped, stopped ones without effect.
     """
 
     def __init__(self, *args):
         super().__init__(*args)
         shape = self.labelled.shape
         self.marginal = torch.zeros(shape, device=self.batch.device)  # first round: U counts as negative
-        inf = torch.full((self.batch.S,), float("inf"), device=self.batch.device)
-        self.low, self.before = inf, inf.clone()  # lowest loss of this round and of the round before
-        self.stopped = torch.zeros_like(inf, dtype=torch.bool)
-        self.best: dict[str, Tensor] = {}  # weights of the lowest loss so far in this round
-        self.answer: dict[str, Tensor] = {}  # weights of the last finished round of a running seed
+        self.low = torch.full((self.batch.S,), float("inf"), device=self.batch.device)  # lowest loss of this round
+        self.lowest = self.low.clone()  # and of all rounds
+        self.bad = torch.zeros_like(self.low)  # rounds in a row without a lower loss
+        self.best: dict[str, Tensor] = {}  # weights of the lowest loss of this round
+        self.answer: dict[str, Tensor] = {}  # and of all rounds
         self.done = False
 
     @property
     def epochs(self) -> int:
-        return self.s.grab_rounds * self.s.epochs
+        return self.s.grab_rounds * self.s.grab_epochs
 
     def begin(self, epoch: int, trainer) -> None:
-        if epoch == 0 or epoch % self.s.epochs:
+        if epoch == 0 or epoch % self.s.grab_epochs:
             return
-        self.finish_round(trainer)
-        if self.done:
-            return
+        trainer.model.load_state_dict(self.best)
+        running = self.bad < 2
         with torch.no_grad():
             predicted = (self.posterior(trainer.model) > 0.5) | self.labelled
             share = gpl.masked_mean(predicted.float(), self.unlabelled)
-            self.pi = torch.where(self.stopped, self.pi, share)
-            logit = self.pi.clamp(1e-3, 1 - 1e-3).logit().unsqueeze(-1).expand(predicted.shape)
-            logit = torch.where(self.labelled, baselines.CERTAIN, logit)
-            self.marginal = baselines.belief_propagation(self.batch, logit)
-        trainer.fresh_model()
-        self.before, self.low = self.low, torch.full_like(self.low, float("inf"))
+            self.pi = torch.where(running, share, self.pi)
+            # A node's prior odds are those of the class share, for or against according to its predicted label.
+            against = self.pi.clamp(1e-3, 1 - 1e-3).logit().unsqueeze(-1)
+            logit = torch.where(predicted, -against, against)
+            self.marginal = baselines.belief_propagation(
+                self.batch, torch.where(self.labelled, baselines.CERTAIN, logit)
+            )
+        self.finish_round(trainer)
+        if not self.done:
+            trainer.fresh_model()
 
     def finish_round(self, trainer) -> None:
-        """Put each seed's best weights of the round into the model; decide which seeds stop; keep answers."""
-        if not self.best:
-            return
-        first = not self.answer
-        ended = self.stopped if first else self.stopped | (self.low >= self.before)
-        # A seed that stops now keeps the answer of the round before.
-        self.answer = {k: v if first else torch.where(_wide(ended, v), self.answer[k], v) for k, v in self.best.items()}
-        self.stopped = ended
+        """Compare the round's lowest loss with the earlier ones, keep the better weights, decide which seeds stop; at
+        the end the answers are put into the model."""
+        if self.best:
+            running, better = self.bad < 2, self.low < self.lowest
+            take = running & better
+            self.answer = {
+                k: torch.where(_wide(take, v), v, self.answer[k]) if self.answer else v for k, v in self.best.items()
+            }
+            self.lowest = torch.where(take, self.low, self.lowest)
+            self.bad = torch.where(running, torch.where(better, 0.0, self.bad + 1), self.bad)
+            self.best, self.low = {}, torch.full_like(self.low, float("inf"))
+            self.done = bool((self.bad >= 2).all())
         trainer.model.load_state_dict(self.answer)
-        self.best = {}
-        self.done = bool(ended.all())
 
     def loss(self, model: Classifier) -> Tensor:
         loss = baselines.grab_loss(model(self.adjacency), self.fit_p, self.fit_u, self.marginal)
@@ -289,14 +294,14 @@ class GRAB(Method):
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        named = {"marginal": self.marginal, "low": self.low, "before": self.before, "stopped": self.stopped}
+        named = {"marginal": self.marginal, "low": self.low, "lowest": self.lowest, "bad": self.bad}
         best = {f"best.{k}": v for k, v in self.best.items()}
         return {**super().state(), **named, **best, **{f"answer.{k}": v for k, v in self.answer.items()}}
 
     def load(self, state: dict[str, Tensor]) -> None:
         super().load(state)
         self.marginal, self.low = state["marginal"], state["low"]
-        self.before, self.stopped = state["before"], state["stopped"]
+        self.lowest, self.bad = state["lowest"], state["bad"]
         self.best = {k[5:]: v for k, v in state.items() if k.startswith("best.")}
         self.answer = {k[7:]: v for k, v in state.items() if k.startswith("answer.")}
 

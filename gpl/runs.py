@@ -188,13 +188,20 @@ def read_json(path: Path) -> Any:
 
 
 class Run:
-    """A run folder held by this process: settings checked, a lock taken, finished seeds known, time counted."""
+    """A run folder held by this process: settings checked, a lock taken, time counted. `part` tells apart the processes
+    of one launch that share the folder."""
 
-    def __init__(self, out: Path, settings: Any, ignore: tuple[str, ...] = ("out", "data_dir", "device", "download")):
+    def __init__(
+        self,
+        out: Path,
+        settings: Any,
+        ignore: tuple[str, ...] = ("out", "data_dir", "device", "download"),
+        part: int = 0,
+    ):
         self.out, self.started, self.before = Path(out), time.perf_counter(), 0.0
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings)))
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (held until the process ends)
+        self._lock = open(self.out / f".lock{part or ''}", "w")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -6,11 +6,13 @@
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
@@ -88,7 +90,9 @@ class Settings:
     pugnn_epochs: int = 100
     """PU-GNN: optimiser steps."""
     grab_rounds: int = 10
-    """GRAB: most rounds, each of --epochs steps."""
+    """GRAB: most rounds."""
+    grab_epochs: int = 500
+    """GRAB: optimiser steps a round."""
 
     estimators: bool = False
     """Also write a record for each class-prior estimator, made from this run's scores."""
@@ -132,7 +136,16 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, {top:g}], not {getattr(self, name)}")
         if not 0 < self.alpha < 1:
             raise UserError(f"--alpha must lie strictly between 0 and 1, not {self.alpha}")
-        for name in ("epochs", "hidden", "steps", "checkpoint_every", "log_every", "grab_rounds", "pugnn_epochs"):
+        for name in (
+            "epochs",
+            "hidden",
+            "steps",
+            "checkpoint_every",
+            "log_every",
+            "grab_rounds",
+            "grab_epochs",
+            "pugnn_epochs",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "inner_steps", "lr", "inner_lr", "weight_decay", "lambda_neg"):
@@ -208,7 +221,8 @@ class Trainer:
 
 def train(t: Trainer, run: runs.Run) -> Tensor:
     """The loop; returns P(positive) of every node, [S, N]."""
-    s, method, path = t.s, t.method, run.out / "checkpoint" / "state.safetensors"
+    part = PartialState().process_index
+    s, method, path = t.s, t.method, run.out / "checkpoint" / f"state{part or ''}.safetensors"
     start = 0
     if path.is_file():
         start, run.before = t.load(path)
@@ -273,14 +287,22 @@ def main() -> None:
             print(f"{g.name}: {len(g.y)} nodes, {g.edge.shape[1]} edges, {int(g.y.sum())} positives, h = {g.h:.4f}")
         print(f"would train {s.method} for {t.method.epochs} steps on {device}, seeds {s.seeds}, into {s.out}")
         return
-    run = runs.Run(Path(s.out), s, ignore=("out", "data_dir", "device", "download", "dry_run"))
+    # Seeds are independent, so several processes (`accelerate launch`) simply share them out.
+    state = PartialState()
+    run = runs.Run(Path(s.out), s, ("out", "data_dir", "device", "download", "dry_run"), state.process_index)
     if run.complete:
         print(f"{run.out} is complete; delete it to run again")
         evaluation.show(runs.read_record(p) for p in sorted(run.out.glob("seed*/record.json")))
         return
-    t = Trainer(s, device)
-    posterior = train(t, run)
-    evaluation.finish(t, run, posterior)
+    mine = s.seeds[state.process_index :: state.num_processes]
+    if mine:
+        t = Trainer(dataclasses.replace(s, seeds=mine), device)
+        evaluation.record(t, run, train(t, run))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        run.finish()
+        evaluation.show(runs.read_record(p) for p in sorted(run.out.glob("seed*/record.json")))
+        print(f"records in {run.out}")
 
 
 if __name__ == "__main__":
