@@ -228,6 +228,54 @@ def hop_neighbours(batch: GraphBatch, hops: int, limit: int, seed: int = 0) -> l
     return lists
 
 
+class _Gather(torch.autograd.Function):
+    """x [M] -> x[place] [M, L]; the adjoint is a CSR product over the transposed pattern."""
+
+    @staticmethod
+    def forward(ctx, x, hop):
+        ctx.hop = hop
+        return x[hop.place]
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.hop.transposed(g, g.new_ones(len(g), 1)).squeeze(1), None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_l weight[i, l] h[place[i, l]]: weight [M, L], h [M, C] -> [M, C], by CSR products."""
+
+    @staticmethod
+    def forward(ctx, weight, h, hop):
+        ctx.save_for_backward(weight, h)
+        ctx.hop = hop
+        return torch.sparse_csr_tensor(hop.crow, hop.col, weight.reshape(-1), (len(h), len(h))) @ h
+
+    @staticmethod
+    def backward(ctx, g):
+        weight, h = ctx.saved_tensors
+        g = g.contiguous()
+        d_weight = torch.stack([(h[column] * g).sum(-1) for column in ctx.hop.place.t()], 1)
+        return d_weight, ctx.hop.transposed(weight, g), None
+
+
+class Hop:
+    """Neighbour lists of one hop as a CSR pattern with L entries a row, and its transpose."""
+
+    def __init__(self, place: Tensor, filled: Tensor):
+        self.place, self.filled = place, filled
+        m, width = place.shape
+        self.crow = (torch.arange(m + 1, device=place.device) * width).int()
+        self.col = place.reshape(-1).int()
+        self.order = torch.argsort(place.reshape(-1), stable=True)
+        counts = torch.bincount(place.reshape(-1), minlength=m).cumsum(0)
+        self.crow_t = torch.cat([counts.new_zeros(1), counts]).int()
+        self.col_t = (self.order // width).int()
+
+    def transposed(self, weight: Tensor, g: Tensor) -> Tensor:
+        values = weight.reshape(-1).index_select(0, self.order)
+        return torch.sparse_csr_tensor(self.crow_t, self.col_t, values, (len(g), len(g))) @ g
+
+
 class LSDAN(nn.Module):
     """Long-short distance attention (Wu et al. 2019), rebuilt: graph attention inside each hop graph, then attention
     over the hops, ReLU, linear read-out; one head, hidden 16."""
@@ -240,7 +288,8 @@ class LSDAN(nn.Module):
             nn.ParameterList(glorot((hidden, 1), init, batch.device) for _ in range(LSDAN_HOPS)) for _ in range(2)
         )
         self.hop = glorot((hidden, 1), init, batch.device)
-        self.batch, self.lists = batch, hop_neighbours(batch, LSDAN_HOPS, LSDAN_NEIGHBOURS)
+        self.batch = batch
+        self.lists = [Hop(*pair) for pair in hop_neighbours(batch, LSDAN_HOPS, LSDAN_NEIGHBOURS)]
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -252,11 +301,13 @@ class LSDAN(nn.Module):
         h = self.base.first() + self.base.b1
         flat = h.reshape(b.S * b.N, -1)
         per_hop = []
-        for (place, filled), a_source, a_target in zip(self.lists, self.source, self.target, strict=True):
+        for hop, a_source, a_target in zip(self.lists, self.source, self.target, strict=True):
             to, frm = (h @ a_target).reshape(-1, 1), (h @ a_source).reshape(-1)
-            score = F.leaky_relu(to + F.embedding(place, frm.unsqueeze(1)).squeeze(-1), 0.2)
-            score = score.masked_fill(~filled, -1e9).softmax(-1) * filled  # nodes without k-hop neighbours get zeros
-            per_hop.append(F.embedding_bag(place, flat, per_sample_weights=score, mode="sum").view_as(h))
+            score = F.leaky_relu(to + _Gather.apply(frm, hop), 0.2)
+            score = (
+                score.masked_fill(~hop.filled, -1e9).softmax(-1) * hop.filled
+            )  # nodes without k-hop neighbours get zeros
+            per_hop.append(_WeightedSum.apply(score, flat, hop).view_as(h))
         z = torch.stack([h, *per_hop], 2)  # [S, N, 1 + hops, hidden]; hop 0 keeps the node itself
         weight = F.leaky_relu((z * self.hop[:, None].transpose(-1, -2)).sum(-1), 0.2).softmax(-1)
         z = (weight.unsqueeze(-1) * z).sum(2).relu()

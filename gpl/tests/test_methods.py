@@ -291,6 +291,15 @@ def test_hop_neighbours_respect_the_limit():
     assert place.shape == (15, 3) and filled.all()
 
 
+def test_csr_forms_of_gather_and_weighted_sum_have_the_gradients_of_the_plain_ones():
+    place = torch.randint(6, (6, 4), generator=torch.Generator().manual_seed(0))
+    hop = baselines.Hop(place, torch.ones_like(place, dtype=torch.bool))
+    x, w, h = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6,), (6, 4), (6, 3)))
+    assert torch.autograd.gradcheck(lambda x: baselines._Gather.apply(x, hop), x)
+    assert torch.autograd.gradcheck(lambda w, h: baselines._WeightedSum.apply(w, h, hop), (w, h))
+    torch.testing.assert_close(baselines._WeightedSum.apply(w, h, hop), (w.unsqueeze(-1) * h[place]).sum(1))
+
+
 def test_lsdan_attention_against_loops():
     g = random_graph(9, 12, 6)
     batch = GraphBatch([g], 1, "cpu")
@@ -299,8 +308,8 @@ def test_lsdan_attention_against_loops():
     want = []
     for i in range(9):
         per_hop = [h[i]]
-        for (place, filled), a_source, a_target in zip(model.lists, model.source, model.target, strict=True):
-            neighbours = place[i][filled[i]].tolist()
+        for one, a_source, a_target in zip(model.lists, model.source, model.target, strict=True):
+            neighbours = one.place[i][one.filled[i]].tolist()
             e = [F.leaky_relu(h[i] @ a_target[0, :, 0] + h[j] @ a_source[0, :, 0], 0.2) for j in neighbours]
             weights = torch.softmax(torch.stack(e), 0) if e else []
             per_hop.append(sum((w * h[j] for w, j in zip(weights, neighbours, strict=True)), torch.zeros(4)))
