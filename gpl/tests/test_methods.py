@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.csgraph import shortest_path
+from test_gpl import graph, random_graph
 from torch.nn import functional as F
 from torch_geometric.nn import GCNConv
 
@@ -15,7 +16,6 @@ import data
 from data import GraphBatch
 from methods import CLASSES, GRAB
 from models import Adjacency, Classifier
-from tests.test_gpl import graph, random_graph
 from train import Settings, Trainer
 
 
@@ -384,3 +384,25 @@ def test_held_out_nodes_never_enter_a_loss():
         model = Logits(t.labelled.float())
         t.method.loss(model).sum().backward()
         assert (model.z.grad[0][held] == 0).all() and (model.z.grad[0][~held] != 0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", CLASSES)
+def test_cpu_and_gpu_agree(method):
+    """Same initial weights everywhere; dropout, whose draws differ by device, is switched off."""
+
+    def posterior(device: str) -> torch.Tensor:
+        s = Settings(method=method, seeds=(0, 1), dataset="karate", warmup=3, epochs=4, dropout=0.0, pugnn_epochs=5)
+        s.grab_epochs, s.grab_rounds = 4, 2
+        s.check()
+        t = Trainer(s, torch.device(device))
+        for epoch in range(t.method.epochs):
+            t.method.begin(epoch, t)
+            t.model.train()
+            t.optimizer.zero_grad()
+            t.method.loss(t.model).sum().backward()
+            t.optimizer.step()
+        return t.method.posterior(t.model).cpu()
+
+    torch.testing.assert_close(posterior("cuda"), posterior("cpu"), rtol=1e-3, atol=1e-3)

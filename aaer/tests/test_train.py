@@ -1,0 +1,354 @@
+"""The loop: it reduces to its baseline, resumes exactly, stops at a loss that is no number, runs on two processes."""
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import runs
+import train
+from trainer import Trainer
+
+HERE = Path(train.__file__).parent
+CPU = torch.device("cpu")
+# A radius at which abnormal examples appear within the 14 steps; a test below checks that they do.
+TINY = ["--dataset", "digits", "--eps", "0.6", "--epochs", "2", "--train-limit", "100", "--batch", "16"]
+TINY += ["--probe", "20", "--probe-steps", "2", "--test-steps", "3", "--test-restarts", "2", "--device", "cpu"]
+
+
+def parsed(*args):
+    s = runs.parse(train.Settings, "", [*TINY, *args])
+    s.check()
+    s.resolve()
+    return s
+
+
+def run_main(monkeypatch, *args):
+    gc.collect()  # a traceback may still hold the run before, and with it the lock of its folder
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    train.main()
+
+
+def trained(*args, seed=0):
+    """A trainer after all its epochs, without a run folder."""
+    s = parsed(*args)
+    t = Trainer(s, CPU)
+    t.fresh(seed)
+    for _ in range(s.epochs):
+        train.train_epoch(t, lambda: None)
+        t.epoch, t.batch = t.epoch + 1, 0
+    return t
+
+
+def weights(t):
+    return torch.cat([v.flatten() for v in t.model.state_dict().values()])
+
+
+@pytest.mark.parametrize("start", ["rs", "n", "v"])
+def test_without_the_regulariser_aaer_is_the_baseline_bit_for_bit(start):
+    base = trained("--method", "fgsm", "--start", start)
+    for knob in (["--lambda1", "0"], ["--lambda3", "0"]):
+        assert torch.equal(weights(base), weights(trained("--method", "aaer", "--start", start, *knob)))
+    with_it = trained("--method", "aaer", "--start", start, "--lambda3", "5")
+    assert with_it.sums[0] > 0 and not torch.equal(weights(base), weights(with_it))
+
+
+def test_lambda2_changes_no_weight_unless_differentiable():
+    common = ["--method", "aaer", "--lambda3", "1"]
+    a, b = (trained(*common, "--lambda2", v) for v in ("0", "9"))
+    assert torch.equal(weights(a), weights(b)) and a.sums[6] < b.sums[6]  # the printed regulariser differs
+    c = trained(*common, "--lambda2", "9", "--ce-term", "differentiable")
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_statistics_are_taken_in_train_mode_and_updated_twice_a_step():
+    s = parsed("--method", "aaer", "--start", "v", "--batch", "100")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    train.train_epoch(t, lambda: None)
+    assert t.model.training and int(t.model[1].norm.num_batches_tracked) == 2
+
+
+def test_cyclic_schedule_moves_the_momentum_against_the_rate():
+    s = parsed("--epochs", "4", "--batch", "10")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    seen = []
+    for _ in range(40):
+        group = t.optimizer.param_groups[0]
+        seen.append((group["lr"], group["momentum"]))
+        t.optimizer.step()
+        t.scheduler.step()
+    assert seen[0] == (0.0, 0.9) and seen[20] == (pytest.approx(0.2), pytest.approx(0.8))
+    assert seen[10] == (pytest.approx(0.1), pytest.approx(0.85)) and seen[30][0] == pytest.approx(0.1)
+    assert t.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_multistep_schedule():
+    t = Trainer(parsed("--epochs", "4", "--batch", "10", "--schedule", "multistep"), CPU)
+    t.fresh(0)
+    seen = []
+    for _ in range(40):
+        seen.append(t.optimizer.param_groups[0]["lr"])
+        t.optimizer.step()
+        t.scheduler.step()
+    assert seen == [pytest.approx(0.2)] * 20 + [pytest.approx(0.02)] * 10 + [pytest.approx(0.002)] * 10
+
+
+def test_published_settings_of_every_data_set():
+    def resolved(**k):
+        s = train.Settings(**k)
+        s.check()
+        s.resolve()
+        return s
+
+    s = resolved(dataset="svhn", start="n")
+    assert (s.epochs, s.lr, s.peak, s.radius_warmup, s.noise, s.model) == (15, 0.05, 0.4, 5.0, 2.0, "preact18")
+    assert resolved(dataset="svhn", method="fgsm", start="n", eps=12 / 255).noise == 3.0
+    s = resolved(dataset="cifar10", eps=16 / 255)
+    assert (s.epochs, s.lr, s.peak, s.step, s.lambda3, s.batch, s.weight_decay) == (30, 0.2, 0.5, 1.25, 3.25, 128, 5e-4)
+    assert s.published and not resolved(dataset="svhn").published and s.label == "RS-AAER"
+    assert not resolved(dataset="cifar10", eps=16 / 255, lambda3=1.0).published
+    assert not resolved(dataset="cifar10", eps=16 / 255, model="wrn-34-10").published
+    assert resolved(dataset="tiny-imagenet").model == "preact18-act"
+    assert resolved(dataset="imagenet100").model == "resnet18-cosine"
+    assert resolved(dataset="cifar10", method="pgd", attack_steps=2).step == 0.5
+    assert resolved(dataset="cifar100", method="zerograd").zero_share == 0.45
+
+
+def test_free_training_keeps_its_perturbation_and_updates_at_every_replay():
+    t = trained("--method", "free", "--replays", "3", "--epochs", "1")
+    assert t.sums[9] == 3 * len(t.train) and 0 < t.memory.abs().max() <= 0.6 + 1e-6
+
+
+METHODS = [["aaer", "--start", "n"], ["free", "--replays", "2"], ["gradalign"]]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m[0])
+@pytest.mark.parametrize("at", [1, 4])
+def test_resume_is_exact(tmp_path, monkeypatch, method, at):
+    """Cut at a checkpoint inside the first or the second epoch; weights, curves and metrics are bitwise the same."""
+    args = [*TINY, "--method", *method, "--checkpoint-steps", "1", "--seeds", "0", "1"]
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "a"))
+    count, save = [0], Trainer.save
+
+    def cut(self, path, seconds):
+        save(self, path, seconds)
+        count[0] += 1
+        if count[0] == at + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
+    same_runs(tmp_path / "a", tmp_path / "b", (0, 1))
+
+
+TIMES = ("train_seconds", "train_cpu_seconds", "curve_train_seconds")
+
+
+def same_runs(a, b, seeds):
+    for seed in seeds:
+        x, y = (runs.read_tensors(p / f"seed{seed}" / "model.safetensors")[0] for p in (a, b))
+        assert all(torch.equal(x[k], y[k]) for k in x) and x.keys() == y.keys()
+        one, two = (runs.read_json(p / f"seed{seed}" / "record.json")["metrics"] for p in (a, b))
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in two.items() if "seconds" not in k
+        }
+        one, two = (lines(p / f"seed{seed}" / "metrics.jsonl") for p in (a, b))
+        assert one == two
+
+
+def lines(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_kill_and_start_again_gives_the_same(tmp_path, monkeypatch):
+    """A real process, killed the moment its first checkpoint inside an epoch is there."""
+    args = [*TINY, "--epochs", "30", "--checkpoint-steps", "2", "--method", "aaer"]
+    command = [sys.executable, "train.py", *args, "--out", str(tmp_path / "b")]
+    process = subprocess.Popen(
+        command, cwd=HERE, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    path, end = tmp_path / "b" / "checkpoint" / "seed0.safetensors", time.time() + 120
+    while not path.exists() and process.poll() is None and time.time() < end:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.exists() and not (tmp_path / "b" / "records.jsonl").exists()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "a"))
+    torch.set_num_threads(before)
+    same_runs(tmp_path / "a", tmp_path / "b", (0,))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    out = tmp_path / "r"
+    calls, perturb = [0], train.baselines.perturb
+
+    def poisoned(*args):
+        p = perturb(*args)
+        calls[0] += 1
+        return train.baselines.Perturbed(p.delta * torch.nan, p.z0) if calls[0] == 9 else p  # in the second epoch
+
+    monkeypatch.setattr(train.baselines, "perturb", poisoned)
+    with pytest.raises(runs.UserError, match=r"not a finite number in 6 steps before step 14 \(epoch 2\)"):
+        run_main(monkeypatch, *TINY, "--out", str(out))
+    tensors, meta = runs.read_tensors(out / "checkpoint" / "seed0.safetensors")
+    assert meta["epoch"] == "1" and all(v.isfinite().all() for k, v in tensors.items() if k.startswith("model."))
+    assert not (out / "seed0" / "record.json").exists()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    """The same images, crops and noise, the regulariser over the whole batch; a network without batch statistics."""
+    args = ["--dataset", "digits", "--model", "preact-small-gn", "--method", "aaer", "--eps", "0.6", "--epochs", "2"]
+    args += ["--train-limit", "130", "--batch", "32", "--lr", "0.05", "--lambda3", "1", "--probe", "60"]
+    args += ["--probe-steps", "2", "--test-steps", "2", "--test-restarts", "1", "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    done = subprocess.run(
+        [*launch, "train.py", *args, "--out", str(tmp_path / "two")],
+        cwd=HERE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "one"))
+    one, two = (lines(tmp_path / k / "seed0" / "metrics.jsonl") for k in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["n_abnormal"] == b["n_abnormal"] and a["train_accuracy"] == pytest.approx(b["train_accuracy"])
+        for k in ("loss", "regulariser", "e_a", "v_a", "v_n"):
+            assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6)
+        assert a["probe_clean"] == b["probe_clean"]
+    x, y = (runs.read_tensors(tmp_path / k / "seed0" / "model.safetensors")[0] for k in ("one", "two"))
+    for k in x:
+        torch.testing.assert_close(x[k], y[k], atol=1e-4, rtol=1e-3)
+    assert one[-1]["n_abnormal"] > 0 and one[-1]["regulariser"] > 0  # otherwise nothing of AAER was compared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gradalign", "free", "multigrad"])
+def test_every_kind_of_method_runs_on_two_processes(tmp_path, method):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    done = subprocess.run(
+        [*launch, "train.py", *TINY, "--method", method, "--replays", "2", "--out", str(tmp_path / "r")],
+        cwd=HERE,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert runs.read_record(tmp_path / "r" / "seed0" / "record.json")["metrics"]["epochs"] == 2
+
+
+def test_bf16_and_channels_last_train_about_the_same():
+    a, b = (trained("--method", "aaer", "--precision", p) for p in ("fp32", "bf16"))
+    assert weights(b).isfinite().all() and weights(b).dtype == torch.float32
+    gap = (a.sums - b.sums).abs() / a.sums.abs().clamp(min=1)
+    assert gap[5] < 0.1 and not torch.equal(weights(a), weights(b))
+    assert a.model[1].stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_about_the_same():
+    a, b = trained("--method", "aaer", "--epochs", "1"), trained("--method", "aaer", "--epochs", "1", "--compile")
+    assert (a.sums[5] - b.sums[5]).abs() / a.sums[5] < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_trains_like_the_cpu(tmp_path, monkeypatch):
+    for device in ("cpu", "cuda"):
+        run_main(monkeypatch, *TINY, "--device", device, "--out", str(tmp_path / device))
+    a, b = (lines(tmp_path / d / "seed0" / "metrics.jsonl")[0] for d in ("cpu", "cuda"))
+    assert a["loss"] == pytest.approx(b["loss"], rel=0.1)  # other noise, same course
+
+
+@pytest.mark.realdata
+def test_cifar_trains_for_a_few_steps(tmp_path, monkeypatch):
+    folder = Path(os.environ.get("REPRO_DATA", "data"))
+    if not (folder / "cifar10").exists() and not (folder / "cifar-10-batches-py").exists():
+        pytest.skip("no CIFAR-10 under $REPRO_DATA")
+    args = [
+        "--dataset",
+        "cifar10",
+        "--model",
+        "preact-small",
+        "--epochs",
+        "2",
+        "--train-limit",
+        "1000",
+        "--probe",
+        "50",
+    ]
+    args += ["--eval-limit", "50", "--test-steps", "2", "--test-restarts", "1"]
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "r"))
+    record = runs.read_record(tmp_path / "r" / "seed0" / "record.json")
+    assert record["data"]["n"] == 1000 and record["metrics"]["published_lambdas"] == 0  # of another network
+    assert record["metrics"]["curve_loss"][1] < record["metrics"]["curve_loss"][0]
+
+
+# ---------------------------------------------------------------------------------------------- course of training
+
+
+def curve(*rows):
+    return [{"epoch": i + 1, "probe_fgsm": f, "probe_pgd": p} for i, (f, p) in enumerate(rows)]
+
+
+def test_onset_of_overfitting():
+    assert evaluation.onset(curve((40, 30), (50, 35), (80, 4), (90, 0))) == 3
+    assert evaluation.onset(curve((40, 30), (50, 35), (20, 16))) is None  # fell with FGSM: no overfitting to it
+    assert evaluation.onset(curve((4, 2), (90, 0))) is None  # there was nothing to lose
+    assert evaluation.onset(curve((40, 30), (42, 28))) is None
+    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29))) is None  # it recovered
+    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29), (80, 0), (85, 2))) == 4
+
+
+def test_summary_says_what_was_there_before_the_collapse():
+    rows = curve((40, 30), (45, 35), (50, 34), (90, 1))
+    for row, share in zip(rows, (0.01, 0.02, 0.05, 0.4), strict=True):
+        row |= {"abnormal": share, "gap": 10 * share, "train_seconds": 2.0, "train_cpu_seconds": 1.0}
+    s = evaluation.summary(rows)
+    assert (s["co_epoch"], s["collapsed"], s["abnormal_at_co"], s["abnormal_before_co"]) == (4, 1, 0.4, 0.02)
+    assert (
+        s["abnormal_final"] == 0.4
+        and s["gap_final"] == 4.0
+        and s["train_seconds_epoch"] == 2.0
+        and s["probe_pgd_best"] == 35
+    )
+
+
+def test_evaluation_leaves_training_untouched():
+    a, b = (Trainer(parsed(), CPU) for _ in range(2))
+    for t in (a, b):
+        t.fresh(0)
+    evaluation.attack_all(a.model, a.test, a.probe, 0.1, 2, 1, 0)
+    evaluation.surface(a.model, *next(a.test.in_order(a.probe[:2])), 0.1, points=3)
+    for t in (a, b):
+        train.train_epoch(t, lambda: None)
+    assert torch.equal(weights(a), weights(b)) and a.model.training
