@@ -147,8 +147,13 @@ def adam_start(raw: Tensor) -> Adam:
     return torch.zeros_like(raw), torch.zeros_like(raw), torch.zeros(len(raw), 1, device=raw.device)
 
 
-def learn_mask(raw: Tensor, state: Adam, loss_of, kind: str, steps: int, lr: float, tolerance: float = 1e-5):
-    """Inner problem: at most `steps` Adam steps on the raw edge parameter [S, E], each followed by the projection.
+def learn_mask(
+    raw: Tensor, state: Adam, loss_of, kind: str, steps: int, lr: float, optimizer: str = "sgd", tolerance: float = 1e-5
+):
+    """Inner problem: at most `steps` steps on the raw edge parameter [S, E], each followed by the projection.
+
+    sgd: plain gradient steps, which move an edge as far as the loss depends on it. adam: steps of about `lr` for every
+    edge with any gradient, which soon drives most weights to a bound.
 
     `loss_of(weight [S, E]) -> [S]`. A seed stops when its loss changes by less than `tolerance`; stopped seeds are
     frozen by a mask rather than by leaving the loop, so that the host never waits for the device.
@@ -167,7 +172,9 @@ def learn_mask(raw: Tensor, state: Adam, loss_of, kind: str, steps: int, lr: flo
         previous = loss
         t = torch.where(active, t + 1, t)
         m, v = torch.where(active, m.lerp(g, 0.1), m), torch.where(active, v.lerp(g * g, 0.001), v)
-        step = lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        step = lr * g
+        if optimizer == "adam":
+            step = lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         raw = torch.where(active, project(raw.detach() - step, kind), raw.detach())
     return raw, (m, v, t), loss
 

@@ -102,7 +102,9 @@ class GPL(Method):
             rest = self.pool & ~self.chosen
             return gpl.lpl_joint(belief, known | self.chosen, rest, s.lpl_form, s.lambda_neg)
 
-        self.raw, self.adam, self.lpl = gpl.learn_mask(self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr)
+        self.raw, self.adam, self.lpl = gpl.learn_mask(
+            self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr, s.inner_optimizer
+        )
         self.adjacency = Adjacency(self.batch, self.weight)
 
     def begin(self, epoch: int, trainer) -> None:

@@ -57,8 +57,10 @@ class Settings:
     """Propagation steps K (our choice)."""
     inner_steps: int = 5
     """Mask updates an epoch; 0 switches the label propagation loss off (our choice)."""
-    inner_lr: Number = 0.01
-    """Adam learning rate of the mask (our choice; no value is printed)."""
+    inner_optimizer: Literal["sgd", "adam"] = "sgd"
+    """Steps on the mask: plain gradient steps or Adam (our choice; neither is printed)."""
+    inner_lr: Number | None = None
+    """Learning rate of the mask (our choice). Default: 0.3 for sgd, 0.01 for adam."""
     mask: Literal["clamp", "sigmoid", "exp"] = "clamp"
     """How the positive edge mask is parametrised (our choice)."""
     lpl_form: Literal["log", "ce"] = "log"
@@ -127,6 +129,8 @@ class Settings:
             self.cpe_holdout = 0.2 if estimates or nnpu else 0.0
         if self.cpe_holdout_u is None:
             self.cpe_holdout_u = self.cpe_holdout
+        if self.inner_lr is None:
+            self.inner_lr = 0.3 if self.inner_optimizer == "sgd" else 0.01
         self.setting = self.setting or f"r_p={self.r_p:g}"
         self.label = self.label or self.method
         self.out = self.out or f"runs/{self.scale}/{self.table}-{self.label}-{self.dataset}"

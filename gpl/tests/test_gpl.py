@@ -200,7 +200,7 @@ def test_inner_problem_is_adam_with_projection_and_stops_seed_by_seed():
         return ((w - target) ** 2).sum(-1)
 
     raw = torch.ones(2, 2)
-    got, state, _ = gpl.learn_mask(raw, gpl.adam_start(raw), loss_of, "clamp", 20, 0.05)
+    got, state, _ = gpl.learn_mask(raw, gpl.adam_start(raw), loss_of, "clamp", 20, 0.05, "adam")
     w = torch.ones(2, requires_grad=True)
     adam = torch.optim.Adam([w], lr=0.05)
     for _ in range(20):
@@ -211,6 +211,21 @@ def test_inner_problem_is_adam_with_projection_and_stops_seed_by_seed():
     torch.testing.assert_close(got[0], w.detach(), rtol=1e-5, atol=1e-6)
     # Its loss does not change between the first and the second look: one step was taken, then it was frozen.
     assert state[2].squeeze(-1).tolist() == [20.0, 1.0] and torch.equal(got[1], torch.ones(2))
+
+
+def test_plain_inner_steps_follow_the_gradient_and_the_projection():
+    target = torch.tensor([[0.5, 0.9, 3.0]])
+    raw = torch.ones(1, 3)
+    got, _, loss = gpl.learn_mask(
+        raw, gpl.adam_start(raw), lambda w: ((w - target) ** 2).sum(-1), "clamp", 3, 0.1, "sgd"
+    )
+    w = raw[0].clone()
+    for _ in range(3):
+        before = ((w - target[0]) ** 2).sum()
+        w = (w - 0.1 * 2 * (w - target[0])).clamp(gpl.MASK_MIN, 1.0)
+    torch.testing.assert_close(got[0], w)
+    torch.testing.assert_close(loss[0], before)
+    assert got[0, 2] == 1.0  # pulled beyond the bound, and held there
 
 
 def test_lowering_the_loss_lowers_the_weight_of_heterophilic_edges():
@@ -225,7 +240,7 @@ def test_lowering_the_loss_lowers_the_weight_of_heterophilic_edges():
 
     raw = gpl.mask_start((1, batch.E), "clamp", batch.device)
     before = loss_of(raw)
-    raw, _, after = gpl.learn_mask(raw, gpl.adam_start(raw), loss_of, "clamp", 50, 0.01)
+    raw, _, after = gpl.learn_mask(raw, gpl.adam_start(raw), loss_of, "clamp", 50, 0.01, "adam")
     differ = (g.y[g.edge[0]] != g.y[g.edge[1]]).float()
     assert after < before
     assert ((raw[0] * differ).sum() / raw[0].sum()).item() < 0.25 < g.h_binary
