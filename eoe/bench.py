@@ -1,0 +1,112 @@
+"""Speed of this folder's scoring against a plain implementation, as a ratio measured in one process.
+
+    python bench.py                  # 50,000 images, 1,600 labels, five scores; and the image pipeline
+    python bench.py --device cuda
+
+The plain form keeps text features too, but computes similarities and softmax anew for each score and batch of 512
+images, as code does that evaluates one score a run. Results are compared first, then timed.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+import backbones
+import drawn
+import runs
+import scores
+from scores import normalise, reduce
+
+FIVE = ("MCM", "EOE", "S_MAX", "S_Energy", "S_MaxLogit")
+
+
+@dataclass
+class BenchSettings:
+    images: int = 50_000
+    """Images (paper: ImageNet-1K validation)."""
+    ids: int = 1_000
+    """ID names."""
+    outs: int = 600
+    """Envisioned names."""
+    dim: int = 512
+    """Feature width (ViT-B: 512)."""
+    repeats: int = 2
+    """Timed repetitions; the fastest counts."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def plain(images, ids, outs, name: str, batch: int = 512):
+    """One score, batch by batch, straight from its definition."""
+    out, k = [], len(ids)
+    for v in images.split(batch):
+        s = v @ torch.cat([ids, outs]).T
+        if name == "MCM":
+            out.append(s[:, :k].softmax(1).max(1).values)
+        elif name == "EOE":
+            p = s.softmax(1)
+            out.append(p[:, :k].max(1).values - 0.25 * p[:, k:].max(1).values)
+        elif name == "S_MAX":
+            best = s[:, :k].softmax(1).max(1).values
+            out.append(torch.where(s[:, :k].max(1).values < s[:, k:].max(1).values, 1 / k, best))
+        elif name == "S_Energy":
+            out.append(s[:, :k].logsumexp(1) - s[:, k:].logsumexp(1))
+        else:
+            out.append(s[:, :k].max(1).values - s[:, k:].max(1).values)
+    return torch.cat(out)
+
+
+def timed(function, repeats: int, device) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main() -> None:
+    s = runs.parse(BenchSettings, __doc__)
+    device = runs.device(s.device)
+    g = torch.Generator().manual_seed(0)
+    images, ids, outs = (normalise(torch.randn(n, s.dim, generator=g)).to(device) for n in (s.images, s.ids, s.outs))
+
+    def ours():
+        stats = reduce(images, ids, outs, (1.0,))
+        return [scores.SCORES[name][0](stats) for name in FIVE]
+
+    few = images[:2000]
+    stats = reduce(few, ids, outs, (1.0,))
+    for name in FIVE:
+        worst = (scores.SCORES[name][0](stats) - plain(few, ids, outs, name).double()).abs().max().item()
+        print(f"{name:11s} largest difference to the plain form {worst:.1e}")
+    fast = timed(ours, s.repeats, device)
+    slow = timed(lambda: [plain(images, ids, outs, name) for name in FIVE], s.repeats, device)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"five scores of {s.images} images x {s.ids + s.outs} labels: {fast:.2f} s, plain {slow:.2f} s, "
+        f"ratio {slow / fast:.1f}"
+    )
+    print(
+        f"peak memory of the process {memory:.2f} GiB, of which the features take {images.numel() * 4 / 2**30:.2f} GiB"
+    )
+    names = drawn.concepts()[:64]
+    start = time.perf_counter()
+    drawn.draw(names * 8, 0)
+    print(f"drawn pictures: {512 / (time.perf_counter() - start):.0f} images/s")
+    transform = backbones.Backbone.transform(type("B", (), {"known": backbones.KNOWN["clip-vit-b16"]})())
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    picture = to_pil_image(torch.randint(0, 256, (3, 375, 500), dtype=torch.uint8))
+    start = time.perf_counter()
+    for _ in range(100):
+        transform(picture)
+    print(f"transform of a 500 x 375 image to 224 x 224: {100 / (time.perf_counter() - start):.0f} images/s a process")
+
+
+if __name__ == "__main__":
+    runs.command(main)

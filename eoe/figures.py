@@ -1,0 +1,91 @@
+"""Pictures of RESULTS.md: results/figures/<scale>-<name>.png, from records and from the scores kept beside them."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import runs
+
+TASKS = {"synthetic": "synthetic space", "far": "far", "near": "near", "fine-grained": "fine-grained"}
+COLOURS = dict(zip(TASKS, ("#555555", "#0072b2", "#e69f00", "#c1272d"), strict=True))
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+
+
+def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+    """-> [(path, caption)] of the figures the records allow."""
+    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = sorted((root / "runs" / scale).glob("*/seed*/scores-*.safetensors"))
+    out = []
+    for name, made in (("beta", beta(records)), ("scores", densities(kept)), ("labels", embedding(kept))):
+        if made:
+            figure, caption = made
+            path = folder / f"{scale}-{name}.png"
+            figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            out.append((path, caption))
+    return out
+
+
+def beta(records: list[dict]):
+    """FPR95 of EOE against beta, mean and standard deviation over seeds."""
+    points: dict[str, dict[float, list[float]]] = {}
+    for r in records:
+        if r["method"] == "EOE" and r["setting"].startswith("beta=") and r["dataset"] in TASKS:
+            points.setdefault(r["dataset"], {}).setdefault(float(r["setting"][5:]), []).append(r["metrics"]["FPR95"])
+    if not points:
+        return None
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    for name in (n for n in TASKS if n in points):
+        x = sorted(points[name])
+        mean, std = ([f(points[name][b]) for b in x] for f in (np.mean, np.std))
+        axis.errorbar(x, mean, std, marker="o", capsize=3, color=COLOURS[name], label=TASKS[name])
+    axis.set(xlabel="beta", ylabel="FPR95 (%)", xticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, None))
+    axis.legend(frameon=False)
+    return figure, "FPR95 of EOE against the weight beta of the outlier term; mean and standard deviation over seeds."
+
+
+def densities(kept: list[Path]):
+    """Score histograms of ID and OOD pictures, MCM beside EOE (cf. Fig. 1)."""
+    if not kept:
+        return None
+    figure, axes = plt.subplots(len(kept), 2, figsize=(8, 2.4 * len(kept)), squeeze=False)
+    for row, path in zip(axes, kept, strict=True):
+        tensors, _ = runs.read_tensors(path)
+        for axis, method in zip(row, ("MCM", "EOE"), strict=True):
+            both = [tensors[f"{w}.{method}"].double().numpy() for w in ("id", "ood")]
+            edges = np.linspace(min(b.min() for b in both), max(b.max() for b in both), 41)
+            for values, label, colour in zip(both, ("ID", "OOD"), ("#0072b2", "#c1272d"), strict=True):
+                axis.hist(values, edges, density=True, alpha=0.55, label=label, color=colour)
+            axis.set(title=f"{path.stem.removeprefix('scores-')}: {method}", xlabel="score", ylabel="density")
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    axes[0][0].legend(frameon=False)
+    figure.tight_layout()
+    return figure, "Scores of ID and OOD pictures (first seed), MCM on the left and EOE on the right."
+
+
+def embedding(kept: list[Path]):
+    """t-SNE of ID, envisioned and real OOD label features (cf. Fig. 8, 9)."""
+    from sklearn.manifold import TSNE
+
+    kept = [p for p in kept if "fine" in p.stem]
+    if not kept:
+        return None
+    tensors, _ = runs.read_tensors(kept[0])
+    parts = [tensors[f"text.{k}"].float().numpy() for k in ("id", "envisioned", "ood")]
+    points = np.concatenate(parts)
+    if len(points) < 8:
+        return None
+    flat = TSNE(perplexity=min(15, len(points) // 3), init="pca", random_state=0, metric="cosine").fit_transform(points)
+    figure, axis = plt.subplots(figsize=(5, 4))
+    start = 0
+    for part, label, colour in zip(parts, ("ID", "envisioned", "OOD"), ("#0072b2", "#e69f00", "#c1272d"), strict=True):
+        axis.scatter(*flat[start : start + len(part)].T, s=16, label=label, color=colour)
+        start += len(part)
+    axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2")
+    axis.legend(frameon=False)
+    return figure, "t-SNE of the label features of the fine-grained task (first seed)."

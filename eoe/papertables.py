@@ -1,0 +1,273 @@
+"""What each table of the paper evaluates: ID sets, OOD sets, prompt task, number of names; and how it is run."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import backbones
+import data
+import envision
+import eval as evaluation
+import metrics
+import runs
+from runs import UserError
+from scores import reduce
+
+FAR = ("inaturalist", "sun", "places", "texture")
+CORRUPTIONS = {
+    "table14": ("noise", ("gaussian_noise", "shot_noise", "impulse_noise")),
+    "table15": ("blur", ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur")),
+    "table16": ("weather", ("snow", "frost", "fog", "brightness")),
+    "table17": ("digital", ("contrast", "elastic_transform", "pixelate", "jpeg_compression")),
+    "table18": ("extra", ("speckle_noise", "gaussian_blur", "spatter", "saturate")),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One ID set against its OOD sets."""
+
+    id: str
+    oods: tuple[str, ...]
+    task: str  # which prompt made the names
+    n: tuple[int, ...]  # numbers of names (near: for each ID class)
+    setting: str  # format string of the record's setting
+    betas: tuple[float, ...] = ()
+    variants: tuple[str, ...] = ("resemble",)
+    scores: bool = False
+    general: bool = False  # the far prompt on another task (Table 25)
+    average: str = ""  # group whose cases are averaged into a row of its own
+
+
+def _far(ids, setting: str, n=(500,), betas=(), average: str = "") -> list[Case]:
+    return [Case(i, FAR, "far", n, setting, betas, average=average) for i in ids]
+
+
+def _near(n=(3,), betas=(), setting="model={model}, l={n} per ID class, beta={beta}") -> list[Case]:
+    pairs = (("imagenet10", ("imagenet20",)), ("imagenet20", ("imagenet10",)))
+    return [Case(i, o, "near", n, setting, betas, average="Average") for i, o in pairs]
+
+
+def _fine(n=(500,), betas=(), setting="model={model}, L={n}, beta={beta}") -> list[Case]:
+    return [Case(i, (f"{i}-ood",), "fine", n, setting, betas, average="Average") for i in data.HALVES]
+
+
+def _ablation(setting: str, **more) -> list[Case]:
+    a = Case("imagenet1k", ("texture",), "far", (500,), setting, average="Average")
+    cases = [a, replace(a, oods=("ninco",), task="near", n=(3,))]
+    cases += [Case("food50", ("food50-ood",), "fine", (500,), setting, average="Average")]
+    return [replace(c, **more) for c in cases]
+
+
+PLAIN, SWEEP = "model={model}, L={n}, beta={beta}", "model={model}, L={n}{x}, beta={beta}"
+GRID, BETAS = (100, 300, 500), evaluation.BETAS
+TABLES: dict[str, list[Case]] = {
+    "table1": _far(("cub200", "cars196", "food101", "pet37"), PLAIN, average="Average of 4 ID sets"),
+    "table2": _far(("imagenet1k",), PLAIN),
+    "table3": _near(),
+    "table4": _fine(),
+    "table5": _far(("cub200", "cars196"), SWEEP, GRID, BETAS, "Average of CUB-200-2011 and Stanford-Cars"),
+    "table6": _far(("food101", "pet37"), SWEEP, GRID, BETAS, "Average of Food-101 and Oxford-IIIT Pet"),
+    "table7": _far(("imagenet1k",), SWEEP, GRID, BETAS),
+    "table8": _near((1, 3, 10), BETAS, SWEEP),
+    "table9": _fine(GRID, BETAS, SWEEP),
+    "table10": _far(("imagenet1k",), PLAIN),
+    "table11": [
+        Case(
+            i,
+            ("svhn", "lsun", "texture", "places"),
+            "near",
+            (3,),
+            "model={model}, beta={beta}, prompt type and L not stated",
+            average="Average of CIFAR-10 and CIFAR-100",
+        )
+        for i in ("cifar10", "cifar100")
+    ],  # fmt: skip
+    "table12": [
+        Case("imagenet1k", ("ssb_hard", "ninco"), "near", (3,), "model={model}, l={n} per ID class, beta={beta}")
+    ],
+    "table13": _far(("sketch",), PLAIN),
+    **{
+        table: _far(
+            [f"imagenet-c-{k}" for k in kinds],
+            PLAIN + f", ImageNet-C {group} severity 1",
+            average=f"ImageNet-C {group} average",
+        )
+        for table, (group, kinds) in CORRUPTIONS.items()
+    },  # fmt: skip
+    "table19": _far(("imagenet1k",), "model={model}, 5-prompt ensemble, L={n}, beta={beta}"),
+    "table20": _far(("imagenet1k",), "model={model}, single prompt, L={n}, beta={beta}"),
+    "table21": _far(("imagenet1k",), PLAIN),
+    "table22": _ablation("score function ablation, model={model}", scores=True),
+    "table23": _ablation("LLM prompt ablation, model={model}", variants=("irrelevant", "dissimilar", "resemble")),
+    "table24": _ablation("LLM ablation, model={model}"),
+    "table25": [
+        replace(c, setting="model={model}, far prompt used for every task", general=True, average="")
+        for c in [*_near(), *_fine()]
+    ],
+    "figure1": [Case("cub200", ("places",), "far", (500,), "model={model}")],
+}
+
+
+def title(id: str, ood: str) -> str:
+    """The data set of a record, as paper.csv names it."""
+    if id == "imagenet10" or id == "imagenet20":
+        return f"{data.TITLES[id]} (ID) vs {data.TITLES[ood]} (OOD)" if ood else "Average"
+    halves = {
+        **{"cub100": "CUB-100 vs CUB-100(OOD)", "cars98": "Stanford-Cars-98 vs Stanford-Cars-98(OOD)"},
+        **{"food50": "Food-50 vs Food-51", "pet18": "Oxford-Pet-18 vs Oxford-Pet-19"},
+    }
+    if id in halves:
+        return halves[id]
+    name = (
+        f"ImageNet-C {id.removeprefix('imagenet-c-')}"
+        if id.startswith("imagenet-c-")
+        else data.TITLES.get(id, Path(id).name)
+    )
+    return f"{name} vs {data.TITLES.get(ood, Path(ood).name) if ood else 'average of its OOD sets'}"
+
+
+def names_file(s, case: Case, variant: str, n: int, seed: int) -> Path:
+    """Where the envisioned names of a case lie."""
+    base = "imagenet1k" if case.id == "sketch" or case.id.startswith("imagenet-c-") else case.id
+    task = "far" if case.general else case.task
+    if s.labels == "own":
+        return runs.HERE / "envisioned" / f"{base}-{task}{'' if variant == 'resemble' else '-' + variant}.json"
+    if s.labels == "released":
+        ids = {"cub200": "bird200", "cars196": "car196", "imagenet1k": "ImageNet", "imagenet10": "ImageNet10"}
+        ids |= {
+            "imagenet20": "ImageNet20",
+            "cub100": "cub100_ID",
+            "cars98": "car98_ID",
+            "food50": "food50_ID",
+            "pet18": "pet18_ID",
+        }
+        folder = "general" if case.general else {"fine": "fine_grained"}.get(case.task, case.task)
+        folder += "" if variant == "resemble" else f"_{variant}"
+        return (
+            runs.data_dir(s.data_dir)
+            / "eoe"
+            / "envisioned_classes"
+            / f"{folder}_{n}"
+            / f"{ids.get(base, base)}_{s.llm}_{seed}.json"
+        )
+    return Path(s.labels)
+
+
+def envisioned(s, case: Case, variant: str, n: int, seed: int) -> tuple[list[str], str]:
+    """(cleaned names, who made them)."""
+    path = names_file(s, case, variant, n, seed)
+    if not path.is_file():
+        own = "make it with envision.py" if s.labels == "own" else "from the official repository tmlr-group/EOE"
+        raise UserError(f"no envisioned names in {path}; {own}, or choose another --labels")
+    found = envision.read_names(path)
+    task = "far" if case.general else case.task
+    names = found.take(task, n) if s.labels != "released" else found.take(task, 10**9)
+    return envision.clean(
+        names, data.id_names(case.id) if not Path(case.id).is_dir() else [], case.task, variant
+    ).names, found.made_by
+
+
+def cases(s) -> list[Case]:
+    if s.table in TABLES:
+        return TABLES[s.table]
+    if s.table != "own":
+        raise UserError(f"no table {s.table}; use one of {', '.join(TABLES)}")
+    return [Case(s.id, s.ood, s.task, (s.n or (3 if s.task == "near" else 500),), "L={n}, beta={beta}")]
+
+
+def run_table(s, run: runs.Run, seed: int, device) -> None:
+    """Records of one table and one run of the language model."""
+    root = runs.data_dir(s.data_dir)
+    todo = cases(s)
+    sets = {name: data.load(name, root, s.download) for c in todo for name in (c.id, *c.oods)}
+    backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
+    texts, templates = backbones.CachedTexts(backbone), evaluation.ENSEMBLE if s.ensemble else (evaluation.TEMPLATE,)
+    features = {k: backbones.image_features(backbone, v, s.batch, s.workers).to(device) for k, v in sets.items()}
+    results: list[tuple[Case, str, str, str, dict]] = []  # case, OOD set, method, setting, metrics
+    for c in todo:
+        ids = sets[c.id].names or data.id_names(c.id)
+        id_text = evaluation.text_features(texts, ids, templates).to(device)
+        most = 0.85 if c.id == "imagenet20" and c.task == "near" else s.max_similarity
+        for n in c.n:
+            sweep = bool(c.betas)
+            labels = []
+            for variant in c.variants:
+                names, _ = envisioned(s, c, variant, n, seed)
+                names, out = evaluation.drop_similar(
+                    names, evaluation.text_features(texts, names, templates).to(device), id_text, most
+                )
+                method = "EOE" if len(c.variants) == 1 else f"EOE(prompt={variant})"
+                method = "EOE(far prompt)" if c.general else method
+                method = f"EOE(llm={s.llm})" if s.table == "table24" and s.labels == "released" else method
+                method = "S_EOE" if c.scores else method
+                labels.append(evaluation.Labels(method, names, out, c.scores, c.betas))
+            for ood in c.oods:
+                truth = data.ood_names(ood) or sets[ood].names
+                extra = [
+                    evaluation.Labels(
+                        "Ground Truth", truth, evaluation.text_features(texts, truth, templates).to(device)
+                    )
+                ]
+                found = evaluation.rows(
+                    features[c.id],
+                    {ood: features[ood]},
+                    id_text,
+                    labels + (extra if truth and n == c.n[-1] else []),
+                    s.beta,
+                    truth,
+                )
+                for _, method, beta, m in found:
+                    alone = method in ("MCM", "Energy", "MaxLogit", "Ground Truth")
+                    if sweep and (alone and (method != "MCM" or n != c.n[0]) or not alone and not beta):
+                        continue
+                    b = float(beta.removeprefix("beta=")) if beta else s.beta
+                    shown = "0" if sweep and b == 0 else f"{b:.2f}" if sweep else f"{b:g}"
+                    fields = {
+                        "model": backbone.known.title,
+                        "n": n,
+                        "beta": shown,
+                        "x": "xK" if c.task == "near" else "",
+                    }
+                    if sweep and method == "MCM":
+                        fields |= {"n": 0, "beta": "0", "x": ""}
+                    results.append((c, ood, method, c.setting.format(**fields), m))
+            if s.dump and not sweep:
+                stats = [reduce(features[k], id_text, labels[0].text) for k in (c.id, c.oods[0])]
+                cut = metrics.threshold95(evaluation.score(stats[0], "EOE", s.beta))
+                place = run.folder(seed) / f"scores-{Path(c.id).name}-{Path(c.oods[0]).name}.csv"
+                evaluation.write_scores(place, stats[1], ids, labels[0].names, s.beta, cut)
+    _write(s, run, seed, device, results, sets)
+
+
+def _write(s, run, seed: int, device, results, sets) -> None:
+    """A record for each number, for the mean over the OOD sets of an ID set, and for the mean over ID sets."""
+    # The printed numbers belong to the published names; with any others the records stand in a table of their own.
+    table = s.table if s.labels == "released" or s.table == "own" else f"own-{s.table}"
+    groups: dict[tuple[str, str, str], list[tuple[Case, dict]]] = {}
+    for c, ood, method, setting, m in results:
+        groups.setdefault((title(c.id, ood), method, setting), []).append((c, m))
+        if len(c.oods) > 1:
+            groups.setdefault((title(c.id, ""), method, setting), []).append((c, m))
+        if c.average:
+            own = c.average if len(c.oods) == 1 else f"{c.average} vs {data.TITLES[ood]}"
+            groups.setdefault((own, method, setting), []).append((c, m))
+            if len(c.oods) > 1:
+                groups.setdefault((f"{c.average} vs average of its OOD sets", method, setting), []).append((c, m))
+    for number, ((dataset, method, setting), found) in enumerate(groups.items()):
+        mean = {k: float(torch.tensor([m[k] for _, m in found], dtype=torch.float64).mean()) for k in found[0][1]}
+        ids = sorted({c.id for c, _ in found})
+        data_part = {
+            **{
+                "name": dataset,
+                "sha256": "+".join(sets[i].sha256[:12] for i in ids),
+                "n": sum(len(sets[i]) for i in ids),
+            },
+            "variant": next((sets[i].variant for i in ids if sets[i].variant != "paper"), "paper"),
+        }
+        where = {"table": table, "dataset": dataset, "setting": setting, "method": method, "scale": s.scale}
+        seconds = run.seconds() if number == 0 else 0.0
+        run.record(
+            seed, seconds=seconds, data=data_part, metrics=mean, where=where, device=device, suffix=f"-{number:04d}"
+        )

@@ -1,0 +1,91 @@
+"""Who answers: an OpenAI-compatible endpoint or a local chat model. Both have `name` and `complete`."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from runs import UserError
+
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
+
+
+class Endpoint:
+    """POST <url>/chat/completions at temperature 0. The key comes from the environment and is held in memory only."""
+
+    def __init__(
+        self, url: str, model: str, key_variable: str, timeout: float = 120.0, retries: int = 4, wait: float = 1.0
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"--url {url} is no address; it starts with http:// or https://")
+        self.url, self.name, self.timeout, self.retries, self.wait = url.rstrip("/"), model, timeout, retries, wait
+        self.key_variable, self._key = key_variable, os.environ.get(key_variable, "")
+
+    def complete(self, messages: list[dict], question=None) -> str:
+        body = json.dumps({"model": self.name, "messages": messages, "temperature": 0}).encode()
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        why, pause = "", self.wait
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(pause)
+                pause = min(2 * self.wait * 2**attempt, 60.0)
+            request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    text = json.load(reply)["choices"][0]["message"]["content"]
+                if isinstance(text, str) and text.strip():
+                    return text
+                why = "an empty answer"
+            except urllib.error.HTTPError as error:
+                why = f"HTTP {error.code}"
+                if error.code in (401, 403):
+                    raise UserError(
+                        f"{self.url} refused the key ({why}); set ${self.key_variable} to a valid one"
+                    ) from None
+                if error.code not in PASSING:
+                    raise UserError(f"{self.url} refused the request for model {self.name} ({why})") from None
+                given = error.headers.get("Retry-After", "")
+                pause = min(float(given), 60.0) if given.isdigit() else pause
+            except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
+                why = f"no answer ({getattr(error, 'reason', error)})"
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
+                why = "malformed JSON"
+        raise UserError(
+            f"{self.url} gave {why} {self.retries + 1} times; answers so far are kept, start again to go on"
+        )
+
+
+class LocalModel:
+    """A chat model that transformers can load from a folder; greedy decoding, which is temperature 0."""
+
+    def __init__(self, folder: str, max_new_tokens: int = 1024):
+        if not Path(folder).is_dir():
+            raise UserError(f"no chat model in {folder}; give the folder of a model that transformers can load")
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        gguf = sorted(p.name for p in Path(folder).glob("*.gguf"))
+        extra = {"gguf_file": gguf[0]} if gguf else {}
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
+            self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **extra).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"transformers cannot load {folder}: {error}") from None
+        self.name, self.max_new_tokens = Path(folder).name, max_new_tokens
+
+    def complete(self, messages: list[dict], question=None) -> str:
+        import torch
+
+        if self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            ids = self.tokenizer("\n\n".join(m["content"] for m in messages), return_tensors="pt")
+        ids = {k: v.to(self.model.device) for k, v in ids.items()}
+        with torch.inference_mode():
+            out = self.model.generate(**ids, max_new_tokens=self.max_new_tokens, do_sample=False)
+        return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
