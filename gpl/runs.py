@@ -7,6 +7,7 @@ model.safetensors and record*.json. `records.jsonl`, written last, says that the
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import io
 import json
 import math
@@ -40,6 +41,9 @@ def command(function) -> None:
         function()
     except UserError as error:
         sys.exit(_fail(str(error)))
+    except BrokenPipeError:  # the reader of a pipe left (`python plan.py | head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:  # read-only folder, full disk, name too long: the system's own words name the cause
         sys.exit(_fail(f"{error.strerror or error}: {error.filename or 'output'}; choose another --out or free space"))
     except KeyboardInterrupt:
@@ -283,6 +287,7 @@ def read_record(path: Path) -> dict:
     return check_record(read_json(path), str(path))
 
 
+@functools.cache
 def code_state() -> dict:
     """Commit of the code and whether the folder differs from it (results do not count)."""
 
