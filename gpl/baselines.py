@@ -122,7 +122,7 @@ class NegativeSamples:
             self.total.append(max(len(ends), 1))
             if self.dense:
                 table = torch.bincount(ends * n + other, minlength=n * n).view(n, n)
-                self.counts.append(table.clamp(max=255).byte().to(batch.device))
+                self.counts.append(table.to(torch.int16).to(batch.device))
             else:
                 self.pairs.append((ends.to(batch.device), other.to(batch.device)))
 

@@ -82,7 +82,9 @@ def best_everywhere(f: pd.DataFrame) -> Verdict:
     won, sets = [], measured_sets(f)
     for d in sets:
         scores = [mean(f, "f1", m, d, table="f1") for m in BASELINES]
-        if mean(f, "f1", "gpl", d, table="f1") > max(s for s in scores if s == s):
+        if any(s != s for s in scores):
+            return None, f"a baseline is not measured on {d}"
+        if mean(f, "f1", "gpl", d, table="f1") > max(scores):
             won.append(d)
     return (
         (None, "")
@@ -105,7 +107,9 @@ def best_prior(f: pd.DataFrame) -> Verdict:
     won, sets = [], measured_sets(f)
     for d in sets:
         errors = [mean(f, "pi_error", m, d, setting="r_p=0.5") for m in ESTIMATORS]
-        if mean(f, "pi_error", "gpl", d, table="f1") < min(e for e in errors if e == e):
+        if any(e != e for e in errors):
+            return None, f"an estimator is not measured on {d}"
+        if mean(f, "pi_error", "gpl", d, table="f1") < min(errors):
             won.append(d)
     return (
         (None, "")
@@ -138,6 +142,8 @@ def degrades_least(f: pd.DataFrame) -> Verdict:
 
     drops = {m: drop(m) for m in ("gpl", *BASELINES)}
     others = {m: v for m, v in drops.items() if m != "gpl" and v == v}
+    if not others:
+        return None, ""
     least = min(others, key=others.get)
     text = f"GPL loses {drops['gpl']:.2f} points on average over {len(sets)} graphs, {least} {others[least]:.2f}"
     return judge(drops["gpl"] <= others[least], drops["gpl"], text=text)

@@ -4,7 +4,9 @@ A data set is read through its torch_geometric class once and kept as a safetens
 its raw files, so a changed raw file is never mistaken for the old one and two runs never write the same file.
 """
 
+import contextlib
 import hashlib
+import io
 import os
 import tempfile
 import warnings
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -154,23 +157,42 @@ def load_graph(name: str, data_dir: str | Path, cache_dir: str | Path, download:
     paths = [root / source.raw / f for f in source.files]
     sha = _file_hash(paths)
     cached = Path(cache_dir) / f"{name}-{sha[:16]}.safetensors"
-    if not cached.is_file():
-        try:
-            tensors = _platonov_arrays(paths[0]) if source.raw == "extra_platonov" else _process(name, root)
-        except Exception as error:  # whatever a damaged file makes the reader raise
-            raise UserError(
-                f"data set {name}: cannot read {root / source.raw} ({type(error).__name__}: {error}); "
-                f"fetch it again from {source.origin}"
-            ) from None
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary)
-        os.replace(temporary, cached)
-    t = load_file(cached)
+    t = _read_cache(cached, name, root, source)
     if not torch.isfinite(t["x"]).all():
         raise UserError(f"data set {name}: features hold NaN or infinity; fetch it again from {source.origin}")
+    if source.h is not None and abs(t["h"].item() - source.h) > 1e-4:
+        raise UserError(
+            f"data set {name}: heterophily {t['h'].item():.4f} instead of {source.h:.4f}, so a raw file is damaged or "
+            f"changed; fetch it again from {source.origin}"
+        )
     y = binarise(t["classes"])
     return Graph(name, t["x"], y, t["classes"], t["edge"], t["h"].item(), sha)
+
+
+def _read_cache(cached: Path, name: str, root: Path, source: Source) -> dict[str, Tensor]:
+    """Tensors of the cache file, made from the raw files when it is missing or damaged."""
+    if cached.is_file():
+        try:
+            return load_file(cached)
+        except SafetensorError:
+            cached.unlink()
+    try:
+        # The library talks to stderr while it reads.
+        with contextlib.redirect_stderr(io.StringIO()):
+            platonov = source.raw == "extra_platonov"
+            tensors = _platonov_arrays(root / source.raw / source.files[0]) if platonov else _process(name, root)
+    except OSError:
+        raise  # no space, no permission: nothing is wrong with the raw files
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise UserError(
+            f"data set {name}: cannot read {root / source.raw} ({type(error).__name__}: {error}); "
+            f"fetch it again from {source.origin}"
+        ) from None
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    os.replace(temporary, cached)
+    return tensors
 
 
 def _torch_geometric(name: str, root: Path):
@@ -204,6 +226,8 @@ def _platonov_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(x: Tensor, y: Tensor, edge_index: Tensor) -> dict[str, Tensor]:
+    if not len(y) or not edge_index.numel() or min(y.min(), edge_index.min()) < 0 or edge_index.max() >= len(y):
+        raise ValueError("no edges, or a label or an edge end out of range")
     x = x.to_dense() if x.layout != torch.strided else x
     h = (y[edge_index[0]] != y[edge_index[1]]).double().mean()
     edge = undirected(edge_index, len(y)).contiguous()

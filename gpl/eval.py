@@ -60,7 +60,7 @@ def scores(posterior: np.ndarray, y: np.ndarray, labelled: np.ndarray, held_p: n
         "lee_liu": recall**2 / max(float(said.mean()), 1e-12) if said.any() else 0.0,
     }
     if pi_hat == pi_hat:
-        order = np.argsort(-score, kind="stable")[: int(np.floor(pi_hat * len(score) + 1e-9))]
+        order = np.argsort(-score, kind="stable")[: int(np.floor(pi_hat * len(score) * (1 + 2e-7)))]
         top = np.zeros_like(said)
         top[order] = 1
         out |= {"f1_topk": 100 * float(f1_score(truth, top, pos_label=1, zero_division=0))}
@@ -129,12 +129,15 @@ def histograms(t, k: int) -> dict:
 def estimate(t, posterior: Tensor) -> list[dict[str, float]]:
     """Class prior of every seed by every score-based estimator, and by KM on the node features."""
     host = posterior.double().cpu().numpy()
-    labelled, held = t.labelled.cpu().numpy(), t.method.held_p.cpu().numpy()
+    labelled = t.labelled.cpu().numpy()
     out = []
+    sample_p, sample_u = (v.cpu().numpy() for v in (t.method.estimate_p, t.method.estimate_u))
     for k in range(len(host)):
-        p, u = (held[k] if held[k].any() else labelled[k]), ~labelled[k]
+        p, u = sample_p[k], sample_u[k]
         x = t.graphs[k % len(t.graphs)].x.numpy()
-        out.append(priors.estimate_all(host[k][p], host[k][u], x[p], x[u], seed=t.s.seeds[k]))
+        # KM looks at features, not at scores: nothing was fitted to them, so it gets all of P and U.
+        about_km = (x[labelled[k]], x[~labelled[k]])
+        out.append(priors.estimate_all(host[k][p], host[k][u], *about_km, seed=t.s.seeds[k]))
     return out
 
 
@@ -177,6 +180,7 @@ def record(t, run: runs.Run, posterior: Tensor) -> None:
 
 def load(settings: EvalSettings):
     """Rebuild (trainer, posterior) of a finished run from its settings and weights."""
+    from methods import CLASSES
     from train import Settings, Trainer  # here, because train.py evaluates through this module
 
     folder = Path(settings.run)
@@ -185,6 +189,7 @@ def load(settings: EvalSettings):
     stored = runs.read_json(folder / "settings.json")
     try:
         stored["seeds"] = tuple(stored["seeds"])
+        CLASSES[stored["method"]]
         s = Settings(**{**stored, "data_dir": settings.data_dir, "device": settings.device, "download": False})
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
@@ -214,10 +219,10 @@ def main() -> None:
         for seed, row, guess in zip(t.s.seeds, rows, estimate(t, posterior), strict=True):
             print(f"seed {seed}: " + "  ".join(f"{k} {v:.3f} ({v - row['pi_true']:+.3f})" for k, v in guess.items()))
     if settings.bootstrap:
-        host, labelled, held = (v.double().cpu().numpy() for v in (posterior, t.labelled, t.method.held_p))
+        host = posterior.double().cpu().numpy()
+        sample_p, sample_u = (v.cpu().numpy() for v in (t.method.estimate_p, t.method.estimate_u))
         for k, seed in enumerate(t.s.seeds):
-            p = held[k] > 0 if held[k].any() else labelled[k] > 0
-            low, high = priors.bootstrap(priors.bbe, host[k][p], host[k][labelled[k] == 0], n=settings.bootstrap)
+            low, high = priors.bootstrap(priors.bbe, host[k][sample_p[k]], host[k][sample_u[k]], n=settings.bootstrap)
             print(f"seed {seed}: BBE 95 % interval [{low:.3f}, {high:.3f}]")
 
 

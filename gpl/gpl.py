@@ -186,7 +186,8 @@ def class_prior(posterior: Tensor, is_p: Tensor, is_u: Tensor) -> Tensor:
 
 def select(posterior: Tensor, unlabelled: Tensor, pi: Tensor) -> Tensor:
     """S = the floor(pi * |U|) most positive-looking nodes of U, [S, N] bool; ties go to the smaller node id."""
-    count = (pi.double() * unlabelled.sum(-1) + 1e-9).floor()
+    # pi is a float32 quotient of counts: without the slack, pi * |U| = k falls one short of k half of the time.
+    count = (pi.double() * unlabelled.sum(-1) * (1 + 2e-7)).floor()
     order = posterior.masked_fill(~unlabelled, -1.0).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -25,6 +25,8 @@ class Method:
         self.labelled, self.unlabelled = labelled, ~labelled
         # In the losses: P without its held-out part, U without its held-out part.
         self.fit_p, self.fit_u = labelled & ~held_p, ~labelled & ~held_u
+        # The prior is estimated on nodes that no loss has seen, where some are held out.
+        self.estimate_p = held_p if bool(held_p.any()) else labelled
         self.estimate_u = held_u if bool(held_u.any()) else self.unlabelled
         self.true_pi = true_pi
         self.pi = torch.full((batch.S,), float("nan"), device=batch.device)
@@ -48,8 +50,8 @@ class Method:
         return model(self.adjacency).sigmoid()
 
     def estimate(self, posterior: Tensor) -> Tensor:
-        """Class prior [S] by BBE on held-out P (all of P when none is held out) and U."""
-        return gpl.class_prior(posterior, self.held_p if self.s.cpe_holdout > 0 else self.labelled, self.estimate_u)
+        """Class prior [S] by BBE on held-out P and U (all of P, all of U, when none is held out)."""
+        return gpl.class_prior(posterior, self.estimate_p, self.estimate_u)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold besides the model."""
@@ -76,7 +78,6 @@ class GPL(Method):
         self.raw = gpl.mask_start((b.S, b.E), s.mask, b.device)
         self.adam = gpl.adam_start(self.raw)
         self.chosen = torch.zeros_like(self.labelled)
-        self.pool = self.unlabelled  # where the labels of Eq. 9 and Eq. 8 are picked
         self.lpl = torch.zeros(b.S, device=b.device)
         self.last = torch.zeros(self.labelled.shape, device=b.device)
         self.adjacency, self.warming = Adjacency(b, self.weight), True
@@ -87,20 +88,23 @@ class GPL(Method):
 
     def _inner(self, first: bool, steps: int) -> None:
         s, known = self.s, self.fit_p
+        chosen = self.chosen & self.fit_u  # held-out nodes stay out of this loss, too
         if first:  # no S yet: positives only (Eq. 6)
             start = gpl.start_belief(known, s.lpl_init, pi=self.pi)
         else:  # Eq. 9
-            positive = known | (self.chosen if s.lpl_labels == "hard" else torch.zeros_like(known))
-            negative = torch.where(self.chosen, 1.0, 0.0) if s.lpl_labels == "hard" else self.last
-            start = gpl.start_belief(positive, "posterior", posterior=negative)
+            hard = s.lpl_labels == "hard"
+            start = gpl.start_belief(
+                known | chosen if hard else known,
+                "posterior",
+                posterior=torch.zeros_like(self.last) if hard else self.last,
+            )
         clamp = known if s.lpl_clamp else None
 
         def loss_of(weight: Tensor) -> Tensor:
             belief = gpl.propagate(weight, start, self.batch, s.alpha, s.steps, clamp)
             if first:
                 return gpl.lpl(belief, known, s.lpl_form)
-            rest = self.pool & ~self.chosen
-            return gpl.lpl_joint(belief, known | self.chosen, rest, s.lpl_form, s.lambda_neg)
+            return gpl.lpl_joint(belief, known | chosen, self.fit_u & ~chosen, s.lpl_form, s.lambda_neg)
 
         self.raw, self.adam, self.lpl = gpl.learn_mask(
             self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr, s.inner_optimizer
@@ -113,16 +117,17 @@ class GPL(Method):
         if self.warming:
             return
         if s.inner_steps > 0:
+            if first or s.schedule == "alternate":
+                self.last = self.posterior(trainer.model)  # the current posterior: Eq. 9 starts from it
+            if first:
+                self.pi = self.estimate(self.last)  # for --lpl-init prior
             if s.schedule == "alternate":
-                if first:
-                    self.pi = self.estimate(self.posterior(trainer.model))  # for --lpl-init prior
                 self._inner(first, s.inner_steps)
             elif first:  # not bilevel: the mask is learned once, by Eq. 6, and stays
-                self.pi = self.estimate(self.posterior(trainer.model))
                 self._inner(True, s.inner_steps * s.epochs)
         self.last = self.posterior(trainer.model)
         self.pi = self.estimate(self.last)
-        self.chosen = gpl.select(self.last, self.pool, self.pi)
+        self.chosen = gpl.select(self.last, self.unlabelled, self.pi)
 
     def loss(self, model: Classifier) -> Tensor:
         if self.warming or self.s.selection == "none":

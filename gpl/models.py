@@ -77,7 +77,8 @@ class Classifier(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(batch.S, 1, hidden, device=batch.device))
         self.b2 = nn.Parameter(torch.zeros(batch.S, 1, 1, device=batch.device))
         self.batch, self.dropout = batch, dropout
-        self.generators = [torch.Generator(batch.device).manual_seed(s) for s in seeds]
+        # A stream of its own: with the seed of the initial weights, dropout would repeat their draws.
+        self.generators = [torch.Generator(batch.device).manual_seed(s + 15_485_867) for s in seeds]
 
     def first(self) -> Tensor:
         """X W1 for all seeds: [S, N, hidden]. Projecting first means 16 columns are propagated, never F."""

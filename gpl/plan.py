@@ -38,7 +38,12 @@ class Job:
 
 
 def load_plan(path: Path = HERE / "plan.yaml") -> dict:
-    return yaml.safe_load(path.read_text())
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
 
 
 def jobs(plan: dict, scale: str, only: str = "*") -> list[Job]:

@@ -213,6 +213,8 @@ class Run:
         path = self.out / "settings.json"
         if path.exists():
             old = read_json(path)
+            if not isinstance(old, dict):
+                raise UserError(f"{path} holds no settings; delete the folder and start again")
             changed = sorted(k for k in {*old, *self.settings} - {*ignore} if old.get(k) != self.settings.get(k))
             if changed:
                 k = changed[0]
@@ -241,7 +243,7 @@ class Run:
         path = self.folder(seed) / "metrics.jsonl"
         old = path.read_text().splitlines() if path.exists() else []
         if keep_to is not None:
-            old = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_to]
+            old = [line for line in old if line.endswith("}") and json.loads(line).get("step", math.inf) <= keep_to]
         write_text(path, "".join(f"{line}\n" for line in [*old, *(json.dumps(line) for line in lines)]))
         if lines:
             from torch.utils.tensorboard import SummaryWriter
@@ -278,8 +280,13 @@ class Run:
 def check_record(record: Any, place: str) -> dict:
     if not isinstance(record, dict) or [k for k in RECORD_KEYS if k not in record]:
         raise UserError(f"{place} is not a record (missing keys); delete it and run again")
-    if not isinstance(record["metrics"], dict) or record["scale"] not in SCALES:
-        raise UserError(f"{place} is not a record (metrics or scale); delete it and run again")
+    numbers = [record["seconds"], record["peak_memory_mb"], record["seed"]]
+    whole = isinstance(record["metrics"], dict) and isinstance(record["data"], dict) and record["scale"] in SCALES
+    if not whole or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
+        raise UserError(f"{place} is not a record (metrics, data, scale or a number); delete it and run again")
+    odd = [k for k, v in record["metrics"].items() if isinstance(v, str) and k in ("f1", "accuracy")]
+    if odd:
+        raise UserError(f"{place}: metric {odd[0]} is not a number; delete it and run again")
     return record
 
 

@@ -99,7 +99,11 @@ def long(found: list[dict]) -> pd.DataFrame:
 def read_printed(path: Path) -> pd.DataFrame:
     """paper.csv; a malformed line is named by its number. An empty value is a printed number that is not known."""
     rows = []
-    with open(path, newline="") as file:
+    try:
+        path.read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         if next(reader, None) != COLUMNS:
             raise UserError(f"{path}:1: the header must be {','.join(COLUMNS)}")

@@ -7,6 +7,8 @@ The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when 
 """
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -157,6 +159,9 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
 
 
+NOT_PART_OF_A_RUN = ("out", "data_dir", "device", "download", "dry_run")  # may change between starts of one run
+
+
 class Trainer:
     """Batch, method, model and optimiser of all seeds, and everything a checkpoint needs."""
 
@@ -175,6 +180,11 @@ class Trainer:
         self.labelled, held_p, held_u = (
             torch.stack([getattr(x, name) for x in splits]).to(device) for name in ("labelled", "held_p", "held_u")
         )
+        if s.cpe_holdout > 0 and int(held_p.sum(-1).min()) < 2:
+            raise UserError(
+                f"--cpe-holdout {s.cpe_holdout:g} keeps fewer than two of {int(self.labelled[0].sum())} labelled nodes "
+                "for the prior, which needs two; raise it, raise --r-p, or pass 0"
+            )
         self.true_pi = evaluation.true_prior(self.batch.y, self.labelled)
         self.method: Method = CLASSES[s.method](s, self.batch, self.labelled, held_p, held_u, self.true_pi)
         self.rounds = -1
@@ -199,11 +209,20 @@ class Trainer:
         for i, p in enumerate(self.model.parameters()):
             tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
         tensors |= {f"rng.{i}": g.get_state() for i, g in enumerate(self.model.generators)}
-        runs.write_tensors(path, tensors, {"epoch": str(epoch), "rounds": str(self.rounds), "seconds": str(seconds)})
+        meta = {"epoch": str(epoch), "rounds": str(self.rounds), "seconds": str(seconds), "run": self.fingerprint()}
+        runs.write_tensors(path, tensors, meta)
+
+    def fingerprint(self) -> str:
+        """Of the settings that matter and the data: a checkpoint of anything else is refused."""
+        own = {k: v for k, v in dataclasses.asdict(self.s).items() if k not in NOT_PART_OF_A_RUN}
+        text = json.dumps([own, [g.sha256 for g in self.graphs]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self, path: Path) -> tuple[int, float]:
         """-> (epochs done, seconds spent)."""
         tensors, meta = runs.read_tensors(path)
+        if meta.get("run") != self.fingerprint():
+            raise UserError(f"{path} belongs to another run (method, seeds, settings or data); delete it to start over")
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "method": {}, "adam": {}, "rng": {}}
         for key, value in tensors.items():
             group, _, name = key.partition(".")
@@ -219,7 +238,7 @@ class Trainer:
             for i, g in enumerate(self.model.generators):
                 g.set_state(parts["rng"][str(i)])
             return int(meta["epoch"]), float(meta["seconds"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path} belongs to another model ({error}); delete it to start the run again") from None
 
 
@@ -250,7 +269,10 @@ def train(t: Trainer, run: runs.Run) -> Tensor:
         if done % s.checkpoint_every == 0 or done == method.epochs:
             flush(t, run, lines, keep_to)
             keep_to, lines = None, []
+            stop_if_not_finite(t, run, loss, done)
             t.save(path, done, run.seconds())
+    if lines:  # GRAB may end between two checkpoints
+        flush(t, run, lines, keep_to)
     if isinstance(method, GRAB):
         method.finish_round(t)
     return method.posterior(t.model)
@@ -265,17 +287,23 @@ def observe(t: Trainer, loss: Tensor, done: int) -> dict[str, Tensor]:
     return {"step": torch.tensor(done), "loss": loss, "f1": f1, "pi_hat": pi, "pi_true": t.true_pi, **t.method.extra()}
 
 
+def stop_if_not_finite(t: Trainer, run: runs.Run, loss: Tensor, done: int) -> None:
+    """Before anything is written: a loss that is not finite ends the run, and the last good checkpoint stays."""
+    bad = (~loss.detach().isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise UserError(
+            f"the loss of seed {t.s.seeds[bad[0]]} is not a number at epoch {done}; the checkpoint before it is kept "
+            f"in {run.out / 'checkpoint'}; lower --lr or --inner-lr"
+        )
+
+
 def flush(t: Trainer, run: runs.Run, lines: list[dict[str, Tensor]], keep_to: int | None) -> None:
-    """One wait for the device: write the collected curves; a loss that is not a number ends the run here."""
+    """One wait for the device: write the collected curves."""
     host = [{k: v.tolist() for k, v in line.items()} for line in lines]
+    for line in lines:
+        stop_if_not_finite(t, run, line["loss"], int(line["step"]))
     for k, seed in enumerate(t.s.seeds):
         rows = [{key: v if key == "step" else v[k] for key, v in line.items()} for line in host]
-        for row in rows:
-            if row["loss"] != row["loss"]:
-                raise UserError(
-                    f"the loss of seed {seed} is not a number at epoch {row['step']}; the checkpoint before it is "
-                    f"kept in {run.out / 'checkpoint'}; lower --lr or --inner-lr"
-                )
         # No prior before the first estimate: leave the key out, JSON has no NaN.
         run.log(seed, [{key: v for key, v in row.items() if v == v} for row in rows], keep_to)
 
@@ -293,7 +321,7 @@ def main() -> None:
         return
     # Seeds are independent, so several processes (`accelerate launch`) simply share them out.
     state = PartialState()
-    run = runs.Run(Path(s.out), s, ("out", "data_dir", "device", "download", "dry_run"), state.process_index)
+    run = runs.Run(Path(s.out), s, NOT_PART_OF_A_RUN, state.process_index)
     if run.complete:
         print(f"{run.out} is complete; delete it to run again")
         evaluation.show(runs.read_record(p) for p in sorted(run.out.glob("seed*/record.json")))

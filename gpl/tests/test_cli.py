@@ -21,7 +21,20 @@ import train
 from tables import long
 
 HERE = Path(__file__).resolve().parents[1]
-TINY = ["--dataset", "karate", "--warmup", "3", "--epochs", "6", "--log-every", "1", "--checkpoint-every", "2"]
+TINY = [
+    "--dataset",
+    "karate",
+    "--cpe-holdout",
+    "0.4",
+    "--warmup",
+    "3",
+    "--epochs",
+    "6",
+    "--log-every",
+    "1",
+    "--checkpoint-every",
+    "2",
+]
 
 
 def run(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
@@ -67,7 +80,7 @@ def test_train_leaves_a_whole_run_folder(trained):
         assert steps == list(range(1, 10))
     assert len((trained / "records.jsonl").read_text().splitlines()) == 2
     record = runs.read_record(trained / "seed0" / "record.json")
-    assert record["settings"]["cpe_holdout"] == 0.2 and record["data"]["n"] == 34 and record["scale"] == "demo"
+    assert record["settings"]["cpe_holdout"] == 0.4 and record["data"]["n"] == 34 and record["scale"] == "demo"
     assert sum(record["metrics"]["hist_binary_same"]) + sum(record["metrics"]["hist_binary_differ"]) == 78
 
 
@@ -88,7 +101,20 @@ def test_a_complete_run_is_not_trained_again(trained):
 
 @pytest.mark.parametrize("method", ["gpl", "grab"])
 def test_a_killed_run_resumes_to_the_same_result(tmp_path, method):
-    words = ["--dataset", "karate", "--method", method, "--warmup", "20", "--epochs", "60", "--checkpoint-every", "7"]
+    words = [
+        "--dataset",
+        "karate",
+        "--cpe-holdout",
+        "0.4",
+        "--method",
+        method,
+        "--warmup",
+        "20",
+        "--epochs",
+        "60",
+        "--checkpoint-every",
+        "7",
+    ]
     words += ["--log-every", "1", "--grab-rounds", "3", "--grab-epochs", "50", "--seeds", "0", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run("train.py", *words, "--out", str(whole)).returncode == 0
@@ -157,6 +183,7 @@ def test_estimators_write_a_record_each(tmp_path, monkeypatch):
         (["--r-p", "0.001", "--dataset", "karate"], ["no labelled positive"]),
         (["--alpha", "1"], ["--alpha must lie strictly between"]),
         (["--epochs", "0"], ["--epochs must be at least 1"]),
+        (["--dataset", "karate", "--out", "{tmp}"], ["fewer than two of 6", "raise it"]),
         (["--h", "0.95"], ["not possible"]),
         (["--lr", "-1"], ["--lr must not be negative"]),
         (["--device", "tpu"], ["tpu"]),
@@ -166,8 +193,8 @@ def test_estimators_write_a_record_each(tmp_path, monkeypatch):
         (["--dataset", "karate", "--out", "x" * 300], ["--out"]),
     ],
 )
-def test_user_errors(words, expected, fails):
-    fails(train, words, *expected)
+def test_user_errors(words, expected, fails, tmp_path):
+    fails(train, [w.format(tmp=tmp_path / "x") for w in words], *expected)
 
 
 def test_a_user_error_of_a_real_command_has_no_traceback():
@@ -187,13 +214,14 @@ def test_eval_errors(tmp_path, trained, fails):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, trained, fails):
-    other = tmp_path / "other"
-    (other / "checkpoint").mkdir(parents=True)
-    (other / "checkpoint" / "state.safetensors").write_bytes(
-        (trained / "checkpoint" / "state.safetensors").read_bytes()
-    )
-    words = [*TINY, "--method", "mlp", "--hidden", "7", "--seeds", "0", "1", "--out", str(other)]
-    fails(train, words, "belongs to another model", "state.safetensors")
+    state = (trained / "checkpoint" / "state.safetensors").read_bytes()
+    changes = (["--method", "mlp"], ["--method", "gcn-ted"], ["--lr", "0.02"], ["--dataset", "synthetic"])
+    for k, changed in enumerate(changes):
+        path = tmp_path / str(k) / "checkpoint" / "state.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(state)
+        words = [*TINY, "--seeds", "0", "1", "--out", str(tmp_path / str(k)), *changed]
+        fails(train, words, "belongs to another run", "state.safetensors")
 
 
 def test_other_settings_in_a_used_folder_are_refused(trained, fails):
@@ -204,6 +232,13 @@ def test_nan_loss_stops_with_the_epoch_and_keeps_the_checkpoint(tmp_path, fails)
     out = tmp_path / "nan"
     fails(train, ["--method", "gcn", *TINY, "--lr", "1e30", "--out", str(out)], "not a number at epoch", "checkpoint")
     assert not (out / "records.jsonl").exists() and not list(out.glob("seed*/record*"))
+
+
+def test_estimators_use_the_nodes_that_the_methods_use(trained):
+    """BBE as a row of the class-prior table and BBE inside GPL and TED see the same held-out nodes."""
+    t, posterior, _ = evaluation.load(evaluation.EvalSettings(run=str(trained), device="cpu"))
+    inside = t.method.estimate(posterior).tolist()
+    assert [row["BBE"] for row in evaluation.estimate(t, posterior)] == pytest.approx(inside, abs=1e-6)
 
 
 def test_help_names_the_method_and_defaults():

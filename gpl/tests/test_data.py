@@ -70,6 +70,23 @@ def test_a_truncated_raw_file_is_told_and_leaves_no_cache(tmp_path):
     assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
 
 
+@pytest.mark.realdata
+@realdata
+def test_missing_edges_and_a_damaged_cache_are_noticed(tmp_path):
+    folder = tmp_path / "graphs" / "texas" / "raw"
+    shutil.copytree(REAL / "graphs" / "texas" / "raw", folder)
+    os.chmod(folder, 0o755)
+    g = data.load_graph("texas", tmp_path, tmp_path / "cache")
+    (cached,) = (tmp_path / "cache").glob("*")
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert torch.equal(data.load_graph("texas", tmp_path, tmp_path / "cache").edge, g.edge)
+    path = folder / "out1_graph_edges.txt"
+    os.chmod(path, 0o644)
+    path.write_text("\n".join(path.read_text().splitlines()[:150]) + "\n")
+    with pytest.raises(UserError, match="heterophily"):
+        data.load_graph("texas", tmp_path, tmp_path / "cache")
+
+
 def test_missing_files_are_named_with_source_and_place(tmp_path):
     for name in ("pubmed", "wikics", "texas", "cornell-own"):
         with pytest.raises(UserError) as error:

@@ -180,6 +180,10 @@ def test_selection_takes_the_floor_and_breaks_ties_by_node_id():
     assert chosen.tolist() == [[True, True, False, False, False, False]]
     assert gpl.select(posterior, unlabelled, torch.tensor([0.6])).sum() == 3  # 0.6 * 5 is 3, also in floating point
     assert gpl.select(posterior, unlabelled, torch.tensor([0.0])).sum() == 0
+    for n in (7, 1000, 6618):  # a float32 prior of k/n picks k nodes, not k - 1
+        scores, everyone = torch.rand(n, n if n < 100 else 1).t().contiguous(), torch.ones(1, n, dtype=torch.bool)
+        for k in range(0, n, max(1, n // 50)):
+            assert gpl.select(scores[:1], everyone, torch.tensor([k / n])).sum() == k
     assert torch.equal(gpl.select(posterior, unlabelled, torch.tensor([1.0])), unlabelled)
 
 

@@ -13,6 +13,7 @@ from torch_geometric.nn import GCNConv
 
 import baselines
 import data
+import gpl
 from data import GraphBatch
 from methods import CLASSES, GRAB
 from models import Adjacency, Classifier
@@ -65,7 +66,7 @@ def test_sparse_and_dense_features_give_the_same_classifier():
 
 def test_a_seed_does_not_depend_on_the_others_of_its_batch():
     def losses(seeds):
-        s = Settings(seeds=tuple(seeds), dataset="karate", warmup=3, epochs=4)
+        s = Settings(seeds=tuple(seeds), dataset="karate", warmup=3, epochs=4, cpe_holdout=0.4)
         s.check()
         t = Trainer(s, torch.device("cpu"))
         for epoch in range(t.method.epochs):
@@ -83,7 +84,7 @@ def test_a_seed_does_not_depend_on_the_others_of_its_batch():
 
 
 def test_dropout_is_off_in_posteriors():
-    s = Settings(seeds=(0,), dataset="karate")
+    s = Settings(seeds=(0,), dataset="karate", cpe_holdout=0.4)
     s.check()
     t = Trainer(s, torch.device("cpu"))
     t.model.train()
@@ -323,7 +324,7 @@ def test_lsdan_attention_against_loops():
 
 
 def trained(**changes) -> torch.Tensor:
-    s = Settings(**{**dict(seeds=(0, 1), dataset="karate", warmup=3, epochs=4), **changes})
+    s = Settings(**{**dict(seeds=(0, 1), dataset="karate", warmup=3, epochs=4, cpe_holdout=0.4), **changes})
     s.check()
     t = Trainer(s, torch.device("cpu"))
     for epoch in range(t.method.epochs):
@@ -336,14 +337,14 @@ def trained(**changes) -> torch.Tensor:
 
 
 def test_gpl_without_lpl_and_selection_is_the_naive_gcn():
-    held = dict(cpe_holdout=0.2, cpe_holdout_u=0.2)
+    held = dict(cpe_holdout=0.4, cpe_holdout_u=0.4)
     torch.testing.assert_close(
         trained(method="gpl", inner_steps=0, selection="none", **held), trained(method="gcn", **held), rtol=0, atol=0
     )
 
 
 def test_ted_that_drops_nothing_is_the_naive_gcn(monkeypatch):
-    held = dict(cpe_holdout=0.2, cpe_holdout_u=0.2)
+    held = dict(cpe_holdout=0.4, cpe_holdout_u=0.4)
     monkeypatch.setattr(CLASSES["gcn-ted"], "estimate", lambda self, posterior: torch.zeros(2))
     assert torch.equal(trained(method="gcn-ted", **held), trained(method="gcn", **held))
 
@@ -361,7 +362,7 @@ def test_mlp_is_blind_to_edges(monkeypatch):
 def test_held_out_nodes_never_enter_a_loss():
     """Trap: a prior estimated on nodes that were trained on reproduces itself."""
     for name, cls in CLASSES.items():
-        s = Settings(method=name, seeds=(0,), dataset="karate", warmup=0, cpe_holdout=0.3, cpe_holdout_u=0.3)
+        s = Settings(method=name, seeds=(0,), dataset="karate", warmup=0, cpe_holdout=0.4, cpe_holdout_u=0.4)
         s.check()
         t = Trainer(s, torch.device("cpu"))
         t.method.begin(0, t)
@@ -386,6 +387,57 @@ def test_held_out_nodes_never_enter_a_loss():
         assert (model.z.grad[0][held] == 0).all() and (model.z.grad[0][~held] != 0).any()
 
 
+def test_held_out_nodes_never_enter_the_inner_loss(monkeypatch):
+    s = Settings(seeds=(0, 1), dataset="synthetic", warmup=2, epochs=3)
+    s.check()
+    t = Trainer(s, torch.device("cpu"))
+    seen, original = [], gpl.propagate
+
+    def watched(*args):
+        belief = original(*args)
+        belief.retain_grad()
+        seen.append(belief)
+        return belief
+
+    def grad(outputs, inputs):
+        outputs.backward(inputs=[inputs, seen[-1]], retain_graph=True)
+        return (inputs.grad,)
+
+    monkeypatch.setattr(gpl, "propagate", watched)
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    for epoch in range(t.method.epochs):
+        t.method.begin(epoch, t)
+    held = t.method.held_p | (~t.labelled & ~t.method.fit_u)
+    assert len(seen) == 3 * s.inner_steps and held.any()
+    for belief in seen:
+        assert (belief.grad[held] == 0).all() and (belief.grad[~held] != 0).any()
+
+
+def test_labels_of_the_unlabelled_never_reach_training(monkeypatch):
+    """Other labels on U, same P: the trained classifier is the same to the last bit."""
+    s = Settings(seeds=(0,), dataset="karate", warmup=3, epochs=4, cpe_holdout=0.4)
+    s.check()
+    real = data.karate()
+    split = data.pu_split(real.y, 0.5, 0.4, 0.4, 0)
+    monkeypatch.setattr(data, "pu_split", lambda *args: split)
+
+    def posterior(method, y):
+        fake = data.Graph("karate", real.x, y, real.classes, real.edge, real.h, real.sha256)
+        monkeypatch.setattr(data, "karate", lambda: fake)
+        return trained(method=method, seeds=(0,))
+
+    flipped = torch.where(split.labelled, real.y, 1 - real.y)
+    for method in ("gpl", "gcn", "gcn-ted", "grab"):
+        assert torch.equal(posterior(method, real.y), posterior(method, flipped))
+
+
+def test_dropout_does_not_repeat_the_initial_weights():
+    g = random_graph(30, 40, 1)
+    model = Classifier(GraphBatch([g], 1, "cpu"), 16, 0.5, [0])
+    kept = model.drop(torch.ones(1, 30, 16))[0] > 0
+    assert not torch.equal(kept, model.w1[0] > 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", CLASSES)
@@ -393,7 +445,8 @@ def test_cpu_and_gpu_agree(method):
     """Same initial weights everywhere; dropout, whose draws differ by device, is switched off."""
 
     def posterior(device: str) -> torch.Tensor:
-        s = Settings(method=method, seeds=(0, 1), dataset="karate", warmup=3, epochs=4, dropout=0.0, pugnn_epochs=5)
+        s = Settings(method=method, seeds=(0, 1), dataset="karate", warmup=3, epochs=4, dropout=0.0, cpe_holdout=0.4)
+        s.pugnn_epochs = 5
         s.grab_epochs, s.grab_rounds = 4, 2
         s.check()
         t = Trainer(s, torch.device(device))
