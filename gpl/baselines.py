@@ -14,6 +14,7 @@ from models import Adjacency, Classifier, glorot
 
 PUGNN_DELTA, PUGNN_NEGATIVES, PUGNN_ALPHA = 3, 50, 0.01
 LSDAN_HOPS, LSDAN_NEIGHBOURS = 3, 32
+BLOCK = 4096  # rows of an N x N table that are looked at together
 GRAB_EDGE, GRAB_SWEEPS, GRAB_TOLERANCE = 0.9, 100, 1e-6
 CERTAIN = 20.0  # log-odds that stand for probability one in belief propagation
 
@@ -98,60 +99,101 @@ def pugnn_loss(posterior: Tensor, is_p: Tensor, near: Tensor, far: Tensor, pi_ne
 class NegativeSamples:
     """K uniform non-neighbours k of i for every directed edge (i, j), drawn once a run by a seeded generator.
 
-    Kept as index pairs, or, when there are more of them than a 32nd of all N x N cells, as an N x N table of how often
-    each pair was drawn: then the sum is done by matrix products, row block by row block, which is faster.
+    Kept as a CSR pattern of distinct pairs and how often each was drawn, or, when they fill more than a tenth of all
+    N x N cells, as an N x N table of counts: then blocks of a dense product are faster.
     """
 
-    def __init__(self, batch: GraphBatch, seeds: list[int], per_edge: int = PUGNN_NEGATIVES):
-        n, s_n = batch.N, batch.S
-        self.batch, self.dense = batch, 2 * batch.E * per_edge > n * n / 32
-        self.pairs, self.counts, self.total = [], [], []
+    def __init__(self, batch: GraphBatch, seeds: list[int], per_edge: int = PUGNN_NEGATIVES, dense: bool | None = None):
+        n, per_seed = batch.N, 2 * batch.E
+        self.batch, self.dense = batch, per_seed * per_edge > n * n / 10 if dense is None else dense
+        self.pairs, self.total = [], []
         row, col = batch.row.cpu(), batch.col.cpu().long()
-        per_seed = 2 * batch.E
-        for s in range(s_n):
+        for s in range(batch.S):
             generator = torch.Generator().manual_seed(seeds[s] + 7_919)
-            i, j = (t[s * per_seed : (s + 1) * per_seed] - s * n for t in (row, col))
-            keys = torch.cat([i * n + j, torch.arange(n) * (n + 1)]).unique()
-            full = torch.bincount(i, minlength=n) >= n - 1  # nothing to draw from
-            ends = i[~full[i]].repeat_interleave(per_edge)
-            other = torch.randint(n, ends.shape, generator=generator)
-            bad = torch.isin(ends * n + other, keys).nonzero().squeeze(1)
-            while len(bad):
-                other[bad] = torch.randint(n, bad.shape, generator=generator)
-                bad = bad[torch.isin(ends[bad] * n + other[bad], keys)]
-            self.total.append(max(len(ends), 1))
+            i, j = (t[s * per_seed : (s + 1) * per_seed] - s * n for t in (row, col))  # sorted by i
+            keys = torch.cat([_draw(i, j, n, start, per_edge, generator) for start in range(0, n, BLOCK)])
+            self.total.append(max(len(keys), 1))
             if self.dense:
-                table = torch.bincount(ends * n + other, minlength=n * n).view(n, n)
-                self.counts.append(table.to(torch.int16).to(batch.device))
+                table = torch.bincount(keys, minlength=n * n).view(n, n)
+                # The product z_i . z_k does not know its order: the upper triangle holds both.
+                pairs = (table + table.t()).triu_().to(torch.int16).to(batch.device)
             else:
-                self.pairs.append((ends.to(batch.device), other.to(batch.device)))
+                pairs = _Pairs(keys, n, batch.device)
+            self.pairs.append(pairs)
 
     def loss(self, z: Tensor) -> Tensor:
         """mean over edges and draws of sigmoid(z_i . z_k)^2, z [S, N, C] -> [S]."""
-        out = []
-        for s in range(self.batch.S):
-            if self.dense:
-                out.append(_CountedPairs.apply(z[s], self.counts[s]) / self.total[s])
-            else:
-                i, k = self.pairs[s]
-                out.append((z[s][i] * z[s][k]).sum(-1).sigmoid().square().sum() / self.total[s])
-        return torch.stack(out)
+        form = _CountedPairs if self.dense else _SparsePairs
+        return torch.stack([form.apply(z[s], self.pairs[s]) / self.total[s] for s in range(self.batch.S)])
+
+
+def _draw(i: Tensor, j: Tensor, n: int, start: int, per_edge: int, generator: torch.Generator) -> Tensor:
+    """Negative pairs of the edges (i, j) that leave the nodes start .. start + BLOCK, as keys i * n + k."""
+    here = (i >= start) & (i < start + BLOCK)
+    i, j = i[here], j[here]
+    taken = torch.zeros(min(BLOCK, n - start), n, dtype=torch.bool)
+    taken[i - start, j] = True
+    taken[torch.arange(len(taken)), torch.arange(len(taken)) + start] = True
+    full = taken.all(1)  # a node joined to all others: nothing to draw from
+    ends = i[~full[i - start]].repeat_interleave(per_edge)
+    other = torch.randint(n, ends.shape, generator=generator)
+    bad = taken[ends - start, other].nonzero().squeeze(1)
+    while len(bad):
+        other[bad] = torch.randint(n, bad.shape, generator=generator)
+        bad = bad[taken[ends[bad] - start, other[bad]]]
+    return ends * n + other
+
+
+class _Pairs:
+    """Distinct pairs as a CSR pattern with their counts, and the way to its transpose."""
+
+    def __init__(self, keys: Tensor, n: int, device: torch.device):
+        keys, counts = keys.unique(return_counts=True)
+        i, k = keys // n, keys % n
+        self.order = k.argsort(stable=True).to(device)
+        self.counts = counts.float().to(device)
+        self.crow, self.crow_t = (
+            F.pad(torch.bincount(t, minlength=n).cumsum(0), (1, 0)).int().to(device) for t in (i, k)
+        )
+        self.col, self.col_t = k.int().to(device), i.to(device)[self.order].int()
+        self.size = (n, n)
+
+
+class _SparsePairs(torch.autograd.Function):
+    """sum_ik counts_ik sigmoid(z_i . z_k)^2 over a sparse pattern: one sampled product for the value, and for the
+    gradient one sparse product each way."""
+
+    @staticmethod
+    def forward(ctx, z, pairs):
+        nothing = torch.zeros_like(pairs.counts, dtype=z.dtype)
+        pattern = torch.sparse_csr_tensor(pairs.crow, pairs.col, nothing, pairs.size, check_invariants=False)
+        p = torch.sparse.sampled_addmm(pattern, z, z.t(), beta=0.0).values().sigmoid()
+        weighted = p.square() * pairs.counts
+        d = 2 * weighted * (1 - p)
+        there = torch.sparse_csr_tensor(pairs.crow, pairs.col, d, pairs.size, check_invariants=False)
+        back = torch.sparse_csr_tensor(pairs.crow_t, pairs.col_t, d[pairs.order], pairs.size, check_invariants=False)
+        ctx.save_for_backward(there @ z + back @ z)
+        return weighted.sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0], None
 
 
 class _CountedPairs(torch.autograd.Function):
-    """sum_ik counts_ik sigmoid(z_i . z_k)^2; value and gradient in one pass over row blocks, nothing N x N is saved."""
+    """The same from an upper triangular table of counts; value and gradient in one pass over row blocks."""
 
     @staticmethod
     def forward(ctx, z, counts):
         grad, total = torch.zeros_like(z), z.new_zeros(())
-        for start in range(0, len(z), 1024):
-            rows = slice(start, start + 1024)
-            p = (z[rows] @ z.t()).sigmoid_()
-            weighted = p.square().mul_(counts[rows])
+        for start in range(0, len(z), 512):
+            rows = slice(start, start + 512)
+            p = (z[rows] @ z[start:].t()).sigmoid_()
+            weighted = p.square().mul_(counts[rows, start:])
             total += weighted.sum()
-            d = weighted.mul_(2).mul_(1 - p)
-            grad[rows] += d @ z
-            grad += d.t() @ z[rows]
+            d = weighted.mul_(2).mul_(p.neg_().add_(1))
+            grad[rows] += d @ z[start:]
+            grad[start:] += d.t() @ z[rows]
         ctx.save_for_backward(grad)
         return total
 
@@ -254,7 +296,9 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx, g):
         weight, h = ctx.saved_tensors
         g = g.contiguous()
-        d_weight = torch.stack([(h[column] * g).sum(-1) for column in ctx.hop.place.t()], 1)
+        size = (len(h), len(h))
+        pattern = torch.sparse_csr_tensor(ctx.hop.crow, ctx.hop.col, torch.zeros_like(weight).reshape(-1), size)
+        d_weight = torch.sparse.sampled_addmm(pattern, g, h.t(), beta=0.0).values().view_as(weight)
         return d_weight, ctx.hop.transposed(weight, g), None
 
 

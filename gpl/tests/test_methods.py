@@ -229,38 +229,59 @@ def test_pugnn_loss_matches_averages_and_ignores_empty_parts():
 
 @pytest.mark.parametrize("per_edge", [1, 40])
 def test_negative_samples_both_ways(per_edge):
-    """Counted and listed pairs give the loss and gradient of the plain double loop; no drawn pair is an edge."""
+    """Counted and sparse pairs give the loss and gradient of the plain double loop; no drawn pair is an edge."""
     g = random_graph(20, 30, 3)
     batch = GraphBatch([g], 1, "cpu")
+    sparse = baselines.NegativeSamples(batch, [5], per_edge, dense=False)
+    kept = sparse.pairs[0]
+    pairs = []
+    for i in range(20):
+        for e in range(int(kept.crow[i]), int(kept.crow[i + 1])):
+            pairs += [(i, int(kept.col[e]))] * int(kept.counts[e])
+    assert len(pairs) == sparse.total[0] == 2 * 30 * per_edge
+    adjacency = dense(g)
+    assert all(adjacency[i, k] == 0 and i != k for i, k in pairs)
+    degree = adjacency.sum(1)
+    assert [sum(i == node for i, _ in pairs) for node in range(20)] == [int(d) * per_edge for d in degree]
     z = torch.randn(1, 20, 4, dtype=torch.float64, requires_grad=True)
-    results = []
-    for counted in (True, False):
-        sample = baselines.NegativeSamples(batch, [5], per_edge)
-        if sample.dense:
-            table = sample.counts[0]
-            pairs = [(i, k) for i in range(20) for k in range(20) for _ in range(int(table[i, k]))]
-        else:
-            pairs = list(zip(*(t.tolist() for t in sample.pairs[0]), strict=True))
-            table = torch.bincount(torch.tensor([i * 20 + k for i, k in pairs]), minlength=400).view(20, 20).byte()
-        adjacency = dense(g)
-        assert len(pairs) == 2 * 30 * per_edge
-        assert all(adjacency[i, k] == 0 and i != k for i, k in pairs)
-        sample.dense = counted
-        index = torch.tensor(pairs).t()
-        sample.counts, sample.pairs = [table], [(index[0], index[1])]
+    plain = sum(torch.sigmoid(z[0, i] @ z[0, k]) ** 2 for i, k in pairs) / len(pairs)
+    want = torch.autograd.grad(plain, z)[0]
+    for sample in (sparse, baselines.NegativeSamples(batch, [5], per_edge, dense=True)):
         loss = sample.loss(z)
-        results.append((loss, torch.autograd.grad(loss.sum(), z)[0]))
-        plain = sum(torch.sigmoid(z[0, i] @ z[0, k]) ** 2 for i, k in pairs) / len(pairs)
         torch.testing.assert_close(loss[0], plain)
-    torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), z)[0], want)
 
 
-def test_a_node_joined_to_all_others_has_no_negatives():
+def test_counted_pairs_over_several_row_blocks():
+    """More rows than a block holds: the blocks must meet without a gap or an overlap."""
+    z = torch.randn(700, 3, dtype=torch.float64, requires_grad=True)
+    counts = torch.randint(3, (700, 700)).triu(1).to(torch.int16)
+    total = baselines._CountedPairs.apply(z, counts)
+    plain = ((z @ z.t()).sigmoid().square() * counts).sum()
+    torch.testing.assert_close(total, plain)
+    torch.testing.assert_close(torch.autograd.grad(total, z)[0], torch.autograd.grad(plain, z)[0])
+
+
+def test_negatives_are_drawn_block_by_block(monkeypatch):
+    g = random_graph(30, 40, 6)
+    monkeypatch.setattr(baselines, "BLOCK", 7)
+    kept = baselines.NegativeSamples(GraphBatch([g], 1, "cpu"), [1], 5, dense=False).pairs[0]
+    per_row = [int(kept.counts[kept.crow[i] : kept.crow[i + 1]].sum()) for i in range(30)]
+    adjacency = dense(g)
+    assert per_row == [int(d) * 5 for d in adjacency.sum(1)]
+    row = torch.repeat_interleave(torch.arange(30), kept.crow.diff().long())
+    assert (adjacency[row, kept.col.long()] == 0).all() and (row != kept.col).all()
+
+
+@pytest.mark.parametrize("as_table", [True, False])
+def test_a_node_joined_to_all_others_has_no_negatives(as_table):
     star = graph(5, [(0, k) for k in range(1, 5)])
-    sample = baselines.NegativeSamples(GraphBatch([star], 1, "cpu"), [0], 3)
+    sample = baselines.NegativeSamples(GraphBatch([star], 1, "cpu"), [0], 3, dense=as_table)
     assert sample.total == [4 * 3]  # only the leaves draw
-    table = sample.counts[0] if sample.dense else None
-    assert table is None or int(table[0].sum()) == 0
+    if as_table:
+        assert int(sample.pairs[0][0].sum()) == 0 and int(sample.pairs[0].sum()) == 12
+    else:
+        assert int(sample.pairs[0].crow[1]) == 0 and not (sample.pairs[0].col == 0).any()
 
 
 def test_structure_loss_of_joined_nodes():
