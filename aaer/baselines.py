@@ -91,7 +91,7 @@ def perturb(s, forward: attacks.Forward, x: Tensor, y: Tensor, noise: Noise, u: 
     # GradAlign: the attack of V-FGSM, and a penalty on the angle between the gradients at x and at a random point.
     g, z0 = attacks.input_gradient(forward, x, y)
     delta = attacks.project(x, step * g.sign(), eps)
-    return Perturbed(delta, z0, s.align * misalignment(forward, x, y, g, start(eps)))
+    return Perturbed(delta, z0, s.align * misalignment(forward, x, y, g, noise(x, eps)))  # may leave [0, 1]
 
 
 def keep_large(g: Tensor, share: float) -> Tensor:

@@ -88,14 +88,14 @@ def at(check: Callable[..., Verdict], radius: int, **names: str | float) -> Call
 
 
 def every_radius(check: Callable[[pd.DataFrame, int], tuple[float, bool, str]]) -> Callable[[pd.DataFrame], Verdict]:
-    """Over the radii that were measured: (number, holds, text) each."""
+    """Over all radii: (number, holds, text) each. One that fails decides; to hold, every radius must be measured."""
 
     def judge_all(f: pd.DataFrame) -> Verdict:
         found = [(r, *check(f, r)) for r in RADII]
         found = [(r, holds, text) for r, number, holds, text in found if number == number]
-        if not found:
-            return None, ""
-        return all(holds for _, holds, _ in found), "; ".join(f"{r}/255: {text}" for r, _, text in found)
+        good, whole = all(holds for _, holds, _ in found), len(found) == len(RADII)
+        verdict = False if not good else True if whole else None
+        return verdict, "; ".join(f"{r}/255: {text}" for r, _, text in found)
 
     return judge_all
 
@@ -103,8 +103,9 @@ def every_radius(check: Callable[[pd.DataFrame, int], tuple[float, bool, str]]) 
 def no_collapse(f: pd.DataFrame, radius: int) -> tuple[float, bool, str]:
     where = {"dataset": "CIFAR-10", "setting": f"eps={radius}/255"}
     share = [mean(f, "collapsed", m, **where) for m in ("RS-AAER", "N-AAER")]
-    share = [s for s in share if s == s]
-    return (max(share) if share else NAN), bool(share) and max(share) == 0, f"{max(share or [NAN]):.2f}"
+    worst = max((s for s in share if s == s), default=NAN)
+    both = all(s == s for s in share)
+    return (worst if both or worst > 0 else NAN), worst == 0, f"{worst:.2f}"
 
 
 def not_worse(f: pd.DataFrame, radius: int) -> tuple[float, bool, str]:

@@ -59,7 +59,7 @@ def load(
         train, test = (
             Images(torch.empty(0, dtype=torch.uint8), *part) for part in readers.stream(folder / "Imagenet-100")
         )
-        variant = "paper"
+        variant = "own choice of classes"  # the paper's list is not known
     else:
         if name in GENERATED:
             parts, variant = generated.make(name, b), "wheel" if name in ("digits", "mnist5k") else "generated"
@@ -69,7 +69,8 @@ def load(
         train, test = Images(x, y.long()), Images(x_test, y_test.long())
     digest = hashlib.sha256()
     for part in (train, test):
-        digest.update(part.x.contiguous().numpy().tobytes() + part.y.numpy().tobytes() + "".join(part.files).encode())
+        names = "".join("/".join(Path(p).parts[-3:]) for p in part.files)  # split/wnid/file, wherever the data lie
+        digest.update(part.x.contiguous().numpy().tobytes() + part.y.numpy().tobytes() + names.encode())
         if int(part.y.max()) >= KINDS[name].classes:
             raise UserError(f"{name} has labels above {KINDS[name].classes - 1}; the data are damaged")
     size, channels = (224, 3) if train.files else (train.x.shape[1], train.x.shape[3])
@@ -181,9 +182,12 @@ class Batches:
         for p in index.to(self.device).split(self.batch):
             yield to_input(self.part.x[p]), self.part.y[p]
 
-    def _loader(self, stream: Stream, keys: list) -> torch.utils.data.DataLoader:
+    def _loader(self, stream: Stream, keys: list) -> Iterator:
         pin = self.device.type == "cuda"
-        return torch.utils.data.DataLoader(stream, batch_sampler=keys, num_workers=self.workers, pin_memory=pin)
+        try:
+            yield from torch.utils.data.DataLoader(stream, batch_sampler=keys, num_workers=self.workers, pin_memory=pin)
+        except UserError as error:  # out of a loader process it comes with that process's traceback around it
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("runs.UserError: ")) from None
 
 
 def share(batch: Tensor, rank: int, world: int) -> slice:

@@ -1,7 +1,7 @@
 """Evaluate a trained run again, on all or some test images, by FGSM, PGD with restarts and AutoAttack.
 
-python eval.py --run runs/demo/main-rs-aaer
-python eval.py --run runs/paper/main-cifar10-rs-aaer-8 --steps 50 --restarts 10 --autoattack standard
+python eval.py --run runs/demo/own-patches-v-aaer-40
+python eval.py --run runs/paper/main-cifar10-rs-aaer-08 --steps 50 --restarts 10 --autoattack standard
 """
 
 from collections.abc import Callable, Iterable
@@ -76,14 +76,19 @@ def attack_all(
     training, device = model.training, batches.device
     model.eval()
     generator = torch.Generator(device).manual_seed(1_000_000_007 + seed * 1009 + rank)
-    count = torch.zeros(4, dtype=torch.float64, device=device)
+    count = torch.zeros(5, dtype=torch.float64, device=device)
     for x, y in batches.in_order(index[rank::world]):
-        clean = model(x).argmax(1) == y
+        logits = model(x)
+        clean = logits.argmax(1) == y
         quick = model(x + attacks.fgsm(model, x, y, eps)).argmax(1) == y
         strong = attacks.strongest(model, x, y, eps, eps / 4, steps, restarts, generator)[1] & clean
-        count += torch.stack([clean.sum(), quick.sum(), strong.sum(), torch.tensor(len(y), device=device)]).double()
+        odd = ~torch.isfinite(logits).all(1)
+        sums = [clean.sum(), quick.sum(), strong.sum(), odd.sum(), torch.tensor(len(y), device=device)]
+        count += torch.stack(sums).double()
     model.train(training)
-    clean, quick, strong, n = (count if reduce is None else reduce(count)).tolist()
+    clean, quick, strong, odd, n = (count if reduce is None else reduce(count)).tolist()
+    if odd:  # argmax of NaN is a class like any other: such a network would get an accuracy
+        raise UserError(f"the network's outputs are not finite on {odd:.0f} of {n:.0f} test images; train it again")
     return {"clean": 100 * clean / n, "fgsm": 100 * quick / n, "pgd": 100 * strong / n}
 
 
@@ -148,9 +153,11 @@ def summary(curve: list[dict]) -> dict:
         early = max(len(curve) // 5, 1)
         out |= {"surface_before": curve[early - 1]["surface"], "surface_after": curve[-1]["surface"]}
         out |= {"surface_epoch": early}
-    for key in ("train_seconds", "train_cpu_seconds"):  # the first epoch also warms caches up
-        rows = [row[key] for row in curve[1:] or curve if key in row]
-        out[f"{key}_epoch"] = float(np.median(rows))
+    for key in ("train_seconds", "train_cpu_seconds"):  # not of an epoch that was cut and resumed
+        times = {row["epoch"]: row[key] for row in curve if key in row}
+        if len(times) > 1:
+            times.pop(1, None)  # the first epoch also warms caches up
+        out |= {f"{key}_epoch": float(np.median(list(times.values())))} if times else {}
     return out
 
 
@@ -190,6 +197,7 @@ def main() -> None:
         s = Settings(**{**stored, "data_dir": e.data_dir, "device": e.device, "download": False, "test_batch": e.batch})
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    torch.set_float32_matmul_precision("high")  # as in training
     t = Trainer(s, runs.device(e.device))
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"FGSM": "#c1272d", "AAER": "#0072b2"}
-STYLES = {"V": "-", "RS": "-", "N": "--"}
+STYLES = ("-", "--", "-.")  # of the starts RS, N, V, as far as they are there
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
@@ -39,17 +39,19 @@ def course(rows: list[dict], place: str):
     methods = [m for m in sorted({r["method"] for r in rows}, reverse=True) if "curve_abnormal" in rows[0]["metrics"]]
     if not methods:
         return None
+    starts = [s for s in ("RS", "N", "V") if any(m.startswith(f"{s}-") for m in methods)]
+    styles = dict(zip(starts, STYLES, strict=False))
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharex=True)
     panels = (
         *(("abnormal", "abnormal examples (% of the epoch)", 100, axes[0, 0]),),
-        *(("probe_pgd", "PGD-10 accuracy (%, solid)", 1, axes[0, 1]),),
+        *(("probe_pgd", "PGD-10 (solid) and FGSM accuracy (%)", 1, axes[0, 1]),),
         *(("gap", "logit variation: abnormal minus normal", 1, axes[1, 0]),),
         *(("e_a", "loss variation of abnormal examples", 1, axes[1, 1]),),
     )
     for key, title, factor, axis in panels:
         for m in methods:
             start, kind = m.rsplit("-", 1)
-            look = {"color": COLOURS[kind], "ls": STYLES[start]}
+            look = {"color": COLOURS[kind], "ls": styles[start]}
             curves = [r["metrics"][f"curve_{key}"] for r in rows if r["method"] == m]
             several(axis, curves, factor, label=m, **look)
             if key == "probe_pgd":
@@ -106,7 +108,8 @@ def surface(rows: list[dict], place: str):
         both = [np.array(metrics[f"surface_{k}"]) for k in ("before", "after")]
         before = f"epoch {metrics['surface_epoch']}"
         for axis, values, when in zip(line, both, (before, f"epoch {metrics['epochs']}"), strict=True):
-            reach = (-0.5 * eps, 1.5 * eps)
+            half = eps / (len(values) - 1)  # half a cell: the points of the grid are the cells' centres
+            reach = (-0.5 * eps - half, 1.5 * eps + half)
             picture = axis.imshow(values, origin="lower", extent=(*reach, *reach), aspect="auto", cmap="viridis")
             axis.plot(0, 0, "w+", ms=9)
             axis.plot(0, eps, "wx", ms=8)

@@ -1,8 +1,7 @@
 """The data sets: their constants, where their raw files are expected, and how those are read.
 
 A reader returns (x_train uint8 [N, H, W, C], y_train, x_test, y_test) and the variant of the data, "paper" when the
-pixels are those the paper used. Pictures that take
-long to decode are kept decoded in ./data/cache.
+pixels are those the paper used. Pictures that take long to decode are kept decoded in ./data/cache.
 """
 
 import gzip
@@ -196,12 +195,15 @@ def _tiny(folder: Path, download: bool) -> tuple:
     if not (root / "wnids.txt").is_file():
         raise _missing("tiny-imagenet", folder, download=False)
     wnids = sorted((root / "wnids.txt").read_text().split())  # class order: sorted
-    marks = (root / "val" / "val_annotations.txt").read_text().split("\n")
-    val = [line.split("\t")[:2] for line in marks if line]
-    files = {
-        "train": [(p, k) for k, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())],
-        "test": [(root / "val" / "images" / name, wnids.index(w)) for name, w in val],
-    }
+    try:
+        marks = (root / "val" / "val_annotations.txt").read_text().split("\n")
+        val = [line.split("\t")[:2] for line in marks if line]
+        files = {
+            "train": [(p, k) for k, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())],
+            "test": [(root / "val" / "images" / name, wnids.index(w)) for name, w in val],
+        }
+    except (OSError, ValueError) as error:
+        raise UserError(f"Tiny-ImageNet in {root} is not complete ({error}); fetch it again") from None
     cache = HERE / "data" / "cache" / f"tiny-imagenet-{len(files['train'])}-{len(files['test'])}.safetensors"
     if not cache.is_file():
         print(f"decoding Tiny-ImageNet into {cache}")
@@ -215,7 +217,9 @@ def _tiny(folder: Path, download: bool) -> tuple:
             out[f"y_{split}"] = torch.tensor([k for _, k in items])
         write_tensors(cache, out)
     t, _ = read_tensors(cache)
-    return (t["x_train"], t["y_train"], t["x_test"], t["y_test"]), "paper"
+    counts = len(t["y_train"]), len(t["y_test"])
+    variant = "paper" if counts == (100_000, 10_000) else f"{counts[0]} + {counts[1]} pictures"
+    return (t["x_train"], t["y_train"], t["x_test"], t["y_test"]), variant
 
 
 READERS: dict[str, Callable[[Path, bool], tuple]] = {

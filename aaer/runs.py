@@ -107,7 +107,11 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
 
 def data_dir(given: str) -> Path:
     """--data-dir, else $REPRO_DATA, else ./data."""
-    return Path(given or os.environ.get("REPRO_DATA") or HERE / "data").expanduser()
+    path = Path(given or os.environ.get("REPRO_DATA") or HERE / "data")
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user, or no home folder
+        raise UserError(f"data folder {path}: the home folder it names is not known; give a full path") from None
 
 
 def device(name: str):
@@ -210,6 +214,11 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {self.out}; wait for it or choose another --out") from None
+        for left in [*self.out.glob(".*.tmp"), *self.out.glob("*/.*.tmp")]:
+            # Half a file of a start that was killed. Young ones may be another process's of this launch.
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > 600:
+                    left.unlink()
         path = self.out / "settings.json"
         if path.exists():
             old = read_json(path)

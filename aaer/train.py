@@ -117,8 +117,8 @@ class Settings:
     workers: int = 8
     """Loader processes of ImageNet-100; the other sets lie on the device."""
 
-    table: str = "main"
-    """Table of RESULTS.md the records belong to."""
+    table: str = "own"
+    """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
     setting: str = ""
     """Label inside the table; default eps=<255 eps>/255."""
     label: str = ""
@@ -143,6 +143,7 @@ class Settings:
         at_least = {"batch": 1, "attack_steps": 1, "replays": 1, "samples": 1, "test_steps": 1, "test_restarts": 1}
         at_least |= {"test_batch": 1, "probe": 1, "probe_steps": 1, "lr": -1, "weight_decay": 0, "epochs": 0}
         at_least |= {"train_limit": 0, "eval_limit": 0, "surface": 0, "checkpoint_steps": 0, "workers": 0, "carrier": 0}
+        at_least |= {"regulariser_warmup": 0}
         at_least |= {k: -1 for k in ("lambda1", "lambda2", "lambda3", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():
             if getattr(self, name) < low or low == -1 and -1 < getattr(self, name) < 0:
@@ -151,6 +152,8 @@ class Settings:
             value = getattr(self, name)
             if not (0 <= value < 1 or value == -1 and name != "momentum"):
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), not {value}")
+        if self.method == "pgd" and self.start == "n":
+            raise UserError("--method pgd stays in the eps-ball and starts at rs or v; --start n is for aaer and fgsm")
         evaluation.check_attack(self.autoattack)
 
     def resolve(self) -> None:
@@ -234,6 +237,8 @@ def train(t: Trainer, seed: int, out: Path, run: runs.Run | None, show: bool) ->
     curve = out / f"seed{seed}" / "metrics.jsonl"
     if t.epoch and curve.is_file():
         t.curve = [row for row in map(runs.json.loads, curve.read_text().splitlines()) if row["epoch"] <= t.epoch]
+    if len(t.curve) != t.epoch:  # the record's onset of overfitting is read from it
+        raise UserError(f"{curve} has {len(t.curve)} of the {t.epoch} epochs behind the checkpoint; delete {out}")
     if run:
         run.log(seed, [], keep_to=t.epoch)
     started = time.perf_counter()
@@ -275,7 +280,9 @@ def evaluate(t: Trainer, out: Path) -> dict:
     found = evaluation.attack_all(t.model, t.test, index, s.eps, s.test_steps, s.test_restarts, t.seed, *world)
     if s.autoattack:  # every process attacks all images; they are few, and the library knows no processes
         found |= evaluation.auto_attack(t.model, t.test, index, s.eps, s.autoattack, t.seed)
-    found |= {"published_lambdas": int(s.published)} if s.method == "aaer" else {}
+    if s.method == "aaer":
+        found |= {"lambda1": s.lambda1, "lambda2": s.lambda2, "lambda3": s.lambda3, "alpha": s.step}
+        found |= {"published_lambdas": int(s.published)}
     return found | evaluation.summary(t.curve)
 
 

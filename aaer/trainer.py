@@ -65,7 +65,8 @@ class Trainer:
         else:
             drop = (total // 2, total * 3 // 4)
             self.scheduler = LambdaLR(self.optimizer, lambda k: 0.1 ** sum(k >= d for d in drop))
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Another stream than that of the weights: with the same seed the first noise would be the stem's weights again.
+        self.generator = torch.Generator(self.device).manual_seed(3_000_000_019 + seed)
         size = self.data.size, self.data.size
         rows = -(-s.batch // self.world) if s.method == "free" else 0
         self.memory = torch.zeros(rows, self.data.channels, *size, device=self.device)

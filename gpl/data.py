@@ -165,6 +165,8 @@ def load_graph(name: str, data_dir: str | Path, cache_dir: str | Path, download:
             f"data set {name}: heterophily {t['h'].item():.4f} instead of {source.h:.4f}, so a raw file is damaged or "
             f"changed; fetch it again from {source.origin}"
         )
+    if (t["classes"] == t["classes"][0]).all():
+        raise UserError(f"data set {name}: all nodes are of one class; fetch it again from {source.origin}")
     y = binarise(t["classes"])
     return Graph(name, t["x"], y, t["classes"], t["edge"], t["h"].item(), sha)
 

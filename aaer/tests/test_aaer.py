@@ -1,6 +1,8 @@
 """The contribution against a reference written sample by sample from the formulas, in float64."""
 
+import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,6 +182,24 @@ def test_published_lambdas_and_the_fallback():
     assert aaer.lambdas("svhn", "n", 12 / 255) == (1.0, 5.0, 0.55, False)
     assert aaer.lambdas("cifar10", "v", 16 / 255) == (1.0, 7.0, 3.25, False)
     assert len(aaer.PUBLISHED) == 4 and all(sorted(t) == [8, 12, 16, 32] for t in aaer.PUBLISHED.values())
+
+
+def test_published_lambdas_are_those_of_the_printed_table():
+    with open(Path(aaer.__file__).with_name("paper.csv"), newline="") as file:
+        rows = [r for r in csv.DictReader(file) if r["table"] == "released-settings"]
+    found = {}
+    for r in rows:
+        key = (
+            r["dataset"].lower().replace("-", ""),
+            r["method"].split("-")[0].lower(),
+            int(r["setting"][4:].split("/")[0]),
+        )
+        found.setdefault(key, {})[r["metric"]] = float(r["value"])
+    assert len(found) == 16
+    for (dataset, start, radius), want in found.items():
+        lambdas = (want["lambda1"], want["lambda2"], want["lambda3"], True)
+        assert aaer.lambdas(dataset, start, radius / 255) == lambdas
+        assert aaer.GEOMETRY[start].step == want["alpha"]
 
 
 def test_geometry_of_the_starts():

@@ -106,6 +106,45 @@ def test_radius_warm_up_scales_step_and_clamp_but_not_the_noise():
         assert (delta.abs().max() <= 0.2 * EPS + 1e-6) == (start == "rs")
 
 
+def test_n_fgsm_warms_its_noise_up_with_the_radius():
+    x, y = images()
+    for start, size in (("rs", EPS), ("n", 0.2 * 2 * EPS)):
+        sizes = []
+        draw = lambda x, size, sizes=sizes: sizes.append(size) or noise(x, size)  # noqa: E731
+        baselines.perturb(settings_of("fgsm", start), network(), x, y, draw, 0.2, torch.zeros(0))
+        assert sizes == [pytest.approx(size)]
+
+
+@pytest.mark.parametrize(
+    ("method", "start", "steps", "step"),
+    [("pgd", "v", 2, 0.5), ("pgd", "rs", 2, 0.5), ("pgd", "rs", 10, 0.25), ("zerograd", "rs", 1, 2.0)],
+)
+def test_stepwise_baselines_equal_the_formulas(method, start, steps, step):
+    """Every step: delta = clip(delta + a eps sign(grad)), in train mode; ZeroGrad zeroes small entries first."""
+    x, y = images(16)
+    s, net, other = settings_of(method, start, attack_steps=steps), network(), network()
+    assert s.step == step
+    eta = noise(x, EPS, torch.Generator().manual_seed(5))
+    got = baselines.perturb(s, net, x, y, lambda x, size: eta * (size / EPS), 1.0, torch.zeros(0)).delta
+    delta = torch.clamp(x + eta, 0, 1) - x if start == "rs" else torch.zeros_like(x)
+    for _ in range(steps):
+        at = (x + delta).requires_grad_(True)
+        (g,) = torch.autograd.grad(F.cross_entropy(other(at), y), at)
+        if method == "zerograd":
+            g = torch.stack([torch.where(v.abs() < v.abs().quantile(0.35), 0.0, v) for v in g])
+        delta = torch.clamp(x + (delta + step * EPS * g.sign()).clamp(-EPS, EPS), 0, 1) - x
+    torch.testing.assert_close(got, delta, atol=1e-6, rtol=0)
+
+
+def test_gradalign_looks_at_noise_that_is_not_clamped(monkeypatch):
+    """The penalty takes the gradient at x + U(-eps, eps), which may lie outside [0, 1]; the attack starts at x."""
+    x, y = images(8)
+    x, eta, seen = x.round(), noise(images(8)[0], EPS, torch.Generator().manual_seed(2)), []
+    monkeypatch.setattr(baselines, "misalignment", lambda f, x, y, g, e: seen.append(e) or torch.zeros(()))
+    baselines.perturb(settings_of("gradalign"), network(), x, y, lambda x, size: eta, 1.0, torch.zeros(0))
+    assert torch.equal(seen[0], eta) and (x + eta).min() < 0
+
+
 def test_zerograd_zeroes_the_share_of_each_sample():
     g = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     kept = baselines.keep_large(g, 0.35)
@@ -175,7 +214,10 @@ def test_pgd_with_restarts_equals_a_plain_implementation(restarts, monkeypatch):
     assert torch.equal(net(x + delta).argmax(1) != y, broken)
     # The loss-maximal restart of a broken sample may be one that left it correct: ours is never the weaker attack.
     assert not ((net(x + want).argmax(1) != y) & robust).any()
-    torch.testing.assert_close(delta[robust], want[robust], atol=1e-6, rtol=0)
+    same = (
+        robust if restarts > 1 else slice(None)
+    )  # with one restart the broken ones too: they stopped where they broke
+    torch.testing.assert_close(delta[same], want[same], atol=1e-6, rtol=0)
     assert delta.abs().max() <= EPS + 1e-6 and (x + delta).min() >= 0 and (x + delta).max() <= 1
 
 

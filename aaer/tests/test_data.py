@@ -108,6 +108,22 @@ def test_limits_keep_a_fixed_subset_and_too_much_is_told():
         data.load("digits", Path("."), train_limit=10**6)
 
 
+CIFAR100 = (0.5070751592, 0.4865488733, 0.4409178434), (0.2673342859, 0.2564384629, 0.2761504713)
+RELEASED = {  # classes, mean, std, padding of the crop, mirrored in training
+    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 4, True),
+    "cifar100": (100, *CIFAR100, 4, True),
+    "svhn": (10, (0.4380, 0.4440, 0.4730), (0.1751, 0.1771, 0.1744), 4, True),
+    "tiny-imagenet": (200, *CIFAR100, 8, True),
+    "imagenet100": (100, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0, True),
+}
+
+
+def test_constants_are_those_of_the_released_code():
+    for name, want in RELEASED.items():
+        k = readers.KINDS[name]
+        assert (k.classes, k.mean, k.std, k.pad, k.flip) == want
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "tiny-imagenet", "imagenet100"])
 def test_missing_data_are_named_with_place_and_source(name, tmp_path):
     with pytest.raises(UserError) as error:
@@ -175,6 +191,9 @@ def test_imagenet_pictures_are_streamed_and_their_crops_depend_on_nothing_else(h
     assert a[0].shape == (64, 3, 224, 224) and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
     x, y = next(iter(data.Batches(d, d.test, 8, CPU).in_order()))
     assert x.shape == (8, 3, 224, 224) and y.tolist() == list(range(8))
+    (here / "Imagenet-100" / "val" / "n003" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"^\S*n003/0.png cannot be read"):  # from a loader process, in one line
+        list(data.Batches(d, d.test, 8, CPU, workers=1).in_order())
     (here / "Imagenet-100" / "train" / "n000" / "0.png").unlink()
     (here / "Imagenet-100" / "train" / "n000" / "1.png").unlink()
     (here / "Imagenet-100" / "train" / "n000").rmdir()
@@ -199,6 +218,13 @@ def test_tiny_imagenet_layout(here):
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     d = data.load("tiny-imagenet", here)
     assert d.train.y.tolist() == list(range(200)) and d.test.y.tolist() == [5, 150] and d.size == 64
+    assert d.variant == "200 + 2 pictures"  # not the whole data set
+    (root / "val" / "val_annotations.txt").write_text("val_5.png\tn999\t0\t0\t62\t62\n")
+    with pytest.raises(UserError, match="not complete .*'n999'"):
+        data.load("tiny-imagenet", here)
+    (root / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(UserError, match="not complete"):
+        data.load("tiny-imagenet", here)
 
 
 @pytest.mark.realdata

@@ -41,12 +41,14 @@ def told(capsys, monkeypatch, main, args):
         (["--method", "fgms"], "method"),
         (["--dataset", "cifar11"], "dataset"),
         (["--start", "random"], "start"),
+        (["--method", "pgd", "--start", "n"], "--start n is for aaer and fgsm"),
         (["--ce-term", "soft"], "ce-term"),
         (["--seeds", "-1"], "--seeds"),
         (["--batch", "0"], "--batch must be at least 1"),
         (["--lambda3", "-2"], "--lambda3 must be at least 0"),
         (["--lambda3", "-0.5"], "--lambda3 must be at least 0"),
         (["--lr", "-0.1"], "--lr must be at least 0"),
+        (["--regulariser-warmup", "-1"], "--regulariser-warmup must be at least 0"),
         (["--peak", "1.5"], "--peak must lie in [0, 1)"),
         (["--autoattack", "apgd"], "--autoattack apgd is unknown"),
         (["--epsilon", "8/255"], "--epsilon"),
@@ -89,7 +91,7 @@ def test_evaluation_repeats_the_record_and_can_write_its_own(done, capsys, monke
     monkeypatch.setattr(sys, "argv", [*args, "--limit", "8", "--device", "cpu"])
     evaluation.main()
     new = runs.read_record(done / "seed0" / "record-eval.json")
-    assert new["table"] == "main-eval" and "PGD-3-2 n=8" in new["setting"] and "autoattack" in new["metrics"]
+    assert new["table"] == "own-eval" and "PGD-3-2 n=8" in new["setting"] and "autoattack" in new["metrics"]
 
 
 def test_damaged_runs(done, capsys, monkeypatch):

@@ -164,6 +164,22 @@ def test_data_dir_order(monkeypatch):
     assert runs.data_dir("") == HERE / "data"
 
 
+def test_data_dir_of_nobody_is_told():
+    with pytest.raises(UserError, match="home folder it names is not known"):
+        runs.data_dir("~nosuchuser/data")
+
+
+def test_half_files_of_a_killed_start_are_swept(tmp_path):
+    old, young, kept = tmp_path / ".a.json.x.tmp", tmp_path / "seed0" / ".b.tmp", tmp_path / "seed0" / ".c.tmp"
+    young.parent.mkdir()
+    for path in (old, young, kept):
+        path.write_text("half")
+    for path in (old, young):
+        os.utime(path, (1, 1))
+    run = runs.Run(tmp_path, Settings(eps=0.1))
+    assert not old.exists() and not young.exists() and kept.exists() and not run.complete
+
+
 def test_device_names():
     assert runs.device("cpu") == torch.device("cpu")
     if not torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """The loop: it reduces to its baseline, resumes exactly, stops at a loss that is no number, runs on two processes."""
 
+import copy
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 import runs
@@ -55,10 +57,11 @@ def weights(t):
 
 @pytest.mark.parametrize("start", ["rs", "n", "v"])
 def test_without_the_regulariser_aaer_is_the_baseline_bit_for_bit(start):
-    base = trained("--method", "fgsm", "--start", start)
+    common = ["--start", start, "--epochs", "3"]
+    base = trained("--method", "fgsm", *common)
     for knob in (["--lambda1", "0"], ["--lambda3", "0"]):
-        assert torch.equal(weights(base), weights(trained("--method", "aaer", "--start", start, *knob)))
-    with_it = trained("--method", "aaer", "--start", start, "--lambda3", "5")
+        assert torch.equal(weights(base), weights(trained("--method", "aaer", *common, *knob)))
+    with_it = trained("--method", "aaer", *common, "--lambda3", "5")
     assert with_it.sums[0] > 0 and not torch.equal(weights(base), weights(with_it))
 
 
@@ -68,6 +71,83 @@ def test_lambda2_changes_no_weight_unless_differentiable():
     assert torch.equal(weights(a), weights(b)) and a.sums[6] < b.sums[6]  # the printed regulariser differs
     c = trained(*common, "--lambda2", "9", "--ce-term", "differentiable")
     assert not torch.equal(weights(a), weights(c))
+
+
+def triangle(k, total, peak, top):
+    """(learning rate, momentum) of step k of the cyclic schedule."""
+    up = peak * total
+    part = k / up if k <= up else (total - k) / (total - up)
+    return top * part, 0.9 - 0.1 * part
+
+
+PLAIN = {
+    "aaer": ["--start", "rs", "--lambda1", "0.7", "--lambda3", "3"],
+    "free": ["--replays", "3", "--lr", "0.05", "--eps", "0.2"],
+}
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_an_epoch_equals_a_plain_loop_in_float64(method, monkeypatch):
+    """Attack, loss, SGD with momentum and weight decay, and schedule written out, on the same images and noise."""
+    s = parsed("--method", method, *PLAIN[method], "--epochs", "1", "--batch", "30", "--peak", "0.4")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    net = copy.deepcopy(t.model).double().train()
+    batches, noises, epoch, noise = [], [], t.train.epoch, t.noise
+    monkeypatch.setattr(t.train, "epoch", lambda *a: (batches.append(b) or b for b in epoch(*a)))
+    monkeypatch.setattr(t, "noise", lambda n: lambda x, size: noises.append(noise(n)(x, size)) or noises[-1])
+    train.train_epoch(t, lambda: None)
+
+    velocity = [torch.zeros_like(p) for p in net.parameters()]
+    step, steps, n_abnormal, losses = 0, len(batches) * t.replays, 0, 0.0
+
+    def update(loss):
+        nonlocal step, losses
+        net.zero_grad()
+        loss.backward()
+        rate, momentum = triangle(step, steps, 0.4, s.lr)
+        with torch.no_grad():
+            for p, v in zip(net.parameters(), velocity, strict=True):
+                v.mul_(momentum if step else 0).add_(p.grad + 5e-4 * p)
+                p -= rate * v
+        step, losses = step + 1, losses + loss.item()
+
+    memory = torch.zeros(30, 1, 8, 8, dtype=torch.float64)
+    for i, (x, y, _) in enumerate(batches):
+        x, b = x.double(), len(y)
+        for _ in range(t.replays if method == "free" else 0):
+            at = (x + memory[:b]).requires_grad_(True)
+            update(F.cross_entropy(net(at), y))
+            memory[:b] = (x + (memory[:b] + s.eps * at.grad.sign()).clamp(-s.eps, s.eps)).clamp(0, 1) - x
+        if method == "aaer":
+            at = (x + noises[i].double()).clamp(0, 1).requires_grad_(True)
+            z0 = net(at)
+            c0 = F.cross_entropy(z0, y, reduction="none")
+            (g,) = torch.autograd.grad(c0.mean(), at)
+            delta = (at.detach() - x + 1.25 * s.eps * g.sign()).clamp(-s.eps, s.eps)
+            z1 = net((x + delta).clamp(0, 1))
+            c1 = F.cross_entropy(z1, y, reduction="none")
+            abnormal = [j for j in range(b) if c0[j] > c1[j]]
+            normal = [j for j in range(b) if c0[j] <= c1[j]]
+            loss, n_abnormal = c1.mean(), n_abnormal + len(abnormal)
+            if abnormal and normal:
+                e_a = sum((c0[j] - c1[j]).item() for j in abnormal) / len(abnormal)
+                v_a = sum((z0[j].detach() - z1[j]).square().sum() for j in abnormal) / len(abnormal)
+                v_n = sum((z0[j] - z1[j]).square().sum().item() for j in normal) / len(normal)
+                loss = loss + 0.7 * len(abnormal) / b * (s.lambda2 * e_a + 3 * max(v_a - v_n, 0))
+            update(loss)
+    assert step == t.scheduler.last_epoch and t.sums[0].item() == n_abnormal and (n_abnormal > 5 or method == "free")
+    assert t.sums[5].item() == pytest.approx(losses, rel=1e-4)
+    for a, b in zip(t.model.state_dict().values(), net.state_dict().values(), strict=True):
+        torch.testing.assert_close(a.double(), b.double(), atol=2e-4, rtol=2e-3)
+
+
+def test_noise_is_not_the_stream_that_made_the_weights():
+    t = Trainer(parsed(), CPU)
+    t.fresh(5)
+    stem = t.model[1].stem.weight.detach().contiguous().flatten()
+    draw = t.noise(16)(torch.zeros(16, 1, 8, 8), 1.0).permute(0, 2, 3, 1).flatten()[: len(stem)]
+    assert torch.corrcoef(torch.stack([stem, draw]))[0, 1].abs() < 0.5
 
 
 def test_statistics_are_taken_in_train_mode_and_updated_twice_a_step():
@@ -152,6 +232,40 @@ def test_resume_is_exact(tmp_path, monkeypatch, method, at):
         run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
     run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
     same_runs(tmp_path / "a", tmp_path / "b", (0, 1))
+
+
+def test_a_run_cut_in_its_only_epoch_still_gives_a_record(tmp_path, monkeypatch):
+    """It has no time of a whole epoch; the rest of the record is that of the run which was not cut."""
+    args, save = [*TINY, "--epochs", "1", "--checkpoint-steps", "3"], Trainer.save
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "a"))
+
+    def cut(self, path, seconds):
+        save(self, path, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
+    monkeypatch.setattr(Trainer, "save", save)
+    run_main(monkeypatch, *args, "--out", str(tmp_path / "b"))
+    same_runs(tmp_path / "a", tmp_path / "b", (0,))
+    assert "train_seconds_epoch" not in runs.read_json(tmp_path / "b" / "seed0" / "record.json")["metrics"]
+
+
+def test_a_lost_curve_is_told(tmp_path, monkeypatch):
+    """The onset of overfitting is read from it: going on without would give a record that looks whole."""
+    out, save = tmp_path / "r", Trainer.save
+
+    def cut(self, path, seconds):
+        save(self, path, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, *TINY, "--out", str(out))
+    (out / "seed0" / "metrics.jsonl").unlink()
+    with pytest.raises(runs.UserError, match="has 0 of the 1 epochs behind the checkpoint"):
+        run_main(monkeypatch, *TINY, "--out", str(out))
 
 
 TIMES = ("train_seconds", "train_cpu_seconds", "curve_train_seconds")
@@ -352,3 +466,41 @@ def test_evaluation_leaves_training_untouched():
     for t in (a, b):
         train.train_epoch(t, lambda: None)
     assert torch.equal(weights(a), weights(b)) and a.model.training
+
+
+def test_evaluation_attacks_as_defined(monkeypatch):
+    """FGSM of one step eps from the image; PGD of steps eps/4 from U(-eps, eps); a clean error is never robust."""
+    t = Trainer(parsed(), CPU)
+    t.fresh(0)
+    calls, fgsm, strongest = [], evaluation.attacks.fgsm, evaluation.attacks.strongest
+
+    def watch(model, x, y, *args):
+        assert not model.training
+        calls.append(args)
+        return strongest(model, x, y, *args)
+
+    monkeypatch.setattr(evaluation.attacks, "strongest", watch)
+    monkeypatch.setattr(
+        evaluation.attacks, "fgsm", lambda model, x, y, eps: calls.append(eps) or fgsm(model, x, y, eps)
+    )
+    found = evaluation.attack_all(t.model, t.test, t.probe, 0.4, 7, 3, 0)
+    assert calls[0] == 0.4 and calls[1][:4] == (0.4, 0.1, 7, 3) and found["pgd"] <= found["clean"]
+    x, y = next(t.test.in_order(t.probe))
+    wrong = t.model.eval()(x).argmax(1) != y
+    monkeypatch.setattr(evaluation.attacks, "strongest", lambda *_: (None, torch.ones(len(x), dtype=torch.bool)))
+    all_robust = evaluation.attack_all(t.model, t.test, t.probe, 0.4, 7, 3, 0)
+    assert wrong.any() and all_robust["pgd"] == all_robust["clean"] == pytest.approx(
+        100 * (~wrong).float().mean().item()
+    )
+    delta = fgsm(t.model, x, y, 0.4)
+    x.requires_grad_(True)
+    (g,) = torch.autograd.grad(F.cross_entropy(t.model(x), y), x)
+    torch.testing.assert_close(x + delta, (x + 0.4 * g.sign()).clamp(0, 1))
+
+
+def test_a_network_without_finite_outputs_gets_no_accuracy():
+    t = Trainer(parsed(), CPU)
+    t.fresh(0)
+    t.model[1].linear.bias.data[0] = torch.nan
+    with pytest.raises(runs.UserError, match="not finite on 20 of 20 test images"):
+        evaluation.attack_all(t.model, t.test, t.probe, 0.1, 1, 1, 0)

@@ -105,6 +105,15 @@ def test_missing_names_the_one_file_that_lacks(tmp_path):
         data.load_graph("pubmed", tmp_path, tmp_path)
 
 
+def test_a_graph_of_one_class_is_told(tmp_path, monkeypatch):
+    (tmp_path / "graphs" / "wikics" / "raw").mkdir(parents=True)
+    (tmp_path / "graphs" / "wikics" / "raw" / "data.json").write_text("{}")
+    same = data._tensors(torch.eye(3), torch.ones(3, dtype=torch.long), torch.tensor([[0, 1], [1, 2]]))
+    monkeypatch.setattr(data, "_process", lambda *_: same)
+    with pytest.raises(UserError, match="all nodes are of one class"):
+        data.load_graph("wikics", tmp_path, tmp_path / "cache")
+
+
 def test_undirected_drops_loops_and_duplicates():
     edge = data.undirected(torch.tensor([[0, 1, 1, 2, 2, 0], [1, 0, 1, 0, 0, 3]]), 4)
     assert edge.tolist() == [[0, 0, 0], [1, 2, 3]]

@@ -1,0 +1,102 @@
+"""plan.yaml: every run is valid, has a cell of its own, and that cell and every printed number is in some table."""
+
+from collections import Counter
+
+import pandas as pd
+import pytest
+
+import claims
+import figures
+import plan as plans
+import readers
+import runs
+import tables
+import train
+
+PLAN = plans.load_plan()
+PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+
+
+def resolved(job, scale):
+    assert job.script == "train.py"
+    s = runs.parse(train.Settings, "", job.command(scale)[1:])
+    s.check()
+    s.resolve()
+    return s
+
+
+def shown(view, where, key):
+    """Whether a table shows a cell: it is selected, and its row and column are named (or all are)."""
+    order = view.get("order", {})
+    axes = {view["rows"]: order.get("rows"), view["columns"]: order.get("columns")}
+    picked = all(key[k] in (v if isinstance(v, list) else [v]) for k, v in where.items())
+    return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
+
+
+@pytest.mark.parametrize("scale", runs.SCALES)
+def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
+    cells = Counter()
+    for job in plans.jobs(PLAN, scale):
+        s = resolved(job, scale)
+        cells[s.table, s.dataset, s.setting, s.label] += 1
+    assert max(cells.values()) == 1
+
+
+def test_a_run_by_hand_enters_no_table():
+    """Otherwise it would be a second record for a cell of the demo, which uses the same data and method."""
+    own = train.Settings().table
+    for view in PLAN["tables"]:
+        where = view.get("where", {})["table"]
+        assert own != where and own not in where
+
+
+def test_every_run_of_scale_paper_stands_in_a_table():
+    views = [v for v in PLAN["tables"] if v.get("scale", "paper") == "paper"]
+    for job in plans.jobs(PLAN, "paper"):
+        s = resolved(job, "paper")
+        title = readers.KINDS[s.dataset].title
+        key = {"table": s.table, "dataset": title, "setting": s.setting, "method": s.label}
+        metrics = {
+            m
+            for v in views
+            if shown(v, v.get("where", {}), key)
+            for m in ([v["metric"]] if "metric" in v else v["order"]["columns"])
+        }
+        assert {"clean", "pgd"} <= metrics, f"{job.name} is in no table"
+
+
+def test_every_known_printed_number_is_shown():
+    hidden = []
+    for row in PRINTED[PRINTED["value"].notna()].to_dict("records"):
+        found = False
+        for view in PLAN["tables"]:
+            where = view.get("printed", view.get("where", {}))
+            listed = view.get("order", {}).get("columns" if view["columns"] == "metric" else "rows")
+            metrics = (
+                listed if "metric" in (view["columns"], view["rows"]) else [where.get("metric", view.get("metric"))]
+            )
+            found = found or (metrics is None or row["metric"] in metrics) and shown(view, where, row)
+        hidden += [] if found else [(row["table"], row["dataset"], row["setting"], row["method"], row["metric"])]
+    assert not hidden, f"{len(hidden)} printed numbers in no table, the first {hidden[0]}"
+
+
+def test_curves_of_all_starts_can_be_told_apart(tmp_path):
+    """At scale paper V, RS and N stand in one picture."""
+    curve = {f"curve_{k}": [0.0, 1.0] for k in ("abnormal", "gap", "e_a", "probe_pgd", "probe_fgsm")}
+    names = [f"{start}-{kind}" for start in ("V", "RS", "N") for kind in ("FGSM", "AAER")]
+    figure, _ = figures.course([{"method": m, "seed": 0, "metrics": curve} for m in names], "here")
+    lines = figure.axes[0].get_legend_handles_labels()[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
+
+
+def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
+    def frame(cells):
+        base = {"table": "main", "dataset": "CIFAR-10", "seed": 0, "metric": "collapsed"}
+        return pd.DataFrame([{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells])
+
+    check = next(c.check for c in claims.CLAIMS if c.id == "D")
+    some = [(8, "RS-AAER", 0.0), (8, "N-AAER", 0.0), (12, "RS-AAER", 0.0)]
+    assert check(frame(some)) == (None, "8/255: 0.00")
+    assert check(frame([*some, (16, "N-AAER", 1.0)]))[0] is False
+    assert check(frame([(r, m, 0.0) for r in claims.RADII for m in ("RS-AAER", "N-AAER")]))[0] is True
+    assert check(frame([(8, "RS-FGSM", 1.0)])) == (None, "")
