@@ -73,9 +73,6 @@ def test_a_lost_curve_is_told(tmp_path, monkeypatch):
         run_main(monkeypatch, *TINY, "--out", str(out))
 
 
-TIMES = ("train_seconds", "train_cpu_seconds", "curve_train_seconds")
-
-
 def same_runs(a, b, seeds):
     for seed in seeds:
         x, y = (runs.read_tensors(p / f"seed{seed}" / "model.safetensors")[0] for p in (a, b))

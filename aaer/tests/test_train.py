@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ def trained(*args, seed=0):
         train.train_epoch(t, lambda: None)
         t.epoch, t.batch = t.epoch + 1, 0
     return t
+
+
+TIMES = ("train_seconds", "train_cpu_seconds", "curve_train_seconds")
 
 
 def lines(path):
