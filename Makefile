@@ -12,7 +12,7 @@ RUFF_VERSION := 0.17.6
 
 # Files that are byte for byte the same in several folders; `make lint` compares them wherever the folder is there.
 TWINS_all = runs.py plan.py tables.py Snakefile pyproject.toml tests/test_runs.py tests/test_tables.py: $(FOLDERS)
-TWINS_attacks = attacks.py models.py: aaer lap
+TWINS_attacks = attacks.py models.py data.py readers.py generated.py: aaer lap
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -42,7 +42,7 @@ endif
 .PHONY: $(KNOWN) python-ok
 
 ifneq ($(REPRO_DATA),)  # absolute, because every command runs inside its folder
-  override REPRO_DATA := $(if $(filter /%,$(firstword $(REPRO_DATA))),$(REPRO_DATA),$(CURDIR)/$(REPRO_DATA))
+  override REPRO_DATA := $(if $(filter /% ~%,$(firstword $(REPRO_DATA))),$(REPRO_DATA),$(CURDIR)/$(REPRO_DATA))
   export REPRO_DATA
 endif
 export UV_PYTHON_DOWNLOADS := never
@@ -136,7 +136,7 @@ $(HERE:%=smoke-%): smoke-%: env-%
 
 ## test-X                    the tests of one folder
 $(HERE:%=test-%): test-%: env-%
-	cd $* && rm -f runs/junit.xml && .venv/bin/python -m pytest -q --junitxml=runs/junit.xml
+	cd $* && rm -f runs/junit.xml && .venv/bin/python -m pytest --junitxml=runs/junit.xml
 
 ## plan-X                    the runs at SCALE, their cost, the data and weights they need; runs nothing
 $(HERE:%=plan-%): plan-%: env-%

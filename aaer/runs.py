@@ -220,7 +220,9 @@ class Run:
                 if time.time() - left.stat().st_mtime > 600:
                     left.unlink()
         path = self.out / "settings.json"
-        if path.exists():
+        # A start that ended before it made anything (a wrong option, missing data) must not block the next one.
+        begun = any(p != path and not p.name.startswith(".") for p in self.out.iterdir())
+        if path.exists() and begun:
             old = read_json(path)
             if not isinstance(old, dict):
                 raise UserError(f"{path} holds no settings; delete the folder and start again")

@@ -62,9 +62,22 @@ def read_lines(path: Path) -> list[dict]:
     return out
 
 
+def planned(root: Path, scale: str) -> Callable[[str], bool]:
+    """Whether a run of this name stands in plan.yaml: runs started by hand lie in the same folder, and no table shows
+    them. A plan without the scale lets every run through."""
+    plan = plans.load_plan(root / "plan.yaml")
+    if scale not in plan["scales"]:
+        return lambda name: True
+    names = {job.name for job in plans.jobs(plan, scale)}
+    return lambda name: name in names
+
+
 def collect(root: Path) -> None:
-    """Copy the records of finished runs of scale paper to results/, one file a run, one line a record."""
+    """Copy the records of finished planned runs of scale paper to results/, one file a run, one line a record."""
+    wanted = planned(root, "paper")
     for path in sorted((root / "runs" / "paper").glob("*/records.jsonl")):
+        if not wanted(path.parent.name):
+            continue
         target = root / "results" / f"{path.parent.name}.jsonl"
         text = path.read_text()
         if not target.exists() or target.read_text() != text:
@@ -77,7 +90,8 @@ def records(root: Path, scale: str) -> list[dict]:
         found = [r for path in sorted((root / "results").glob("*.jsonl")) for r in read_lines(path)]
     else:
         paths = sorted((root / "runs" / scale).glob("*/seed*/record*.json"))
-        found = [{**read_record(path), "run": path.parents[1].name} for path in paths]
+        wanted = planned(root, scale)
+        found = [{**read_record(p), "run": p.parents[1].name} for p in paths if wanted(p.parents[1].name)]
     wrong = [r for r in found if r["scale"] != scale]
     if wrong:
         raise UserError(f"run {wrong[0]['run']}: a record of scale {wrong[0]['scale']} among those of scale {scale}")

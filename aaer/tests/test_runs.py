@@ -116,10 +116,17 @@ def test_a_run_is_held_by_one_process_and_one_set_of_settings(tmp_path):
     run = runs.Run(tmp_path / "r", Settings(eps=0.1))
     with pytest.raises(UserError, match="another process"):
         runs.Run(tmp_path / "r", Settings(eps=0.1))
+    run.log(0, [{"step": 1, "loss": 1.0}])
     run._lock.close()
     with pytest.raises(UserError, match="eps: 0.1, now 0.2"):
         runs.Run(tmp_path / "r", Settings(eps=0.2))
     assert not runs.Run(tmp_path / "r", Settings(eps=0.1, out="elsewhere")).complete
+
+
+def test_a_start_that_made_nothing_does_not_block_other_settings(tmp_path):
+    runs.Run(tmp_path / "r", Settings(eps=0.1))._lock.close()
+    runs.Run(tmp_path / "r", Settings(eps=0.2))._lock.close()
+    assert runs.read_json(tmp_path / "r" / "settings.json")["eps"] == 0.2
 
 
 def test_record_is_complete_and_refuses_nan(tmp_path):

@@ -177,6 +177,22 @@ def test_smoke_page_stays_among_the_runs(root):
     assert not (root / "RESULTS.md").exists()
 
 
+def test_runs_by_hand_stay_out_of_the_tables(root):
+    """A run that is not in the plan neither counts nor collides with the planned one of the same cell."""
+    text = (root / "plan.yaml").read_text()
+    entry = "[{name: main-m1, seeds: [0]}]"
+    (root / "plan.yaml").write_text(text.replace("scales: {}", f"scales: {{demo: {entry}, paper: {entry}}}"))
+    for scale in ("demo", "paper"):
+        for name in ("main-m1", "mine"):
+            seed = root / "runs" / scale / name / "seed0"
+            seed.mkdir(parents=True)
+            (seed / "record.json").write_text(json.dumps(record(scale=scale)))
+            (seed.parent / "records.jsonl").write_text(json.dumps(record(scale=scale)) + "\n")
+    tables.collect(root)
+    assert [p.name for p in (root / "results").iterdir()] == ["main-m1.jsonl"]
+    assert tables.page(root, "demo")["records"] == tables.page(root, "paper")["records"] == 1
+
+
 def test_a_record_of_another_scale_or_a_broken_line_is_refused(root):
     tables.collect(root)
     target = root / "results" / "main-m1.jsonl"
