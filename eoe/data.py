@@ -6,6 +6,7 @@ before anything is scored, because a wrong or differently ordered list changes e
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,8 +277,8 @@ def load(name: str, root: Path, download: bool = False) -> ImageSet:
     elif name in ("cifar10", "cifar100", "svhn"):
         items, labels, names = _torchvision(name, root, download)
     elif name in PLACES:
-        items, names = _folder(_need(root, name)), []
-        labels = [-1] * len(items)
+        items = _folder(_need(root, name))
+        names, labels = _classes_of(name, items, root / PLACES[name].path)
     elif Path(name).is_dir():
         classes = sorted(p.name for p in Path(name).iterdir() if p.is_dir())
         items, labels = _classes(Path(name), classes) if classes else (_folder(Path(name)), [])
@@ -302,6 +303,25 @@ def load(name: str, root: Path, download: bool = False) -> ImageSet:
     whole_set = key is not None and key.count is not None and half not in HALVES
     variant = f"{len(items)} of {key.count} images" if whole_set and len(items) != key.count else "paper"
     return ImageSet(name, items, labels, names, digest.hexdigest(), "own folder" if Path(name).is_dir() else variant)
+
+
+def _classes_of(name: str, items: list[Path], top: Path) -> tuple[list[str], list[int]]:
+    """Class names of Texture (its folders) and Places (its file names, `b_badlands_00000192.jpg`), else none.
+
+    They are what the paper calls Ground Truth for these two sets. One file without a class, and there are no names.
+    """
+    if name == "texture":
+        found = [p.parent.name if p.parent != top else "" for p in items]
+    elif name == "places":
+        matches = [re.fullmatch(r"[a-z]_(.+)_\d{4,}", p.stem) for p in items]
+        found = [m[1] if m else "" for m in matches]
+    else:
+        found = [""]
+    if not all(found):
+        return [], [-1] * len(items)
+    classes = sorted({*found})
+    index = {c: i for i, c in enumerate(classes)}
+    return [re.sub(r"[_-]+", " ", c) for c in classes], [index[c] for c in found]
 
 
 def _half_order(name: str, folders: list[str]) -> dict[int, int]:

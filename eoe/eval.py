@@ -235,7 +235,7 @@ def synthetic_seed(s: "EvalSettings", run: runs.Run, seed: int, device) -> list[
 @dataclass
 class EvalSettings:
     table: str = ""
-    """A table of the paper (table1 ... table23, table25, figure1); default: the sets named by --id and --ood."""
+    """A table of the paper (table1 ... table25, figure1, figure7a-c); default: the sets named by --id and --ood."""
     id: str = ""
     """ID set (see data.py) or an ImageFolder whose sub-folders are the class names."""
     ood: tuple[str, ...] = ()
@@ -256,6 +256,9 @@ class EvalSettings:
     """Weight of the outlier term (paper: 0.25)."""
     ensemble: bool = False
     """The five prompt templates of Table 19 instead of one."""
+    clipn: str = ""
+    """Text features of CLIPN's two encoders: a .safetensors file with `yes` and `no` [K, d], or a folder with
+    <id set>.safetensors; adds both CLIPN scores. --weights must then be CLIPN's image encoder."""
     max_similarity: Number = 1.0
     """Drop names closer than this to an ID prompt (paper: 0.85 for near with ImageNet-20, else none)."""
     dump: bool = False
@@ -291,6 +294,8 @@ class EvalSettings:
         for name in ("batch", "per_class"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.clipn and not Path(self.clipn).exists():
+            raise UserError(f"no CLIPN text features in {self.clipn}; see --help for what the file holds")
         if self.n < 0 or self.workers < 0:
             raise UserError("--n and --workers must not be negative")
         if not (self.synthetic or self.run or self.table or (self.id and self.ood)):

@@ -1,5 +1,6 @@
 """Pictures of RESULTS.md: results/figures/<scale>-<name>.png, from records and from the scores kept beside them."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,12 @@ def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
     folder.mkdir(parents=True, exist_ok=True)
     kept = sorted((root / "runs" / scale).glob("*/seed*/scores-*.safetensors"))
     out = []
-    for name, made in (("beta", beta(records)), ("scores", densities(kept)), ("labels", embedding(kept))):
+    for name, made in (
+        ("beta", beta(records)),
+        ("names", numbers(records)),
+        ("scores", densities(kept)),
+        ("labels", embedding(kept)),
+    ):
         if made:
             figure, caption = made
             path = folder / f"{scale}-{name}.png"
@@ -47,6 +53,27 @@ def beta(records: list[dict]):
     axis.set(xlabel="beta", ylabel="FPR95 (%)", xticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, None))
     axis.legend(frameon=False)
     return figure, "FPR95 of EOE against the weight beta of the outlier term; mean and standard deviation over seeds."
+
+
+def numbers(records: list[dict]):
+    """Fig. 7: FPR95 against the number of envisioned names, measured; L = 0 is MCM."""
+    titles = {"figure7a": "far", "figure7b": "near (per ID class)", "figure7c": "fine-grained"}
+    points: dict[str, dict[int, list[float]]] = {}
+    for r in records:
+        table = r["table"].removeprefix("own-")
+        found = re.search(r"(?:L|l per ID class)=(\d+)", r["setting"])
+        if table in titles and found:
+            points.setdefault(table, {}).setdefault(int(found[1]), []).append(r["metrics"]["FPR95"])
+    if not points:
+        return None
+    figure, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points), 3.2), squeeze=False)
+    for axis, table in zip(axes[0], sorted(points), strict=True):
+        x = sorted(points[table])
+        mean, std = ([f(points[table][n]) for n in x] for f in (np.mean, np.std))
+        axis.errorbar(x, mean, std, marker="o", capsize=3, color="#0072b2")
+        axis.set(title=titles[table], xlabel="names asked for", ylabel="FPR95 (%)", xticks=x)
+    figure.tight_layout()
+    return figure, "FPR95 against the number of envisioned names (Fig. 7); 0 is MCM; mean and deviation over runs."
 
 
 def densities(kept: list[Path]):

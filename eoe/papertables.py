@@ -11,8 +11,9 @@ import envision
 import eval as evaluation
 import metrics
 import runs
+import scores
 from runs import UserError
-from scores import reduce
+from scores import normalise, reduce
 
 FAR = ("inaturalist", "sun", "places", "texture")
 CORRUPTIONS = {
@@ -38,10 +39,14 @@ class Case:
     scores: bool = False
     general: bool = False  # the far prompt on another task (Table 25)
     average: str = ""  # group whose cases are averaged into a row of its own
+    mean_only: bool = False  # only that row is printed (Fig. 7)
 
 
 def _far(ids, setting: str, n=(500,), betas=(), average: str = "") -> list[Case]:
     return [Case(i, FAR, "far", n, setting, betas, average=average) for i in ids]
+
+
+NEAR_L = "model={model}, l per ID class={n}, beta={beta}"  # Fig. 7b
 
 
 def _near(n=(3,), betas=(), setting="model={model}, l={n} per ID class, beta={beta}") -> list[Case]:
@@ -60,6 +65,7 @@ def _ablation(setting: str, **more) -> list[Case]:
     return [replace(c, **more) for c in cases]
 
 
+WITH_TRUTH = ("table1", "table2", "table3", "table4", "figure1", "own")  # where the paper prints Ground Truth
 PLAIN, SWEEP = "model={model}, L={n}, beta={beta}", "model={model}, L={n}{x}, beta={beta}"
 GRID, BETAS = (100, 300, 500), evaluation.BETAS
 TABLES: dict[str, list[Case]] = {
@@ -106,6 +112,13 @@ TABLES: dict[str, list[Case]] = {
         replace(c, setting="model={model}, far prompt used for every task", general=True, average="")
         for c in [*_near(), *_fine()]
     ],
+    # Fig. 7: the number of names; only averages over the ID sets are printed, L = 0 is MCM.
+    "figure7a": [
+        replace(c, mean_only=True)
+        for c in _far(("cub200", "cars196", "food101", "pet37"), PLAIN, GRID, average="Average of 4 far ID sets")
+    ],
+    "figure7b": [replace(c, mean_only=True, average="Average of near tasks") for c in _near((1, 3, 10), (), NEAR_L)],
+    "figure7c": [replace(c, mean_only=True, average="Average of fine-grained tasks") for c in _fine(GRID)],
     "figure1": [Case("cub200", ("places",), "far", (500,), "model={model}")],
 }
 
@@ -177,6 +190,31 @@ def cases(s) -> list[Case]:
     return [Case(s.id, s.ood, s.task, (s.n or (3 if s.task == "near" else 500),), "L={n}, beta={beta}")]
 
 
+def ood_truth(ood: str, sets: dict) -> list[str]:
+    """Names of the real OOD classes, where there are any."""
+    return data.ood_names(ood) or sets[ood].names
+
+
+def clipn(s, case: Case, images: torch.Tensor, outside: torch.Tensor, ids: list[str]) -> list[tuple[str, dict]]:
+    """Both scores of CLIPN from the text features `yes` and `no` [K, d] of its two encoders, in the order of the ID
+    names; the image features are those of --backbone, so --weights must be CLIPN's own image encoder."""
+    path = Path(s.clipn)
+    path = path / f"{Path(case.id).name}.safetensors" if path.is_dir() else path
+    tensors, _ = runs.read_tensors(path)
+    shape = (len(ids), images.shape[1])
+    for name in ("yes", "no"):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise UserError(f"{path}: `{name}` is {found or 'missing'}, wanted are {shape[0]} ID names x {shape[1]}")
+    yes, no = (normalise(tensors[k]).to(images.device) for k in ("yes", "no"))
+    inside, out = (scores.clipn(x, yes, no) for x in (images, outside))
+    names = ("CLIPN(competing-to-win)", "CLIPN(agreeing-to-differ)")
+    return [
+        (name, {**metrics.measure(a.cpu(), b.cpu()), "labels": 0, "hits": 0})
+        for name, a, b in zip(names, inside, out, strict=True)
+    ]
+
+
 def run_table(s, run: runs.Run, seed: int, device) -> None:
     """Records of one table and one run of the language model."""
     root = runs.data_dir(s.data_dir)
@@ -193,18 +231,22 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
         for n in c.n:
             sweep = bool(c.betas)
             labels = []
-            for variant in c.variants:
-                names, _ = envisioned(s, c, variant, n, seed)
+            # Table 25 sets the far prompt beside the task's own, at that task's own number of names.
+            asked = [(v, c, n) for v in c.variants]
+            if c.general:
+                asked = [("resemble", replace(c, general=False), n), ("resemble", c, 500)]
+            for variant, of, count in asked:
+                names, _ = envisioned(s, of, variant, count, seed)
                 names, out = evaluation.drop_similar(
                     names, evaluation.text_features(texts, names, templates).to(device), id_text, most
                 )
                 method = "EOE" if len(c.variants) == 1 else f"EOE(prompt={variant})"
-                method = "EOE(far prompt)" if c.general else method
+                method = "EOE(far prompt)" if of.general else method
                 method = f"EOE(llm={s.llm})" if s.table == "table24" and s.labels == "released" else method
                 method = "S_EOE" if c.scores else method
                 labels.append(evaluation.Labels(method, names, out, c.scores, c.betas))
             for ood in c.oods:
-                truth = data.ood_names(ood) or sets[ood].names
+                truth = ood_truth(ood, sets)
                 extra = [
                     evaluation.Labels(
                         "Ground Truth", truth, evaluation.text_features(texts, truth, templates).to(device)
@@ -214,12 +256,14 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
                     features[c.id],
                     {ood: features[ood]},
                     id_text,
-                    labels + (extra if truth and n == c.n[-1] else []),
+                    labels + (extra if truth and n == c.n[-1] and s.table in WITH_TRUTH else []),
                     s.beta,
                     truth,
                 )
                 for _, method, beta, m in found:
                     alone = method in ("MCM", "Energy", "MaxLogit", "Ground Truth")
+                    if c.mean_only and (alone and (method != "MCM" or n != c.n[0])):
+                        continue
                     if sweep and (alone and (method != "MCM" or n != c.n[0]) or not alone and not beta):
                         continue
                     b = float(beta.removeprefix("beta=")) if beta else s.beta
@@ -232,7 +276,14 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
                     }
                     if sweep and method == "MCM":
                         fields |= {"n": 0, "beta": "0", "x": ""}
+                    if c.mean_only and method == "MCM":
+                        fields |= {"n": 0}
+                    if s.table == "figure1" and method == "MCM":
+                        method = "Closed-set (MCM)"
                     results.append((c, ood, method, c.setting.format(**fields), m))
+                if s.clipn and n == c.n[-1]:
+                    for method, m in clipn(s, c, features[c.id], features[ood], ids):
+                        results.append((c, ood, method, c.setting.format(**{**fields, "n": n}), m))
             if s.dump and not sweep:
                 stats = [reduce(features[k], id_text, labels[0].text) for k in (c.id, c.oods[0])]
                 cut = metrics.threshold95(evaluation.score(stats[0], "EOE", s.beta))
@@ -241,20 +292,34 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
     _write(s, run, seed, device, results, sets)
 
 
+def averages(c: Case, ood: str) -> list[str]:
+    """Rows that a number goes into beside its own: the mean over the OOD sets, over the ID sets, over both."""
+    if c.mean_only:
+        return [c.average]
+    many = len(c.oods) > 1
+    out = [title(c.id, "")] if many else []
+    if c.average:
+        out.append(f"{c.average} vs {data.TITLES[ood]}" if many else c.average)
+        out += [f"{c.average} vs average of its OOD sets"] if many else []
+    return out
+
+
 def _write(s, run, seed: int, device, results, sets) -> None:
     """A record for each number, for the mean over the OOD sets of an ID set, and for the mean over ID sets."""
     # The printed numbers belong to the published names; with any others the records stand in a table of their own.
     table = s.table if s.labels == "released" or s.table == "own" else f"own-{s.table}"
     groups: dict[tuple[str, str, str], list[tuple[Case, dict]]] = {}
+    whole: dict[str, int] = {}  # parts that an average row must have: one over fewer sets is no average of the table
+    for c in cases(s):
+        for ood in c.oods:
+            for row in averages(c, ood):
+                whole[row] = whole.get(row, 0) + 1
     for c, ood, method, setting, m in results:
-        groups.setdefault((title(c.id, ood), method, setting), []).append((c, m))
-        if len(c.oods) > 1:
-            groups.setdefault((title(c.id, ""), method, setting), []).append((c, m))
-        if c.average:
-            own = c.average if len(c.oods) == 1 else f"{c.average} vs {data.TITLES[ood]}"
-            groups.setdefault((own, method, setting), []).append((c, m))
-            if len(c.oods) > 1:
-                groups.setdefault((f"{c.average} vs average of its OOD sets", method, setting), []).append((c, m))
+        if not c.mean_only:
+            groups.setdefault((title(c.id, ood), method, setting), []).append((c, m))
+        for row in averages(c, ood):
+            groups.setdefault((row, method, setting), []).append((c, m))
+    groups = {k: v for k, v in groups.items() if k[0] not in whole or len(v) == whole[k[0]]}
     for number, ((dataset, method, setting), found) in enumerate(groups.items()):
         mean = {k: float(torch.tensor([m[k] for _, m in found], dtype=torch.float64).mean()) for k in found[0][1]}
         ids = sorted({c.id for c, _ in found})

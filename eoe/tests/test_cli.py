@@ -186,6 +186,7 @@ def test_a_table_of_the_paper_end_to_end(imagenet, monkeypatch, tmp_path):
     lists.mkdir(parents=True)
     for n in (10, 20):
         names = runs.read_json(runs.HERE / "envisioned" / f"imagenet{n}-near.json")["names"]
+        names = {k: v[:3] for k, v in names.items()}  # a published list is used whole
         (lists / f"ImageNet{n}_gpt-3.5-turbo-16k_0.json").write_text(json.dumps(names))
     monkeypatch.setattr(backbones.Backbone, "encode_images", None)  # everything comes out of the cache
     call(evaluation, monkeypatch, *args, "--labels", "released", "--out", str(tmp_path / "released"))
@@ -233,7 +234,8 @@ def test_every_paper_setting_is_in_paper_csv():
         rows = printed[printed["table"] == table]
         for c in cases:
             for ood in c.oods:
-                assert papertables.title(c.id, ood) in set(rows["dataset"]), (table, c.id, ood)
+                if not c.mean_only:
+                    assert papertables.title(c.id, ood) in set(rows["dataset"]), (table, c.id, ood)
             if table not in ("table19", "table20", "table21"):
                 last = c.betas[-1] if c.betas else 0.25
                 beta = f"{last:.2f}" if c.betas else f"{last:g}"

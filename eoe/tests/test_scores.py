@@ -209,3 +209,49 @@ def test_similarity_filter_tolerates_rounding():
         "other",
     ]  # at 1.0 nothing goes, whatever the rounding
     assert drop_similar(["same", "other"], out, ids, 0.85)[0] == ["other"]
+
+
+# ---------------------------------------------------------------------------------------------------- streaming metrics
+
+
+@settings(max_examples=150, deadline=None)
+@given(numbers, numbers, st.integers(1, 7))
+def test_streamed_metrics_equal_the_library(a, b, chunk):
+    stream = metrics.Stream(a)
+    for i in range(0, len(b), chunk):
+        stream.add(b[i : i + chunk])
+    found = stream.result()
+    for name, function in (("FPR95", metrics.fpr95_official), ("FPR95_first", metrics.fpr95_first),
+                           ("AUROC", metrics.auroc), ("AUPR", metrics.aupr)):  # fmt: skip
+        assert found[name] == pytest.approx(function(a, b), rel=1e-12, abs=1e-9), name
+
+
+def test_streamed_metrics_at_size_and_at_nothing():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 20_000), rng.normal(0, 1, 30_001)
+    stream = metrics.Stream(a)
+    for part in np.array_split(b, 9):
+        stream.add(part)
+    assert len(stream.at) == 20_000  # what it keeps does not grow with the OOD scores
+    found = stream.result()
+    assert found["AUROC"] == pytest.approx(metrics.auroc(a, b), abs=1e-9)
+    assert found["FPR95"] == metrics.fpr95_official(a, b) and found["FPR95_first"] == metrics.fpr95_first(a, b)
+    with pytest.raises(ValueError):
+        metrics.Stream([1.0]).result()
+    with pytest.raises(ValueError):
+        metrics.Stream([1.0]).add([math.nan])
+
+
+@pytest.mark.parametrize("t", [1.0, 0.5, 0.01])
+def test_every_score_on_ties_and_one_class(t):
+    """Equal names, an envisioned name equal to an ID name, one class: the plain loops, image by image, at T."""
+    v = normalise(torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]))
+    w = normalise(torch.tensor([[1.0, 2.0, 0.5], [0.0, 1.0, 1.0]]))
+    for ids, out in ((w[:1], w[:1]), (w[[0, 0, 1]], w[[0, 1, 1]]), (w[:1], w[1:])):
+        stats = reduce(v, ids, out, (t, scores.T_ENERGY))
+        for i in range(3):
+            want = reference(*(x.double().tolist() for x in (v[i], ids, out)), t=t)
+            for name, function in (("EOE", scores.eoe), ("MCM", scores.mcm), ("S_MSP", scores.s_msp),
+                                   ("S_MAX", scores.s_max), ("S_Energy", scores.s_energy)):  # fmt: skip
+                assert function(stats, t=t)[i].item() == pytest.approx(want[name], rel=1e-4, abs=1e-6), (name, i)
+            assert scores.s_maxlogit(stats)[i].item() == pytest.approx(want["S_MaxLogit"], abs=1e-6)
