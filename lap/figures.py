@@ -1,0 +1,176 @@
+"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png; analyse.py draws single runs."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"FGSM": "#c1272d", "LAP": "#0072b2"}
+STYLES = {"V": "-", "R": "--", "N": "-."}
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+
+
+def save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+    """-> [(path, caption)] of the figures the records allow."""
+    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
+    out = []
+
+    def add(found, kind: str, name: str) -> None:
+        if found:
+            path = folder / f"{scale}-{kind}-{name.lower().replace(' ', '-').replace('/', '-').replace('=', '')}.png"
+            save(found[0], path)
+            out.append((path, found[1]))
+
+    main = [r for r in records if r["table"] == "main" and r["method"].rsplit("-", 1)[-1] in COLOURS]
+    for dataset, setting in sorted({(r["dataset"], r["setting"]) for r in main}):
+        rows = [r for r in main if (r["dataset"], r["setting"]) == (dataset, setting)]
+        add(course(rows, f"{dataset}, {setting}"), "course", f"{dataset}-{setting}")
+    removed = [r for r in records if r["table"] == "removal"]
+    for dataset, method in sorted({(r["dataset"], r["method"]) for r in removed}):
+        rows = [r for r in removed if (r["dataset"], r["method"]) == (dataset, method)]
+        add(removal(rows, f"{method}, {dataset}"), "removal", f"{dataset}-{method}")
+    layers = [r for r in records if r["table"] == "layers"]
+    for r in {
+        (r["dataset"], r["method"]): r for r in sorted(layers, key=lambda r: (-r["metrics"]["collapsed"], -r["seed"]))
+    }.values():
+        place = f"{r['method']}, {r['dataset']}, {r['setting']}"
+        name = f"{r['dataset']}-{r['method']}"
+        add(surfaces(r["metrics"]["surfaces"], f"{place}, seed {r['seed']}"), "surfaces", name)
+        same = [
+            m["metrics"]
+            for m in main
+            if (m["dataset"], m["method"], m["setting"]) == (r["dataset"], r["method"], r["setting"])
+        ]
+        add(layer_curves(same, r["metrics"]["names"], place), "layers", name)
+    return out
+
+
+def stacked(curves: list[list]) -> np.ndarray:
+    n = min(map(len, curves))
+    return np.array([c[:n] for c in curves], dtype=float)
+
+
+def several(axis, curves: list[list], label: str, thin: bool = True, **look) -> None:
+    """The mean against the epoch, single seeds as thin lines."""
+    values = stacked(curves)
+    x = 1 + np.arange(values.shape[1])
+    for v in values if thin else ():
+        axis.plot(x, v, lw=0.7, alpha=0.45, **look)
+    axis.plot(x, values.mean(0), lw=2.2, label=label, **look)
+
+
+def course(rows: list[dict], place: str):
+    """Accuracies on the probe and the norm of the first layer against the epoch."""
+    methods = sorted({r["method"] for r in rows}, reverse=True)
+    if not methods:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.9), sharex=True)
+    panels = (
+        *(("curve_probe_fgsm", "FGSM accuracy (%)"), ("curve_probe_pgd", "PGD accuracy (%)")),
+        ("curve_norm", "norm of the first layer"),
+    )
+    for (key, title), axis in zip(panels, axes, strict=True):
+        for m in methods:
+            begin, kind = m.rsplit("-", 1)
+            curves = [r["metrics"][key] for r in rows if r["method"] == m]
+            curves = [[v[0] for v in c] for c in curves] if key == "curve_norm" else curves
+            several(axis, curves, label=m, color=COLOURS[kind], ls=STYLES[begin[0]])
+        axis.set(title=title, xlabel="epoch")
+    axes[2].set_yscale("log")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(place)
+    figure.tight_layout()
+    return figure, (
+        f"{place}: accuracy on a fixed part of the test images after every epoch, means over "
+        f"{len({r['seed'] for r in rows})} seeds, thin lines are single seeds. Overfitting shows as PGD accuracy that "
+        "falls to nothing while FGSM accuracy stays."
+    )
+
+
+def removal(rows: list[dict], place: str):
+    """Accuracy after a share of a layer's weights has been set to zero."""
+    kinds = ["nothing", "former, largest", "former, smallest", "latter, largest", "latter, smallest"]
+    found = {k: [r["metrics"] for r in rows if r["setting"].endswith(f", {k}")] for k in kinds}
+    if not all(found.values()):
+        return None
+    figure, axis = plt.subplots(figsize=(8.4, 3.8))
+    looks = (("clean", "#999999"), ("fgsm", "#c1272d"), ("pgd", "#0072b2"))
+    for i, (key, colour) in enumerate(looks):
+        values = [[m[key] for m in found[k]] for k in kinds]
+        at = np.arange(len(kinds)) + 0.27 * (i - 1)
+        axis.bar(at, [np.mean(v) for v in values], 0.25, color=colour, label={"clean": "clean"}.get(key, key.upper()))
+        for x, v in zip(at, values, strict=True):
+            axis.plot([x] * len(v), v, "k.", ms=4, alpha=0.6)
+    axis.set_xticks(range(len(kinds)), [k.replace(", ", "\n") for k in kinds])
+    axis.set(ylabel="accuracy (%)", title=place)
+    axis.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return figure, (
+        f"{place}: accuracy after the largest or smallest 10 % of the weights of each former or latter layer are "
+        "set to zero; points are single seeds."
+    )
+
+
+def surfaces(found: dict, place: str):
+    """Rows: moments; columns: single layers, then all; colour: mean loss, one scale a column."""
+    if not found["values"]:
+        return None
+    moments, layers = list(found["values"]), found["layers"]
+    size = (2.3 * len(layers), 2.3 * len(moments) + 0.5)
+    figure, axes = plt.subplots(len(moments), len(layers), figsize=size, squeeze=False, sharex=True, sharey=True)
+    grids = {m: np.minimum(np.array(found["values"][m]), 1e4) for m in moments}
+    for j, layer in enumerate(layers):
+        column = np.stack([grids[m][j] for m in moments])
+        low, high = column.min(), column.max()
+        for i, m in enumerate(moments):
+            axis = axes[i, j]
+            reach = 1 + 1 / (len(column[i]) - 1)  # half a cell more: the points of the grid are the cells' centres
+            look = {"origin": "lower", "extent": (-reach, reach, -reach, reach), "cmap": "viridis"}
+            picture = axis.imshow(
+                np.log10(1 + column[i] - low), vmin=0, vmax=max(np.log10(1 + high - low), 1e-6), **look
+            )
+            axis.set_title(f"{layer.removeprefix('1.').removesuffix('.weight')}" if i == 0 else "", fontsize=9)
+            axis.text(-0.95, -0.92, f"{column[i].min():.2f} to {column[i].max():.3g}", color="w", fontsize=7)
+            axis.set_xlabel("noise 1" if i == len(moments) - 1 else "")
+            axis.set_ylabel(f"{m}: epoch {found['epochs'][m]}\nnoise 2" if j == 0 else "")
+    figure.colorbar(picture, ax=axes, label="log10(1 + loss - lowest of the column)", shrink=0.8)
+    figure.suptitle(place)
+    return figure, (
+        f"{place}: mean loss on single-step images when filter-normalised noise is added to one layer, or to all (last "
+        "column); the unchanged network is in the middle. Numbers are the lowest and highest loss of a panel."
+    )
+
+
+def layer_curves(metrics: list[dict], names: list[str], place: str):
+    """Sensitivity, norm, top singular value and share of large entries of every layer against the epoch."""
+    panels = [
+        *(("distortion", "rise of the loss under weight noise"), ("norm", "Frobenius norm")),
+        *(("singular", "top singular value"), ("top10", "share of |w|² in the largest 10 %")),
+    ]
+    panels = [p for p in panels if metrics and all(f"curve_{p[0]}" in m for m in metrics)]
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.7), squeeze=False)
+    colours = plt.cm.plasma(np.linspace(0, 0.9, len(names)))
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+        values = stacked([m[f"curve_{key}"] for m in metrics]).mean(0)  # [epochs, layers]
+        for k in range(len(names)):
+            ends = k in (0, len(names) - 1)
+            label = names[k].removeprefix("1.").removesuffix(".weight") if ends else None
+            axis.plot(1 + np.arange(len(values)), values[:, k], color=colours[k], lw=1.6, label=label)
+        axis.set(title=title, xlabel="epoch")
+        axis.set_yscale({"distortion": "symlog", "top10": "linear"}.get(key, "log"))
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    figure.suptitle(place)
+    figure.tight_layout()
+    seeds = f"mean over {len(metrics)} seeds" if len(metrics) > 1 else "one seed"
+    return figure, f"{place}: every layer against the epoch, from the first (dark) to the last (bright); {seeds}."

@@ -1,0 +1,103 @@
+"""plan.yaml: every run is valid and has a cell of its own; that cell and every printed number is in some table."""
+
+from collections import Counter
+
+import pytest
+
+import figures
+import plan as plans
+import readers
+import runs
+import tables
+import train
+
+PLAN = plans.load_plan()
+PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+
+
+def resolved(job, scale):
+    """Settings of a run, without the command line: parsing 140 of them takes long."""
+    assert job.script == "train.py"
+    given = {k: runs._number(v) if isinstance(v, str) and "/" in v else v for k, v in job.args.items()}
+    s = train.Settings(**given, scale=scale, seeds=job.seeds)
+    s.check()
+    s.resolve()
+    return s
+
+
+@pytest.mark.parametrize("scale", runs.SCALES)
+def test_the_command_lines_say_the_same(scale):
+    """One run of each kind of options."""
+    kinds = {tuple(sorted(job.args)): job for job in plans.jobs(PLAN, scale)}
+    for job in kinds.values():
+        s = runs.parse(train.Settings, "", job.command(scale)[1:])
+        s.check()
+        s.resolve()
+        s.out = ""
+        want = resolved(job, scale)
+        want.out = ""
+        assert s == want
+
+
+def shown(view, where, key):
+    """Whether a table shows a cell: it is selected, and its row and column are named (or all are)."""
+    order = view.get("order", {})
+    axes = {view["rows"]: order.get("rows"), view["columns"]: order.get("columns")}
+    picked = all(key[k] in (v if isinstance(v, list) else [v]) for k, v in where.items())
+    return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
+
+
+@pytest.mark.parametrize("scale", runs.SCALES)
+def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
+    cells = Counter()
+    for job in plans.jobs(PLAN, scale):
+        s = resolved(job, scale)
+        cells[s.table, s.dataset, s.setting, s.label] += 1
+    assert max(cells.values()) == 1
+
+
+def test_a_run_by_hand_enters_no_table():
+    """Otherwise it would be a second record for a cell of the demo, which uses the same data and method."""
+    own = train.Settings().table
+    for view in PLAN["tables"]:
+        where = view.get("where", {})["table"]
+        assert own != where and own not in where
+
+
+def test_every_run_of_scale_paper_stands_in_a_table():
+    views = [v for v in PLAN["tables"] if v.get("scale", "paper") == "paper"]
+    for job in plans.jobs(PLAN, "paper"):
+        s = resolved(job, "paper")
+        title = readers.KINDS[s.dataset].title
+        key = {"table": s.table, "dataset": title, "setting": s.setting, "method": s.label}
+        metrics = {
+            m
+            for v in views
+            if shown(v, v.get("where", {}), key)
+            for m in ([v["metric"]] if "metric" in v else v["order"]["columns"])
+        }
+        assert {"clean", "pgd"} <= metrics, f"{job.name} is in no table"
+
+
+def test_every_known_printed_number_is_shown():
+    hidden = []
+    for row in PRINTED[PRINTED["value"].notna()].to_dict("records"):
+        found = False
+        for view in PLAN["tables"]:
+            where = view.get("printed", view.get("where", {}))
+            listed = view.get("order", {}).get("columns" if view["columns"] == "metric" else "rows")
+            metrics = (
+                listed if "metric" in (view["columns"], view["rows"]) else [where.get("metric", view.get("metric"))]
+            )
+            found = found or (metrics is None or row["metric"] in metrics) and shown(view, where, row)
+        hidden += [] if found else [(row["table"], row["dataset"], row["setting"], row["method"], row["metric"])]
+    assert not hidden, f"{len(hidden)} printed numbers in no table, the first {hidden[0]}"
+
+
+def test_curves_of_all_starts_can_be_told_apart():
+    """At scale paper V, R and N stand in one picture."""
+    curve = {f"curve_{k}": [0.0, 1.0] for k in ("probe_pgd", "probe_fgsm")} | {"curve_norm": [[1.0], [2.0]]}
+    names = [f"{start}-{kind}" for start in "VRN" for kind in ("FGSM", "LAP")]
+    figure, _ = figures.course([{"method": m, "seed": 0, "metrics": curve} for m in names], "here")
+    lines = figure.axes[0].get_legend_handles_labels()[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
