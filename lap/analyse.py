@@ -17,6 +17,8 @@ import layerwise
 import runs
 from runs import Number, UserError
 
+SHARE = 0.1  # of a layer's weights is removed in the paper
+
 # (name, which layers, largest entries?); the first removes nothing.
 REMOVALS = (
     ("nothing", None, True),
@@ -29,7 +31,7 @@ REMOVALS = (
 class AnalyseSettings:
     run: str
     """Run folder written by train.py, or one seed of it (runs/.../seed0)."""
-    share: Number = 0.1
+    share: Number = SHARE
     """Share of a layer's weights that is removed (paper: 0.1)."""
     images: int = 100
     """Test images the surfaces are drawn for."""
@@ -47,7 +49,7 @@ class AnalyseSettings:
     """auto, cpu, cuda or cuda:N."""
 
 
-def removal(t, steps: int, restarts: int, share: float = 0.1) -> dict[str, dict[str, float]]:
+def removal(t, steps: int, restarts: int, share: float = SHARE) -> dict[str, dict[str, float]]:
     """{removal: clean, FGSM and PGD accuracy, and how far they fall} of the trainer's network, on the images of the
     final evaluation."""
     index = evaluation.order(len(t.test.part), min(t.s.eval_limit, len(t.test.part)))
@@ -99,13 +101,14 @@ def surfaces(t, out: Path, images: int = 100, points: int = 9) -> dict:
     return {"epochs": epochs, "layers": [*picked, "all layers"], "values": values}
 
 
-def all_parts(t, out: Path, seed: int, steps: int, restarts: int, share=0.1, images=100, points=9) -> list[tuple]:
+def all_parts(t, out: Path, seed: int, steps: int, restarts: int, share=SHARE, images=100, points=9) -> list[tuple]:
     """[(file suffix, table, setting, method, metrics)]: a record for each removal and one for the layers."""
     label, found = t.s.label, []
     prefix = "" if t.s.table == "main" else f"{t.s.table}-"  # only runs of the main table have a place in RESULTS.md
+    other = "" if share == SHARE else f", {100 * share:g} %"  # a row of its own, not the table's
     for name, metrics in removal(t, steps, restarts, share).items():
-        suffix = "removal-" + name.replace(", ", "-")
-        found.append((suffix, f"{prefix}removal", f"{t.s.setting}, {name}", label, metrics))
+        suffix = f"removal-{name}{other.removesuffix(' %')}".replace(", ", "-")
+        found.append((suffix, f"{prefix}removal", f"{t.s.setting}, {name}{other}", label, metrics))
     number = {"former_layers": len(layerwise.part(t.layers, "former")), "layers": len(t.layers)}
     collapsed = int(evaluation.onset(t.curve) is not None)
     layers = number | {"collapsed": collapsed, "names": list(t.layers), "surfaces": surfaces(t, out, images, points)}
@@ -120,6 +123,8 @@ def main() -> None:
     if not 0 < a.share <= 1 or min(a.steps, a.restarts) < 0 or a.images < 1 or a.points < 2:
         raise UserError("--share must lie in (0, 1], --points be at least 2, --images 1, --steps and --restarts 0")
     t, folder, seeds = evaluation.open_run(a.run, a.data_dir, a.device)
+    if a.write and (a.steps not in (0, t.s.test_steps) or a.restarts not in (0, t.s.test_restarts)):
+        raise UserError("--write keeps to the attack of the run's record: leave --steps and --restarts out")
     run = runs.Run(folder, t.s, ignore=train.IGNORE) if a.write else None
     for seed in seeds:
         t.fresh(seed)

@@ -125,9 +125,11 @@ def summary(curve: list[dict]) -> dict:
     out["collapsed"] = int(co is not None)
     if co is not None:
         out["co_epoch"] = co
-    for key in ("train_seconds", "train_cpu_seconds"):  # the first epoch also warms caches up
-        rows = [row[key] for row in curve[1:] or curve if key in row]
-        out[f"{key}_epoch"] = float(np.median(rows))
+    for key in ("train_seconds", "train_cpu_seconds"):  # not of an epoch that was cut and resumed
+        times = {row["epoch"]: row[key] for row in curve if key in row}
+        if len(times) > 1:
+            times.pop(1, None)  # the first epoch also warms caches up
+        out |= {f"{key}_epoch": float(np.median(list(times.values())))} if times else {}
     return out
 
 

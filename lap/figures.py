@@ -7,6 +7,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 
 COLOURS = {"FGSM": "#c1272d", "LAP": "#0072b2"}
 STYLES = {"V": "-", "R": "--", "N": "-."}
@@ -40,8 +42,8 @@ def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
         add(removal(rows, f"{method}, {dataset}"), "removal", f"{dataset}-{method}")
     layers = [r for r in records if r["table"] == "layers"]
     for r in {
-        (r["dataset"], r["method"]): r for r in sorted(layers, key=lambda r: (-r["metrics"]["collapsed"], -r["seed"]))
-    }.values():
+        (r["dataset"], r["method"]): r for r in sorted(layers, key=lambda r: (r["metrics"]["collapsed"], -r["seed"]))
+    }.values():  # the last one stays: the lowest seed with overfitting, if there is one
         place = f"{r['method']}, {r['dataset']}, {r['setting']}"
         name = f"{r['dataset']}-{r['method']}"
         add(surfaces(r["metrics"]["surfaces"], f"{place}, seed {r['seed']}"), "surfaces", name)
@@ -52,6 +54,21 @@ def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
         ]
         add(layer_curves(same, r["metrics"]["names"], place), "layers", name)
     return out
+
+
+PLAIN = FuncFormatter(lambda v, _: f"{v:g}")
+
+
+def log_axis(axis, signed: bool = False) -> None:
+    """A logarithmic y axis whose ticks are plain numbers, also over less than a decade. signed: linear around 0."""
+    if signed:
+        axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1))
+    else:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(PLAIN)
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def stacked(curves: list[list]) -> np.ndarray:
@@ -85,7 +102,8 @@ def course(rows: list[dict], place: str):
             curves = [[v[0] for v in c] for c in curves] if key == "curve_norm" else curves
             several(axis, curves, label=m, color=COLOURS[kind], ls=STYLES[begin[0]])
         axis.set(title=title, xlabel="epoch")
-    axes[2].set_yscale("log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    log_axis(axes[2])
     axes[0].legend(frameon=False, fontsize=9)
     figure.suptitle(place)
     figure.tight_layout()
@@ -112,7 +130,7 @@ def removal(rows: list[dict], place: str):
             axis.plot([x] * len(v), v, "k.", ms=4, alpha=0.6)
     axis.set_xticks(range(len(kinds)), [k.replace(", ", "\n") for k in kinds])
     axis.set(ylabel="accuracy (%)", title=place)
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the bars
     figure.tight_layout()
     return figure, (
         f"{place}: accuracy after the largest or smallest 10 % of the weights of each former or latter layer are "
@@ -121,28 +139,34 @@ def removal(rows: list[dict], place: str):
 
 
 def surfaces(found: dict, place: str):
-    """Rows: moments; columns: single layers, then all; colour: mean loss, one scale a column."""
+    """Rows: moments in their order; columns: single layers, then all; colour: mean loss, one scale for all."""
     if not found["values"]:
         return None
-    moments, layers = list(found["values"]), found["layers"]
-    size = (2.3 * len(layers), 2.3 * len(moments) + 0.5)
-    figure, axes = plt.subplots(len(moments), len(layers), figsize=size, squeeze=False, sharex=True, sharey=True)
-    grids = {m: np.minimum(np.array(found["values"][m]), 1e4) for m in moments}
-    for j, layer in enumerate(layers):
-        column = np.stack([grids[m][j] for m in moments])
-        low, high = column.min(), column.max()
-        for i, m in enumerate(moments):
-            axis = axes[i, j]
-            reach = 1 + 1 / (len(column[i]) - 1)  # half a cell more: the points of the grid are the cells' centres
-            look = {"origin": "lower", "extent": (-reach, reach, -reach, reach), "cmap": "viridis"}
-            picture = axis.imshow(
-                np.log10(1 + column[i] - low), vmin=0, vmax=max(np.log10(1 + high - low), 1e-6), **look
-            )
+    moments, layers = sorted(found["values"], key=found["epochs"].get), found["layers"]
+    grids = np.array([found["values"][m] for m in moments], dtype=float).clip(1e-3, 1e4)  # [moment, layer, p, q]
+    size = (2.1 * len(layers) + 1.2, 2.1 * len(moments) + 0.6)
+    look = {"figsize": size, "squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(len(moments), len(layers), **look)
+    # Noise in all layers goes far beyond noise in one; the scale ends at a loss of 10 or the largest of a single layer.
+    single = grids[:, :-1].max() if len(layers) > 1 else grids.max()
+    low, high = grids.min(), min(grids.max(), max(single, 10.0))
+    norm = LogNorm(low, max(high, 1.001 * low))
+    reach = 1 + 1 / (grids.shape[-1] - 1)  # half a cell more: the points of the grid are the cells' centres
+    box = {"facecolor": "k", "alpha": 0.45, "pad": 1.5, "lw": 0}
+    for i, m in enumerate(moments):
+        for j, layer in enumerate(layers):
+            axis, values = axes[i, j], grids[i, j].T  # noise 1 runs along the rows of a grid: to the right
+            extent = (-reach, reach, -reach, reach)
+            picture = axis.imshow(values, origin="lower", extent=extent, cmap="viridis", norm=norm)
             axis.set_title(f"{layer.removeprefix('1.').removesuffix('.weight')}" if i == 0 else "", fontsize=9)
-            axis.text(-0.95, -0.92, f"{column[i].min():.2f} to {column[i].max():.3g}", color="w", fontsize=7)
+            text = f"{values.min():.2f} to {values.max():.3g}"
+            axis.text(-0.95, -0.92, text, color="w", fontsize=8, bbox=box)
             axis.set_xlabel("noise 1" if i == len(moments) - 1 else "")
             axis.set_ylabel(f"{m}: epoch {found['epochs'][m]}\nnoise 2" if j == 0 else "")
-    figure.colorbar(picture, ax=axes, label="log10(1 + loss - lowest of the column)", shrink=0.8)
+    bar = figure.colorbar(picture, ax=axes, label="mean loss", shrink=0.8, extend="max" if grids.max() > high else None)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    bar.ax.yaxis.set_major_formatter(PLAIN)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(place)
     return figure, (
         f"{place}: mean loss on single-step images when filter-normalised noise is added to one layer, or to all (last "
@@ -168,7 +192,9 @@ def layer_curves(metrics: list[dict], names: list[str], place: str):
             label = names[k].removeprefix("1.").removesuffix(".weight") if ends else None
             axis.plot(1 + np.arange(len(values)), values[:, k], color=colours[k], lw=1.6, label=label)
         axis.set(title=title, xlabel="epoch")
-        axis.set_yscale({"distortion": "symlog", "top10": "linear"}.get(key, "log"))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if key in ("norm", "singular") or np.abs(values).max() > 10:
+            log_axis(axis, signed=key == "distortion")
     axes[0, 0].legend(frameon=False, fontsize=9)
     figure.suptitle(place)
     figure.tight_layout()

@@ -166,17 +166,35 @@ def test_a_run_records_removals_and_layers(done):
     assert len(main["curve_distortion"]) == 3 and len(main["curve_norm"][0]) == layers["layers"] == 10
 
 
+def test_a_surface_is_that_of_the_weights_of_its_epoch_on_images_attacked_there(done):
+    found = runs.read_record(done / "seed0" / "record-layers.json")["metrics"]["surfaces"]
+    t, *_ = evaluation.open_run(str(done), "", "cpu")
+    t.fresh(0)
+    x, y = next(t.test.in_order(t.probe[:100]))
+    for moment, epoch in found["epochs"].items():
+        t.load_weights(done / "seed0" / "epochs" / f"{epoch:04d}.safetensors")
+        g = torch.autograd.grad(F.cross_entropy(t.model(x.requires_grad_()), y), x)[0]
+        with torch.no_grad():
+            want = F.cross_entropy(t.model((x + 0.3 * g.sign()).clamp(0, 1)), y).item()
+        assert all(grid[4][4] == pytest.approx(want, abs=2e-4) for grid in found["values"][moment])
+    last, kept = (runs.read_tensors(done / "seed0" / k)[0] for k in ("model.safetensors", "epochs/0003.safetensors"))
+    assert sorted(found["epochs"].values())[-1] == 3 and same(last, kept)
+
+
 def test_analysis_of_a_finished_run(done, monkeypatch, capsys):
     before = runs.read_record(done / "seed0" / "record-removal-former-largest.json")["metrics"]
     run_main(monkeypatch, analyse.main, "--run", done, "--points", "3", "--images", "5", "--device", "cpu")
     text = capsys.readouterr().out
     assert "former layers: 1.stem.weight" in text and f"FGSM {before['fgsm']:6.2f} %" in text
     assert all((done / "analysis" / f"{k}-seed0.png").stat().st_size > 5000 for k in ("surfaces", "layers"))
-    args = ["--run", done / "seed0", "--share", "1", "--points", "3", "--write", "--device", "cpu"]
-    run_main(monkeypatch, analyse.main, *args)
-    rows = [runs.json.loads(line) for line in (done / "records.jsonl").read_text().splitlines()]
-    new = [r for r in rows if r["table"] == "removal" and r["setting"].endswith("former, largest")]
-    assert len(rows) == 7 and len(new) == 1 and new[0]["metrics"]["clean"] <= 30  # without two layers: chance
+    args = ["--run", done / "seed0", "--points", "3", "--write", "--device", "cpu"]
+    for share, expected in ((0.1, 7), (1, 12)):  # the share of the table in its place, another in rows of its own
+        run_main(monkeypatch, analyse.main, *args, "--share", share)
+        rows = [runs.json.loads(line) for line in (done / "records.jsonl").read_text().splitlines()]
+        assert len(rows) == expected
+    found = {r["setting"]: r["metrics"] for r in rows if r["table"] == "removal"}
+    assert found["eps=76.5/255, former, largest"] == before
+    assert found["eps=76.5/255, former, largest, 100 %"]["clean"] <= 30  # without two layers: chance
 
 
 def test_surfaces_without_kept_weights_show_the_end_alone(done, monkeypatch, capsys):
@@ -196,6 +214,7 @@ def test_wrong_options_of_the_analysis(done, monkeypatch, capsys):
         return lines[0]
 
     assert "--share must lie in (0, 1]" in told("--run", done, "--share", "0")
+    assert "leave --steps and --restarts out" in told("--run", done, "--write", "--steps", "7", "--device", "cpu")
     assert "no file" in told("--run", done / "x" / "y")
     (done / "seed0" / "metrics.jsonl").unlink()
     assert "no metrics.jsonl" in told("--run", done, "--device", "cpu")
@@ -224,3 +243,41 @@ def test_vision_transformer_trains_with_lap_and_gradalign(tmp_path):
         assert any(not torch.equal(a, b) for a, b in zip(before, t.weights, strict=True))
         found = evaluation.attack_all(t.model, t.test, t.probe, 0.1, 1, 1, 0)
         assert 0 <= found["pgd"] <= found["clean"] <= 100
+
+
+def test_surfaces_stand_in_the_order_of_the_epochs_and_noise_1_runs_to_the_right():
+    """Records are written with sorted keys, so that the order of the moments is lost in them."""
+    grid = [[10.0 * p + q + 1 for q in range(3)] for p in range(3)]
+    values = {m: [grid, grid] for m in ("after", "before", "during")}
+    found = {"epochs": {"after": 9, "before": 2, "during": 5}, "layers": ["1.stem.weight", "all"], "values": values}
+    figure, _ = figures.surfaces(found, "here")
+    left = [a for a in figure.axes if "epoch" in a.get_ylabel()]
+    assert [a.get_ylabel().split(":")[0] for a in left] == ["before", "during", "after"]
+    picture = left[0].images[0].get_array()
+    assert picture[0].tolist() == [1, 11, 21] and left[0].images[0].origin == "lower"  # p, the first direction
+    scales = {(a.images[0].norm.vmin, a.images[0].norm.vmax) for a in figure.axes if a.images}
+    assert len(scales) == 1  # the one colour bar is true of every panel
+
+
+def test_the_surfaces_shown_are_of_a_run_with_overfitting(tmp_path, monkeypatch):
+    grid = {"epochs": {"end": 1}, "layers": ["a"], "values": {"end": [[[1.0, 2.0], [3.0, 4.0]]]}}
+    base = {"table": "layers", "dataset": "d", "method": "V-FGSM", "setting": "s"}
+    rows = [
+        {**base, "seed": k, "metrics": {"collapsed": c, "names": ["a"], "surfaces": grid}}
+        for k, c in enumerate((0, 1, 1, 0))
+    ]
+    places = []
+    monkeypatch.setattr(figures, "surfaces", lambda found, place: places.append(place))
+    figures.draw(rows, tmp_path, "demo")
+    assert places == ["V-FGSM, d, s, seed 1"]
+
+
+@pytest.mark.parametrize("low", [0.3, 40.0])
+def test_ticks_of_logarithmic_axes_are_plain_numbers(low):
+    figure, axis = figures.plt.subplots()
+    axis.plot([low, 2 * low])
+    figures.log_axis(axis)
+    figure.canvas.draw()
+    labels = [x.get_text() for x in axis.get_yticklabels(which="both") if x.get_text()]
+    figures.plt.close(figure)
+    assert labels and all(float(x) for x in labels)

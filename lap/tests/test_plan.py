@@ -2,8 +2,10 @@
 
 from collections import Counter
 
+import pandas as pd
 import pytest
 
+import claims
 import figures
 import plan as plans
 import readers
@@ -101,3 +103,17 @@ def test_curves_of_all_starts_can_be_told_apart():
     figure, _ = figures.course([{"method": m, "seed": 0, "metrics": curve} for m in names], "here")
     lines = figure.axes[0].get_legend_handles_labels()[0]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
+
+
+def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
+    def frame(cells):
+        base = {"table": "main", "dataset": "CIFAR-10", "seed": 0, "metric": "collapsed"}
+        return pd.DataFrame([{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells])
+
+    check = next(c.check for c in claims.CLAIMS if c.id == "C")
+    some = [(8, "V-LAP", 0.0), (12, "R-LAP", 0.0)]
+    assert check(frame(some)) == (None, "V 8/255: 0.00; R 12/255: 0.00")
+    assert check(frame([*some, (16, "N-LAP", 1.0)]))[0] is False
+    every = [(r, f"{k}-LAP", 0.0) for r in claims.RADII for k in "VRN"]
+    assert check(frame(every))[0] is True and check(frame(every[1:]))[0] is None
+    assert check(frame([(8, "R-FGSM", 1.0)])) == (None, "")
