@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm import tqdm
 
@@ -176,26 +178,51 @@ def _file(*parts) -> Path:
 
 
 def image_features(backbone: Backbone, images, batch: int = 256, workers: int = 4) -> Tensor:
-    """Unit features [N, d] float32 of an image set, in its order; computed once for each backbone and file list."""
-    from data import Transformed
+    """Unit features [N, d] float32 of an image set, in its order; computed once for each backbone and file list.
+
+    Several processes of one launch take every so-many-th batch; each batch is the one a single process would make, so
+    the features are the same to the last bit. All processes return all features.
+    """
     from scores import normalise
 
-    path = _file("images", backbone.fingerprint, images.sha256, len(images))
-    if not path.is_file():
-        loader = torch.utils.data.DataLoader(
-            Transformed(images, backbone.transform()),
-            batch,
-            num_workers=workers,
-            pin_memory=backbone.device.type == "cuda",
-        )
-        found = [backbone.encode_images(x) for x in tqdm(loader, desc=f"{backbone.name} {images.name}", disable=None)]
-        features = normalise(torch.cat(found)).cpu()
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"features of {images.name} by {backbone.name} are not finite; broken weights or bf16 overflow?"
+    path, state = _file("images", backbone.fingerprint, images.sha256, len(images)), PartialState()
+    if not broadcast_object_list([path.is_file()])[0]:  # one answer for all: the file may come to be between two looks
+        pieces = [path.with_suffix(f".part{i}") for i in range(state.num_processes)]
+        mine = _encode(backbone, images, batch, workers, state.process_index, state.num_processes)
+        if state.num_processes == 1:
+            found = mine
+        else:
+            runs.write_tensors(pieces[state.process_index], {str(i): x for i, x in mine.items()})
+            state.wait_for_everyone()
+            found = (
+                {int(i): x for p in pieces for i, x in runs.read_tensors(p)[0].items()} if state.is_main_process else {}
             )
-        runs.write_tensors(path, {"features": features}, {"backbone": backbone.name, "images": images.name})
+        if state.is_main_process:
+            features = normalise(torch.cat([found[i] for i in sorted(found)])).cpu()
+            if not torch.isfinite(features).all():
+                raise UserError(
+                    f"features of {images.name} by {backbone.name} are not finite; broken weights or bf16 overflow?"
+                )
+            runs.write_tensors(path, {"features": features}, {"backbone": backbone.name, "images": images.name})
+            for piece in pieces:
+                piece.unlink(missing_ok=True)
+        state.wait_for_everyone()
     return runs.read_tensors(path)[0]["features"]
+
+
+def _encode(backbone: Backbone, images, batch: int, workers: int, rank: int, world: int) -> dict[int, Tensor]:
+    """{number of the batch: its features} of the batches rank, rank + world, ..."""
+    from data import Transformed
+
+    numbers = range(rank, -(-len(images) // batch), world)
+    loader = torch.utils.data.DataLoader(
+        Transformed(images, backbone.transform()),
+        batch_sampler=[range(i * batch, min((i + 1) * batch, len(images))) for i in numbers],
+        num_workers=workers,
+        pin_memory=backbone.device.type == "cuda",
+    )
+    bar = tqdm(loader, desc=f"{backbone.name} {images.name}", disable=True if rank else None)
+    return {i: backbone.encode_images(x) for i, x in zip(numbers, bar, strict=True)}
 
 
 class CachedTexts:

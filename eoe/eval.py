@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 import drawn
@@ -352,16 +353,20 @@ def main() -> None:
     s.out = (
         s.out or f"runs/{s.scale}/{'synthetic' if s.synthetic else s.table if s.table != 'own' else Path(s.id).name}"
     )
-    run = runs.Run(Path(s.out), s, ignore=("out", "data_dir", "device", "download", "batch", "workers", "weights"))
+    # Several processes (`accelerate launch`) share out the images to encode; what follows takes seconds, on the first.
+    state = PartialState()
+    ignore = ("out", "data_dir", "device", "download", "batch", "workers", "weights")
+    run = runs.Run(Path(s.out), s, ignore, state.process_index)
     if not run.complete:
         for seed in s.seeds:
-            if s.synthetic:
+            if s.synthetic and state.is_main_process:
                 synthetic_seed(s, run, seed, device)
-            else:
+            elif not s.synthetic:
                 import papertables
 
                 papertables.run_table(s, run, seed, device)
-    show(run.finish())
+    if state.is_main_process:
+        show(run.finish())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 import backbones
 import data
@@ -223,6 +224,8 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
     backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
     texts, templates = backbones.CachedTexts(backbone), evaluation.ENSEMBLE if s.ensemble else (evaluation.TEMPLATE,)
     features = {k: backbones.image_features(backbone, v, s.batch, s.workers).to(device) for k, v in sets.items()}
+    if not PartialState().is_main_process:
+        return
     results: list[tuple[Case, str, str, str, dict]] = []  # case, OOD set, method, setting, metrics
     for c in todo:
         ids = sets[c.id].names or data.id_names(c.id)

@@ -1,6 +1,7 @@
 """Trains the small stand-in dual encoder of the embedded default, as the paper trains nothing; then runs EOE on it.
 
     python train.py --seeds 0 1 2 3 4          # drawn pictures, one encoder a seed, then far, near, fine-grained
+    accelerate launch --num_processes 2 train.py --seeds 0 1 2 3   # processes share the seeds out
     python eval.py --help                      # the paper's method on CLIP and public data
 
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from tqdm import tqdm
 
 import drawn
@@ -165,10 +167,15 @@ def main() -> None:
     s.check()
     s.out = s.out or f"runs/{s.scale}/drawn"
     device = runs.device(s.device)
-    run = runs.Run(Path(s.out), s)
+    # Seeds are independent, so several processes (`accelerate launch`) simply share them out.
+    state = PartialState()
+    run = runs.Run(Path(s.out), s, part=state.process_index)
     if run.complete:
-        print(f"{run.out} is complete; delete it to run again")
-    for seed in s.seeds if not run.complete else ():
+        if state.is_main_process:
+            print(f"{run.out} is complete; delete it to run again")
+            evaluation.show(run.finish())
+        return
+    for seed in s.seeds[state.process_index :: state.num_processes]:
         model_path = run.folder(seed) / "model.safetensors"
         if (
             list(run.folder(seed).glob("record*.json"))
@@ -181,7 +188,9 @@ def main() -> None:
         runs.write_tensors(model_path, t.model.state_dict(), {"seed": str(seed)})
         evaluation.drawn_seed(s, run, seed, t.model, device)
         runs.write_text(run.folder(seed) / "done", "")
-    evaluation.show(run.finish())
+    state.wait_for_everyone()
+    if state.is_main_process:
+        evaluation.show(run.finish())
 
 
 if __name__ == "__main__":
