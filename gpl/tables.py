@@ -210,6 +210,17 @@ def cells(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[list[
         source = pick(frame, {**where, "metric": extra["metric"], row_key: extra["of"]})
         for c in columns:
             out[label, c] = Cell(float("nan"), float("nan"), source[source[column_key] == c], False)
+    for label, parts in view.get("means", {}).items():  # a row that is the mean of others, for seeds that have them all
+        rows.append(label)
+        for c in columns:
+            m = ours[ours[row_key].isin(parts) & (ours[column_key] == c)]
+            whole = m.groupby("seed")["value"].agg(["mean", "count"])
+            whole = whole[whole["count"] == len(parts)]["mean"].rename("value").reset_index()
+            variant = "+".join(sorted(set(m["variant"]) - {"paper", "", "generated"}))
+            p = theirs[(theirs[row_key] == label) & (theirs[column_key] == c)]
+            value, std = (p["value"].iloc[0], p["std"].iloc[0]) if len(p) else (float("nan"),) * 2
+            metric = m["metric"].iloc[0] if len(m) else ""
+            out[label, c] = Cell(value, std, whole.assign(metric=metric, variant=variant), len(p) > 0)
     return rows, columns, out
 
 

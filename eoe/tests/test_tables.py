@@ -203,3 +203,10 @@ def test_a_record_of_another_scale_or_a_broken_line_is_refused(root):
     with pytest.raises(UserError, match="main-m1.jsonl:2"):
         tables.page(root, "paper")
     assert not (root / "RESULTS.md").exists()
+
+
+def test_a_mean_row_needs_all_its_parts(printed):
+    view = {**VIEW, "order": {"rows": ["m1", "m2"], "columns": ["d1"]}, "means": {"both": ["m1", "m2"]}}
+    found = [record(), record(method="m2", metrics={"f1": 70.0}), record(seed=1, metrics={"f1": 90.0})]
+    assert rows_of(tables.render(view, frame(*found), printed)[0])["both"] == ["— / 60.00 (n=1)"]
+    assert rows_of(tables.render(view, frame(record()), printed)[0])["both"][0].endswith("not run")
