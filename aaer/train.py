@@ -236,7 +236,10 @@ def train(t: Trainer, seed: int, out: Path, run: runs.Run | None, show: bool) ->
         print(f"resuming {out}, seed {seed}, at epoch {t.epoch}, batch {t.batch}") if run else None
     curve = out / f"seed{seed}" / "metrics.jsonl"
     if t.epoch and curve.is_file():
-        t.curve = [row for row in map(runs.json.loads, curve.read_text().splitlines()) if row["epoch"] <= t.epoch]
+        try:
+            t.curve = [row for row in map(runs.json.loads, curve.read_text().splitlines()) if row["epoch"] <= t.epoch]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{curve} is damaged ({error}); delete {out} and train again") from None
     if len(t.curve) != t.epoch:  # the record's onset of overfitting is read from it
         raise UserError(f"{curve} has {len(t.curve)} of the {t.epoch} epochs behind the checkpoint; delete {out}")
     if run:

@@ -214,7 +214,7 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {self.out}; wait for it or choose another --out") from None
-        for left in [*self.out.glob(".*.tmp"), *self.out.glob("*/.*.tmp")]:
+        for left in self.out.rglob(".*.tmp"):
             # Half a file of a start that was killed. Young ones may be another process's of this launch.
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > 600:

@@ -157,7 +157,7 @@ class Cell:
             measured = number(v.mean(), v.std(ddof=0) if n > 1 else float("nan"), digits)
             if self.values["metric"].iloc[0].startswith("data.") and v.nunique() == 1:
                 measured = f"{v.iloc[0]:.6g}"  # a property of the data, the same for every seed
-            variants = sorted(set(self.values["variant"]) - {"paper", "", "generated"})
+            variants = sorted(set(self.values["variant"]) - {"paper", "", "generated", "wheel"})
             measured += (f" (n={n})" if n != seeds else "") + "".join(f" [{v}]" for v in variants)
         if not beside:
             return measured
@@ -216,7 +216,7 @@ def cells(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[list[
             m = ours[ours[row_key].isin(parts) & (ours[column_key] == c)]
             whole = m.groupby("seed")["value"].agg(["mean", "count"])
             whole = whole[whole["count"] == len(parts)]["mean"].rename("value").reset_index()
-            variant = "+".join(sorted(set(m["variant"]) - {"paper", "", "generated"}))
+            variant = "+".join(sorted(set(m["variant"]) - {"paper", "", "generated", "wheel"}))
             p = theirs[(theirs[row_key] == label) & (theirs[column_key] == c)]
             value, std = (p["value"].iloc[0], p["std"].iloc[0]) if len(p) else (float("nan"),) * 2
             metric = m["metric"].iloc[0] if len(m) else ""

@@ -128,7 +128,7 @@ class Settings:
     setting: str = ""
     """Label inside the table; default eps=<255 eps>/255."""
     label: str = ""
-    """Row of the table; default the method's name (RS-AAER, PGD-10)."""
+    """Row of the table; default the method's name (R-LAP, PGD-10)."""
     scale: Literal["smoke", "demo", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
@@ -210,7 +210,10 @@ IGNORE = ("out", "data_dir", "device", "download", "dry_run", "workers", "checkp
 
 def read_curve(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, one an epoch."""
-    return [runs.json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    try:
+        return [runs.json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete the run folder and train again") from None
 
 
 def perturb_both(t: Trainer, x: torch.Tensor, y: torch.Tensor, total: int, u: float):

@@ -194,7 +194,7 @@ def close_epoch(t: Trainer, seconds: float, cpu: float) -> dict:
         raise UserError(
             f"the loss of seed {t.seed} was not a finite number in {sums['bad']:.0f} steps before step "
             f"{(t.epoch * len(t.train) + t.batch) * t.replays} (epoch {t.epoch + 1}); the checkpoint before it is "
-            "kept; lower --lr" + (" or --beta" if t.s.method == "lap" else "")
+            "kept, if there is one; lower --lr" + (" or --beta" if t.s.method == "lap" else "")
         )
     s, world = t.s, (t.rank, t.world, t.reduce)
     row = {"step": t.epoch + 1, "epoch": t.epoch + 1, "lr": t.optimizer.param_groups[0]["lr"]}

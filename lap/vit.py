@@ -1,6 +1,5 @@
 """The vision transformer of the paper beside the networks of models.py: `build` knows them all."""
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import models
@@ -16,6 +15,8 @@ def build(name: str, classes: int, channels: int, size: int, mean: tuple, std: t
     """Normalisation followed by the network `name` for images [channels, size, size]."""
     if name not in VITS:
         return models.build(name, classes, channels, size, mean, std)
+    from timm.models.vision_transformer import VisionTransformer  # here: a second that no other network should wait for
+
     net = VisionTransformer(img_size=size, in_chans=channels, num_classes=classes, **VITS[name])
     for block in net.blocks:
         block.attn.fused_attn = False  # GradAlign differentiates twice, which the fused kernels cannot

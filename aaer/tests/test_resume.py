@@ -71,6 +71,9 @@ def test_a_lost_curve_is_told(tmp_path, monkeypatch):
     (out / "seed0" / "metrics.jsonl").unlink()
     with pytest.raises(runs.UserError, match="has 0 of the 1 epochs behind the checkpoint"):
         run_main(monkeypatch, *TINY, "--out", str(out))
+    (out / "seed0" / "metrics.jsonl").write_text('{"epoch": 1, "loss"')
+    with pytest.raises(runs.UserError, match="metrics.jsonl is damaged"):
+        run_main(monkeypatch, *TINY, "--out", str(out))
 
 
 def same_runs(a, b, seeds):

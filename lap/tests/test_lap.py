@@ -147,13 +147,15 @@ def perturbed(beta=0.5, gamma=0.3, recipe=lap.RECIPES["lap"], lr=0.1, steps=1, s
 
 def test_optimiser_is_untouched_and_only_the_weights_move():
     before, found, after, state, now, net = perturbed()
+    start = perturbed(beta=0.0)[-1]
+    moved = {k for k, p in net.named_parameters() if not torch.equal(p, start.get_parameter(k))}
+    assert moved == {"stem.weight", "conv.weight"}  # the last layer's lambda is 0
     assert state["param_groups"] == now["param_groups"] and state["state"].keys() == now["state"].keys()
     assert all(
         torch.equal(state["state"][k]["momentum_buffer"], now["state"][k]["momentum_buffer"]) for k in state["state"]
     )
     for b, d, a in zip(before, found, after, strict=True):
         torch.testing.assert_close(b + d, a.detach(), rtol=0, atol=0)
-    assert (net.scale_weight == 1).logical_not().any() or net.scale_weight.requires_grad
 
 
 @pytest.mark.parametrize("variant", list(lap.RECIPES))

@@ -118,6 +118,34 @@ def test_surface_has_the_unchanged_network_in_the_middle():
     assert every[1][1] == pytest.approx(base, abs=1e-4) and every != [row[1:4] for row in grid[1:4]]
 
 
+def test_a_surface_runs_along_two_directions_the_first_from_row_to_row():
+    net, layers = network()
+    x, y = images()
+    names, steps = ["1.stem.weight", "1.linear.weight"], (-0.5, 0.0, 0.5)
+    grid = layerwise.surface(net, [layers[k] for k in names], x, y, points=3, reach=0.5)
+    g, own = torch.Generator().manual_seed(0), {k: layers[k].detach().clone() for k in names}
+    one, two = ({k: layerwise.filter_noise(own[k], g) for k in names} for _ in range(2))
+    net.eval()
+    for row, p in zip(grid, steps, strict=True):
+        for value, q in zip(row, steps, strict=True):
+            with torch.no_grad():
+                for k in names:
+                    layers[k].copy_(own[k] + p * one[k] + q * two[k])
+                assert value == pytest.approx(F.cross_entropy(net(x), y).item(), abs=2e-4)
+    assert abs(grid[0][2] - grid[2][0]) > 1e-3  # or the order of the two could not be told
+
+
+def test_a_loss_beyond_all_numbers_is_written_as_a_large_one():
+    """A record takes finite numbers only, and a network after an outburst must not cost the analysis."""
+    net, layers = network()
+    x, y = images()
+    with torch.no_grad():
+        layers["1.linear.weight"].fill_(torch.inf)
+    assert layerwise.distortion(net, layers, x, y, 0.05) == pytest.approx([1e30] * 10)
+    grid = layerwise.surface(net, [layers["1.stem.weight"]], x, y, points=2)
+    assert [v for row in grid for v in row] == pytest.approx([1e30] * 4)
+
+
 def curve(*pairs):
     return [{"epoch": i + 1, "probe_fgsm": f, "probe_pgd": p} for i, (f, p) in enumerate(pairs)]
 

@@ -72,8 +72,12 @@ def test_a_lost_curve_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "save", cut)
     with pytest.raises(KeyboardInterrupt):
         run_main(monkeypatch, *TINY, "--out", str(out))
+    assert float(runs.read_tensors(out / "checkpoint" / "seed0.safetensors")[1]["seconds"]) > 0
     (out / "seed0" / "metrics.jsonl").unlink()
     with pytest.raises(runs.UserError, match="has 0 of the 1 epochs behind the checkpoint"):
+        run_main(monkeypatch, *TINY, "--out", str(out))
+    (out / "seed0" / "metrics.jsonl").write_text('{"epoch": 1, "loss"')
+    with pytest.raises(runs.UserError, match="metrics.jsonl is damaged"):
         run_main(monkeypatch, *TINY, "--out", str(out))
 
 

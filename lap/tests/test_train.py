@@ -230,6 +230,46 @@ def test_statistics_are_taken_in_train_mode_and_updated_twice_a_step():
     assert t.model.training and int(t.model[1].norm.num_batches_tracked) == 2
 
 
+def test_the_loss_at_the_start_point_is_a_mean_like_the_other():
+    """Without radius and weight perturbation the two looks are the same."""
+    t = trained("--method", "lap", "--start", "v", "--eps", "0", "--beta", "0", "--epochs", "1")
+    assert t.sums[1] == pytest.approx(t.sums[0].item(), rel=1e-5) and t.sums[0] > 1
+
+
+def test_the_probe_is_attacked_at_the_radius_of_training(monkeypatch):
+    t = trained("--epochs", "1")
+    seen, attack = [], train.evaluation.attack_all
+    monkeypatch.setattr(train.evaluation, "attack_all", lambda *a: seen.append(a) or attack(*a))
+    row = train.close_epoch(t, 0.0, 0.0)
+    (_, batches, index, eps, steps, restarts, *_) = seen[0]
+    assert batches is t.test and len(index) == 20 and (eps, steps, restarts) == (0.6, 2, 1)
+    assert row["probe_pgd"] <= row["probe_clean"] and len(seen) == 1
+
+
+def test_the_radius_warm_up_scales_step_and_ball_of_lap():
+    """Of V-LAP the step alone is seen, of R-LAP at 1.25 times the radius the ball."""
+    for start, noise in (("v", 0.0), ("n", 2.0)):
+        t = Trainer(parsed("--start", start, "--eps", "0.1"), CPU)
+        t.fresh(0)
+        x, y = 0.3 + 0.4 * torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+        eta = t.noise(8)(x, 1.0) if noise else torch.zeros_like(x)
+        t.generator.manual_seed(3_000_000_019)
+        delta, *_ = train.perturb_both(t, x, y, 8, 0.5)
+        size = noise * 0.05 * eta  # N's noise is warmed up, and its step of half the radius is not clamped
+        torch.testing.assert_close((delta - size).abs(), torch.full_like(x, 0.05))
+    t = Trainer(parsed("--start", "r", "--eps", "0.1"), CPU)
+    t.fresh(0)
+    assert train.perturb_both(t, x, y, 8, 0.5)[0].abs().max() == pytest.approx(0.05)
+
+
+def test_a_weight_that_is_no_number_ends_the_run():
+    t = trained("--epochs", "1")
+    with torch.no_grad():
+        t.weights[0][0] = torch.inf
+    with pytest.raises(runs.UserError, match="a weight of seed 0 was not a finite number"):
+        train.close_epoch(t, 0.0, 0.0)
+
+
 def test_noise_is_not_the_stream_the_weights_were_drawn_from():
     """With one seed for both, the first noise would be the first layer's weights again."""
     t = Trainer(parsed("--batch", "30"), CPU)
