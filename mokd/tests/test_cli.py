@@ -1,0 +1,345 @@
+"""Commands end to end, exact resume, several processes, published checkpoints, user errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import backbones
+import domains
+import eval as evaluation
+import runs
+import tables
+import train
+import trainer
+from runs import UserError
+
+TINY = [
+    *("--size", "28", "--limit", "6", "--steps", "6", "--pictures", "8", "--validate", "2", "--validate-every", "3"),
+    *("--checkpoint-every", "2", "--tasks", "3", "--max-support", "50", "--workers", "0", "--domains", "digits"),
+]
+RANDOM = ["--backbone", "random5x5", "--size", "28", "--domains", "digits", "--max-support", "60", "--workers", "0"]
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch, tmp_path):
+    torch.set_num_threads(1)
+    monkeypatch.setenv("MOKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def call(module, monkeypatch, *args: object) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+    module.main()
+
+
+def start(*words: object, port: int = 0) -> subprocess.CompletedProcess:
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    command = [sys.executable, *(launch if port else []), *map(str, words)]
+    done = subprocess.run(command, cwd=runs.HERE, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def records(out) -> list[tuple]:
+    """What must be the same: seconds are not."""
+    found = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    return [
+        (r["seed"], r["dataset"], r["method"], {k: v for k, v in r["metrics"].items() if k != "seconds_per_task"})
+        for r in found
+    ]
+
+
+def weights(out) -> dict:
+    return runs.read_tensors(out / "seed0" / "model.safetensors")[0]
+
+
+def test_train_then_eval_gives_the_same_again(monkeypatch, tmp_path, capsys):
+    call(train, monkeypatch, *TINY, "--methods", "ncc", "mokd", "--out", tmp_path / "a")
+    found = records(tmp_path / "a")
+    assert [x[2] for x in found] == ["NCC", "MOKD"] and found[1][3]["gain over NCC"] == pytest.approx(
+        found[1][3]["accuracy"] - found[0][3]["accuracy"]
+    )
+    assert not (tmp_path / "a" / "seed0" / "tasks-digits").exists()
+    lines = (tmp_path / "a" / "seed0" / "tasks-digits.jsonl").read_text().splitlines()
+    assert [json.loads(x)["task"] for x in lines] == [0, 1, 2]
+    curve = [json.loads(x) for x in (tmp_path / "a" / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    assert {x["step"] for x in curve if "valid_drawn" in x} == {3, 6} and any("loss" in x for x in curve)
+    again = ["--run", tmp_path / "a", "--domains", "digits", "--methods", "ncc", "mokd", "--tasks", "3", "--limit", "6"]
+    call(evaluation, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
+    assert [x[3]["accuracy"] for x in records(tmp_path / "b")] == [x[3]["accuracy"] for x in found]
+    capsys.readouterr()
+    call(evaluation, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
+    assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_training_resumes_to_the_same_bits(at, monkeypatch, tmp_path):
+    call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "whole")
+    save = trainer.Trainer.save
+
+    def stop(self, path, step, seconds):
+        save(self, path, step, seconds)
+        if step == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "cut")
+    monkeypatch.setattr(trainer.Trainer, "save", save)
+    call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "cut")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert records(tmp_path / "whole") == records(tmp_path / "cut")
+    curves = [(tmp_path / k / "seed0" / "metrics.jsonl").read_text() for k in ("whole", "cut")]
+    assert curves[0] == curves[1]
+
+
+def test_killed_evaluation_goes_on_with_the_next_block(tmp_path, monkeypatch):
+    words = ["eval.py", *RANDOM, "--tasks", "100", "--methods", "ncc", "mokd", "--out"]
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, *words, str(cut)], cwd=runs.HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    kept, deadline = cut / "seed0" / "tasks-digits", time.time() + 120
+    while not (kept / "00000.json").is_file() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (kept / "00000.json").is_file() and not (cut / "records.jsonl").exists()
+    first = (kept / "00000.json").stat().st_mtime_ns
+    seen = []
+    block = evaluation.block
+    monkeypatch.setattr(evaluation, "block", lambda *a: (seen.append(a[3].start), block(*a))[1])
+    call(evaluation, monkeypatch, *words[1:], cut)
+    assert 0 not in seen and first
+    call(evaluation, monkeypatch, *words[1:], tmp_path / "whole")
+    assert records(cut) == records(tmp_path / "whole")
+
+
+def test_two_processes_share_the_tasks(tmp_path, monkeypatch):
+    words = ["eval.py", *RANDOM, "--tasks", "45", "--methods", "ncc", "mokd", "--device", "cpu", "--out"]
+    start(*words, tmp_path / "two", port=29541)
+    monkeypatch.setenv("MOKD_CACHE", str(tmp_path / "other"))
+    call(evaluation, monkeypatch, *words[1:], tmp_path / "one")
+    assert records(tmp_path / "two") == records(tmp_path / "one")
+    files = [[f.name for f in (tmp_path / k).iterdir()] for k in ("cache", "other")]
+    assert files[0] == files[1]  # the same features, no pieces left
+
+
+def test_two_processes_train_as_one(tmp_path, monkeypatch):
+    """With GroupNorm, whose statistics are those of one picture, the gradients are those of the whole batch."""
+    words = ["train.py", *TINY, "--backbone", "conv4-group", "--methods", "ncc", "--device", "cpu", "--out"]
+    start(*words, tmp_path / "two", port=29542)
+    call(train, monkeypatch, *words[1:], tmp_path / "one")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    fresh = backbones.build("conv4-group", 28).state_dict()
+    assert any(not torch.allclose(a[k], fresh[k], atol=1e-3) for k in fresh)
+    assert records(tmp_path / "two")[0][3]["tasks"] == 3
+
+
+def test_distillation_from_single_domain_teachers(monkeypatch, tmp_path):
+    """URL: teachers trained by this command; the loss has cross-entropy, CKA and KL parts and lowers the CKA part."""
+    call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "t")
+    words = [*TINY, "--methods", "ncc", "--teachers", tmp_path / "t", "--out", tmp_path / "u"]
+    call(train, monkeypatch, *words)
+    s = runs.parse(train.Settings, "", [*map(str, words)])
+    s.check()
+    t = trainer.Trainer(s, 0, torch.device("cpu"), trainer.load_training(s))
+    batch = next(iter(t.batches(0)))
+    with_teacher, _ = t.loss(batch, 0)
+    faded, _ = t.loss(batch, 48_000)
+    t.teachers = []
+    torch.manual_seed(0)
+    alone, _ = t.loss(batch, 0)
+    assert with_teacher > faded and faded.item() == pytest.approx(alone.item(), rel=0.05)
+    x = torch.rand(10, 4)
+    assert trainer.cka_loss(x, x).item() == pytest.approx(0, abs=1e-5)
+    assert trainer.cka_loss(x, torch.rand(10, 3)) > 0.05
+    assert trainer.fading(0, "ilsvrc_2012") == 4 and trainer.fading(24_000, "aircraft") == 0.5
+    assert trainer.fading(96_000, "omniglot") == 0 and trainer.fading(120_000, "ilsvrc_2012") == 2
+
+
+def test_rate_has_warm_restarts():
+    s = runs.parse(train.Settings, "", ["--steps", "100", "--period", "50", "--rate", "0.4"])
+    s.check()
+    found = [train.rate(s, k) for k in (0, 25, 49, 50, 75)]
+    assert found == pytest.approx([0.4, 0.2, 0.4 * 0.5 * (1 + np.cos(np.pi * 49 / 50)), 0.4, 0.2])
+
+
+def test_pictures_read_on_demand_are_those_held_in_memory(monkeypatch):
+    s = runs.parse(train.Settings, "", [*TINY])
+    s.check()
+    found = []
+    for limit in (trainer.RESIDENT, 0):
+        monkeypatch.setattr(trainer, "RESIDENT", limit)
+        source = trainer.Source("drawn", s, torch.device("cpu"))
+        assert (source.held is None) == (limit == 0)
+        found.append(list(source.batches(trainer.Indices(len(source.domain), 5, 3, 0, 0, 2))))
+    for (x, y), (z, w) in zip(*found, strict=True):
+        assert torch.allclose(x, z, atol=1e-6) and torch.equal(y, w)
+    whole = list(trainer.Indices(100, 8, 1, 0, 4, 6))
+    parts = [list(trainer.Indices(100, 8, 1, 0, 4, 6, rank, 2)) for rank in (0, 1)]
+    assert all(sorted([*a, *b]) == sorted(w) for a, b, w in zip(*parts, whole, strict=True))
+
+
+def test_a_checkpoint_of_url_loads(tmp_path):
+    model = backbones.build("resnet18", 84)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(11.2e6, rel=0.01) and model.width == 512
+    state = {**model.state_dict(), "cls_fn.weight": torch.zeros(3, 512)}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "model_best.pth.tar")
+    other = backbones.build("resnet18", 84)
+    backbones.load_weights(other, tmp_path / "model_best.pth.tar")
+    x = torch.rand(2, 3, 84, 84)
+    assert torch.equal(model.eval()(x), other.eval()(x)) and (model(x) >= 0).all()
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "odd.pth.tar")
+    (tmp_path / "broken.pth.tar").write_bytes(b"nothing")
+    for name, word in (("odd", "another network"), ("broken", "cannot be read"), ("absent", "no weights")):
+        with pytest.raises(UserError, match=word):
+            backbones.load_weights(other, tmp_path / f"{name}.pth.tar")
+
+
+@pytest.mark.parametrize(("name", "size"), [("conv4", 28), ("conv4-group", 28), ("random5x5", 28), ("resnet18", 84)])
+def test_backbones_have_their_width(name, size):
+    model = backbones.build(name, size).eval()
+    out = model(torch.rand(2, 3, size, size) * 2 - 1)
+    assert out.shape == (2, model.width) and (out >= 0).all() and out.std() > 0
+
+
+def test_timm_backbones_by_name():
+    model = backbones.build("test_resnet", 64).eval()
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, model.width)
+    with pytest.raises(UserError, match="no backbone nothing"):
+        backbones.build("nothing", 64)
+
+
+def test_features_are_those_of_the_model_and_kept(tmp_path, monkeypatch):
+    domain, model = domains.load("digits", "test", tmp_path, 28, limit=3), backbones.build("conv4", 28)
+    model.train()
+    found = backbones.features(model, domain, 28, torch.device("cpu"), 7)
+    assert model.training
+    model.eval()
+    x = torch.stack([domains.prepare(domain.image(k), 28) for k in range(len(domain))])
+    assert torch.allclose(found, model(x), atol=1e-5) and len(found) == 30
+    model.train()
+    monkeypatch.setattr(backbones, "_encode", None)
+    assert torch.equal(backbones.features(model, domain, 28, torch.device("cpu"), 7), found)
+
+
+def test_grouping_covers_all_tasks_within_its_bounds():
+    sizes = [5, 100, 80, 99, 6, 500, 7, 90]
+    parts = evaluation.grouped(sizes, 30_000)
+    assert sorted(sum(parts, [])) == list(range(8))
+    for part in parts:
+        largest = max(sizes[i] for i in part)
+        assert len(part) == 1 or len(part) * largest**2 <= 30_000
+        assert min(sizes[i] for i in part) >= 0.75 * largest
+
+
+def test_summary_pairs_tasks():
+    def line(a, b):
+        return {
+            "ways": 5,
+            "support": 20,
+            "methods": {"A": {"accuracy": a, "seconds": 1}, "B": {"accuracy": b, "seconds": 2}},
+        }
+
+    m = evaluation.summary([line(50, 40), line(70, 70), line(90, 60)], "A")
+    assert m["accuracy"] == 70 and m["gain over B"] == pytest.approx(40 / 3)
+    assert m["ci95"] == pytest.approx(1.96 * np.std([50, 70, 90]) / 3**0.5)
+    assert m["gain over B ci95"] == pytest.approx(1.96 * np.std([10, 0, 30]) / 3**0.5)
+
+
+def test_every_record_of_the_plan_has_its_place_in_paper_csv():
+    printed = tables.read_printed(runs.HERE / "paper.csv")
+    titles = set(domains.TITLES.values()) | {"Average Seen", "Average Unseen", "Average All", "all"}
+    assert set(printed["dataset"]) <= titles
+    assert set(printed["setting"]) <= set(evaluation.LAW_NAMES.values())
+    ours = {"URL", "MOKD", "SSL-HSIC", "TSA", *(f"MOKD(gamma={g})" for g in ("0", "0.5", "1", "2", "3", "4", "5"))}
+    assert ours <= set(printed["method"])
+
+
+def test_no_weights_no_numbers(monkeypatch, tmp_path):
+    """Weights that are no numbers end the run; no accuracy is written."""
+    model = backbones.build("conv4", 28)
+    state = {k: torch.full_like(v, float("nan")) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    runs.write_tensors(tmp_path / "w.safetensors", state)
+    words = ["--backbone", "conv4", "--weights", tmp_path / "w.safetensors", *RANDOM[2:], "--tasks", "2"]
+    with pytest.raises(UserError, match="not finite"):
+        call(evaluation, monkeypatch, *words, "--out", tmp_path / "r")
+    assert not list((tmp_path / "r").rglob("record*"))
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="not a number at step"):
+        call(train, monkeypatch, *TINY, "--rate", "1e30", "--methods", "ncc", "--out", tmp_path / "r")
+    assert not list((tmp_path / "r").rglob("record*"))
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "expected"),
+    [
+        ("train", ["--methods", "svm"], "no method svm"),
+        ("train", ["--methods", "mokd:beta=1"], "not beta"),
+        ("train", ["--methods", "mokd:kernel=sigmoid"], "one of rbf"),
+        ("train", ["--methods", "mokd:gamma=-1"], "not negative"),
+        ("train", ["--methods", "mokd:steps=1.5"], "whole number"),
+        ("train", ["--methods", "mokd", "mokd"], "different methods"),
+        ("train", ["--domains", "moon"], "no domain moon"),
+        ("train", ["--train", "mnist"], "--train mnist"),
+        ("train", ["--train", "omniglot"], "Omniglot is not in"),
+        ("train", ["--law", "2shot"], "--law 2shot"),
+        ("train", ["--gamma", "nan"], "gamma"),
+        ("train", ["--gamma", "-2"], "must not be negative"),
+        ("train", ["--tasks", "0"], "--tasks"),
+        ("train", ["--steps", "-1"], "--steps"),
+        ("train", ["--max-support", "10"], "--max-support"),
+        ("train", ["--rate", "0"], "--rate"),
+        ("train", ["--teachers", "a", "b"], "2 runs for 1 domains"),
+        ("train", ["--teachers", "nowhere"], "no file nowhere"),
+        ("train", ["--backbone", "nothing"], "no backbone nothing"),
+        ("train", ["--backbone", "random5x5"], "no weights to train"),
+        ("train", ["--precision", "int4"], "--precision"),
+        ("train", ["--seeds", "-1"], "--seeds"),
+        ("train", ["--data-dir", "~nosuch", "--train", "omniglot"], "home folder"),
+        ("eval", ["--domains", "digits"], "--weights or --run"),
+        ("eval", ["--run", "nowhere"], "no file nowhere"),
+        ("eval", ["--backbone", "random5x5"], "made for --size 28"),
+        ("eval", ["--backbone", "conv4", "--weights", "nowhere.safetensors"], "no weights in"),
+        ("eval", ["--backbone", "random5x5", "--size", "28", "--domains", "mnist"], "MNIST is not in"),
+    ],
+)
+def test_user_errors_are_one_line(script, words, expected, monkeypatch, tmp_path, capsys):
+    module = {"train": train, "eval": evaluation}[script]
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "empty"))
+    more = ["--size", "28", "--workers", "0"] if script == "train" and "--size" not in words else []
+    monkeypatch.setattr(sys, "argv", ["x.py", *more, *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        runs.command(module.main)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and expected in told[-1] and told[-1].startswith("error: ")
+    assert not list((tmp_path / "out").rglob("record*"))
+
+
+def test_dry_run_writes_nothing(monkeypatch, tmp_path, capsys):
+    call(train, monkeypatch, *TINY, "--dry-run", "--out", tmp_path / "x")
+    assert "would train conv4" in capsys.readouterr().out and not (tmp_path / "x").exists()
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_agree(tmp_path, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    words = [*RANDOM, "--tasks", "20", "--methods", "ncc", "url", "mokd"]
+    for device in ("cpu", "cuda"):
+        call(evaluation, monkeypatch, *words, "--device", device, "--out", tmp_path / device)
+    for a, b in zip(records(tmp_path / "cpu"), records(tmp_path / "cuda"), strict=True):
+        assert a[3]["accuracy"] == pytest.approx(b[3]["accuracy"], abs=1.0)

@@ -1,0 +1,191 @@
+"""The method: bandwidth search, objective, closed gradient, adaptation; degenerate tasks; batches equal one task."""
+
+import itertools
+
+import pytest
+import torch
+
+import bench
+import heads
+import hsic
+import mokd
+
+torch.set_num_threads(1)
+
+
+def tasks(seed: int, sizes=(12, 9, 20), d: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded non-negative features and labels."""
+    rng = torch.Generator().manual_seed(seed)
+    x, y = torch.zeros(len(sizes), max(sizes), d), torch.full((len(sizes), max(sizes)), -1)
+    for i, m in enumerate(sizes):
+        y[i, :m] = torch.arange(m) % 3
+        centres = torch.randn(3, d, generator=rng)
+        x[i, :m] = (centres[y[i, :m]] + 0.7 * torch.randn(m, d, generator=rng)).relu() + 0.01
+    return x, y
+
+
+def literal(x: torch.Tensor, y: torch.Tensor, o: mokd.Options) -> tuple[torch.Tensor, float, float]:
+    """The algorithm for one task, step by step, in float64."""
+    x, onehot = x.double(), torch.nn.functional.one_hot(y).double()
+
+    def gram(a, s):
+        a = a / a.norm(dim=1, keepdim=True)
+        d = ((a[:, None] - a[None]) ** 2).sum(-1)
+        if o.kernel == "imq":
+            return s / (s * s + d).sqrt()
+        found = d.detach().flatten()
+        found = found[found > 1e-6].sort().values
+        return torch.exp(-d / (2 * max(s * found[(len(found) - 1) // 2].item(), 1e-12)))
+
+    def power(K, L):
+        value, variance = hsic.with_variance(K, L)
+        return (value / (variance.clamp(min=0) + o.eps).sqrt()).item()
+
+    best, highest = 1.0, 0.0
+    if o.search == "grid":
+        for s in mokd.GRID:
+            j = power(gram(x, s), gram(onehot, s))
+            if j > highest:
+                best, highest = s, j
+    other, highest_zz = best, 0.0
+    if o.zz == "searched":
+        other = 1.0
+        for s in mokd.GRID:
+            j = power(gram(x, s), gram(x, s))
+            if j > highest_zz:
+                other, highest_zz = s, j
+    theta = torch.eye(x.shape[1], dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.Adadelta([theta], lr=o.lr, weight_decay=o.weight_decay)
+    measure = hsic.unbiased if o.estimator == "unbiased" else hsic.biased
+    for _ in range(o.steps):
+        z = x @ theta.T
+        loss = -measure(gram(z, best), gram(onehot, best)) + o.gamma * measure(gram(z, other), gram(z, other))
+        optimizer.zero_grad()
+        (len(x) * loss).backward()
+        optimizer.step()
+    return theta.detach(), best, other
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gamma": 3.0, "lr": 1.0, "weight_decay": 0.25},
+        {"gamma": 0.0},
+        {"search": "none"},
+        {"kernel": "imq"},
+        {"zz": "searched"},
+        {"estimator": "biased"},
+    ],
+)
+def test_adaptation_equals_the_algorithm(more):
+    x, y = tasks(0)
+    o = mokd.Options(steps=8, **more)
+    found = mokd.adapt(x, y, o)
+    for i, m in enumerate((12, 9, 20)):
+        theta, best, other = literal(x[i, :m], y[i, :m], o)
+        assert found.scale[i].item() == pytest.approx(best, rel=1e-6)
+        assert found.scale_zz[i].item() == pytest.approx(other, rel=1e-6)
+        assert (found.theta[i].double() - theta).norm() < 2e-4 * theta.norm(), i
+
+
+def test_batched_equals_single():
+    x, y = tasks(1)
+    together = mokd.adapt(x, y, mokd.Options(steps=20))
+    for i, m in enumerate((12, 9, 20)):
+        alone = mokd.adapt(x[i : i + 1, :m], y[i : i + 1, :m], mokd.Options(steps=20))
+        assert torch.allclose(alone.theta[0], together.theta[i], atol=2e-5)
+        assert alone.scale[0] == together.scale[i]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 3.0])
+def test_closed_gradient_is_that_of_autograd(gamma):
+    x, y = tasks(2)
+    mask, delta = y >= 0, hsic.same_class(y).double()
+    scale, o = torch.tensor([0.01, 0.5, 2.0], dtype=torch.float64), mokd.Options(gamma=gamma)
+    z = mokd.unit(x.double()).requires_grad_()
+    mokd.objective(z, delta, mask, scale, scale, o).sum().backward()
+    ours, row = mokd.Gradient(delta, mask, scale, o)(z.detach()), z.detach()
+    ours = ours - (ours * row).sum(-1, keepdim=True) * row  # the objective makes unit rows of z itself
+    assert torch.allclose(ours, z.grad, atol=1e-12) and z.grad.abs().max() > 1e-4
+
+
+def test_objective_is_m_times_the_difference():
+    x, y = tasks(3, sizes=(8,))
+    mask, delta, one = y >= 0, hsic.same_class(y), torch.ones(1)
+    z = mokd.unit(x)
+    K = hsic.kernel("rbf", z @ z.transpose(1, 2), one, mask)
+    L = torch.where(delta > 0, 1.0, torch.exp(torch.tensor(-0.5)))
+    expected = 8 * (2.0 * hsic.unbiased(K, K) - hsic.unbiased(K, L))
+    found = mokd.objective(x, delta, mask, one, one, mokd.Options(gamma=2.0))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_one_image_a_class_is_degenerate():
+    """5-way 1-shot: HSIC(Z,Y) is 0, so with gamma 0 nothing moves but by weight decay, and NCC says the same."""
+    x = torch.rand(2, 5, 6) + 0.1
+    y = torch.arange(5).repeat(2, 1)
+    found = mokd.adapt(x, y, mokd.Options(gamma=0.0, weight_decay=0.25))
+    assert found.degenerate.all()
+    t = heads.Tasks(x, y, torch.rand(2, 30, 6), torch.zeros(2, 30, dtype=torch.long))
+    assert torch.equal(heads.ncc(t).argmax(-1), heads.ncc(t, found.theta).argmax(-1))
+    still = mokd.adapt(x, y, mokd.Options(gamma=0.0)).theta
+    assert torch.allclose(still, torch.eye(6).expand(2, 6, 6), atol=1e-3)
+    assert not mokd.adapt(*tasks(4), mokd.Options(steps=1)).degenerate.any()
+
+
+def test_search_takes_the_first_best_and_one_where_nothing_is_positive():
+    x, y = tasks(5)
+    delta, mask, o = hsic.same_class(y), y >= 0, mokd.Options()
+    best, highest, _ = mokd.search(x, delta, mask, o)
+    g = mokd.gram(x.double())
+    table = torch.stack(
+        [mokd.powers(g, delta.double(), mask, torch.full((3,), s).double(), o, False)[0] for s in mokd.GRID]
+    )
+    assert best.tolist() == [mokd.GRID[int(table[:, i].argmax())] for i in range(3)]
+    assert torch.allclose(highest, table.max(0).values)
+    rng = torch.Generator().manual_seed(0)
+    negative = 0
+    for _ in range(60):  # labels without relation to the features: at times no scale has positive power
+        x, y = torch.rand(1, 6, 4, generator=rng), torch.randint(0, 3, (1, 6), generator=rng)
+        best, highest, _ = mokd.search(x, hsic.same_class(y), y >= 0, o)
+        if highest.item() == 0:
+            negative += 1
+            assert best.item() == 1.0
+    assert negative
+
+
+def test_gradient_search_is_at_least_as_good_as_the_grid():
+    x, y = tasks(6)
+    delta, mask = hsic.same_class(y), y >= 0
+    grid, climbed = (mokd.search(x, delta, mask, mokd.Options(search=k)) for k in ("grid", "gradient"))
+    assert (climbed[1] >= grid[1]).all() and (climbed[1] > grid[1]).any()
+    again = mokd.powers(mokd.gram(x.double()), delta.double(), mask, climbed[0], mokd.Options(), False)[0]
+    assert torch.allclose(again, climbed[1])
+
+
+def test_identical_and_negative_variance_tasks_give_numbers():
+    x, y = torch.ones(1, 8, 4), torch.arange(8)[None] % 2
+    for kernel, gamma in itertools.product(hsic.KERNELS, (0.0, 1.0)):
+        found = mokd.adapt(x, y, mokd.Options(kernel=kernel, gamma=gamma, steps=3))
+        assert torch.isfinite(found.theta).all() and torch.isfinite(found.power).all()
+    rng, count = torch.Generator().manual_seed(1), 0
+    for _ in range(40):
+        x, y = torch.rand(1, 5, 3, generator=rng), torch.randint(0, 2, (1, 5), generator=rng)
+        _, power, negative = mokd.search(x, hsic.same_class(y), y >= 0, mokd.Options())
+        count += int(negative)
+        assert torch.isfinite(power).all()
+    assert count > 0
+
+
+def test_too_small_a_task_is_refused():
+    with pytest.raises(ValueError, match="at least 4"):
+        mokd.adapt(torch.rand(1, 3, 2), torch.tensor([[0, 1, 2]]), mokd.Options())
+
+
+def test_the_plain_implementation_of_the_bench_is_the_same():
+    x, y = tasks(7, sizes=(14,))
+    o = mokd.Options(steps=10)
+    found = mokd.adapt(x, y, o)
+    plain = bench.plain_mokd(x[0], y[0], found.scale[0].item(), o)
+    assert torch.allclose(found.theta[0], plain, atol=1e-4)
