@@ -27,7 +27,7 @@ MAKEFLAGS   += --no-print-directory
 # ---- What was asked for is checked before anything is built: one line, exit code 2.
 HERE  := $(patsubst %/requirements.in,%,$(wildcard $(FOLDERS:%=%/requirements.in)))
 EACH  := env lock test smoke reproduce plan bench clean clean-env
-ALL   := help env lock test smoke reproduce-all bench lint report clean clean-env
+ALL   := help env lock test smoke reproduce-all bench lint report audit clean clean-env
 KNOWN := $(ALL) $(foreach t,$(EACH),$(HERE:%=$(t)-%))
 WRONG := $(firstword $(filter $(EACH:%=%-%),$(filter-out $(KNOWN),$(MAKECMDGOALS))))
 ifeq ($(filter oneshell,$(.FEATURES)),)
@@ -170,7 +170,7 @@ env lock smoke bench clean clean-env:
 		echo "=== $@: $$f"
 		$(MAKE) $@-$$f </dev/null || failed+=" $$f"
 	done
-	$(if $(filter clean,$@),rm -rf report .ruff_cache .ci/.ruff_cache)
+	$(if $(filter clean,$@),rm -rf site .ruff_cache .ci/.ruff_cache)
 	$(if $(filter clean-env,$@),rm -rf .tools .cache)
 	$(FAILED)
 
@@ -187,7 +187,7 @@ reproduce-all: python-ok
 		fi
 	done
 	printf '=== done\n%s' "$$lines"
-	$(MAKE) report >/dev/null && echo "report: report/index.md"
+	$(MAKE) report || failed+=" report"
 	$(FAILED)
 
 ## test                      the tests of all folders; the last line is `N passed, N failed, N skipped`
@@ -212,6 +212,20 @@ lint: .tools/ruff-$(RUFF_VERSION)
 	bash -n .ci/run || status=1
 	[ $$status = 0 ] && echo "lint: in order" || { echo "make lint found problems" >&2; exit 1; }
 
-## report                    report/index.md: what has been run, a line a folder and scale
-report: python-ok
-	$(HELPER) report $(FOLDERS)
+## report                    site/index.html: results, figures, claims, every run and its command, as pages
+report: .tools/site/.stamp
+	.tools/site/bin/python .ci/site/build.py site $(FOLDERS)
+	echo "report: site/index.html"
+
+.tools/site/.stamp: .ci/site/requirements.txt | python-ok $(UV_TOOL)
+	echo "tools: building the environment of the report in .tools/site"
+	$(SET_CACHE)
+	rm -rf .tools/site
+	{ "$(UV)" venv -q --python "$(PYTHON)" .tools/site &&
+		"$(UV)" pip sync -q --python .tools/site/bin/python .ci/site/requirements.txt; } || {
+		echo "the report's environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
+	touch $@
+
+## audit                     for every folder the runs its tables still lack: commands, hours, missing data
+audit: python-ok
+	$(HELPER) audit $(FOLDERS)

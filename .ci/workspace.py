@@ -108,24 +108,28 @@ def imports(text, folder, others):
                 yield node.lineno, name
 
 
-def report(*folders):
-    """report/index.md: what has been run, a line a folder and scale."""
-    rows = ["| folder | scale | claims held | cells measured | records | results |", "|---|---|---|---|---|---|"]
+def audit(*folders):
+    """The runs of scale paper that have no records yet: commands, hours, data that is missing."""
+    lines, root = [], os.environ.get("REPRO_DATA")
     for folder in folders:
-        summaries = sorted(Path(folder).glob("runs/*/summary.json"))
-        for s in (json.loads(path.read_text()) for path in summaries):
-            claims, cells = f"{s['claims_held']}/{s['claims_total']}", f"{s['cells_measured']}/{s['cells_total']}"
-            link = f"[{s['results']}](../{s['results']})"
-            rows.append(f"| {folder} | {s['scale']} | {claims} | {cells} | {s['records']} | {link} |")
-        if not summaries:
-            rows.append(f"| {folder} | {'not run yet' if Path(folder).is_dir() else 'not here yet'} | | | | |")
-    os.makedirs("report", exist_ok=True)
-    Path("report/index.md").write_text("# Report\n\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    return "\n".join(rows)
+        found = sorted(Path(folder).glob("runs/*/report.json"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            lines.append(f"{folder}: {f'make reproduce-{folder} first' if Path(folder).is_dir() else 'not here yet'}")
+            continue
+        runs = json.loads(found[-1].read_text()).get("runs", {}).get("paper", {})
+        left = {name: r for name, r in runs.items() if not r["records"]}
+        hours = sum(r["hours"] for r in left.values())
+        lines.append(f"{folder}: {len(runs) - len(left)} of {len(runs)} runs have records, {hours:.1f} hours left")
+        for name, r in left.items():
+            place = Path(root).expanduser() if root else Path(folder, "data")
+            lack = sorted(n["path"] for n in r["needs"] if not (place / n["path"]).exists())
+            lines.append(f"  {name}: {r['hours']:g} h{'; missing ' + ', '.join(lack) if lack else ''}")
+            lines.append(f"    cd {folder} && .venv/bin/{r['command']}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (stamp, cache, closing, count, lint, report)}[sys.argv[1]]
+    command = {f.__name__: f for f in (stamp, cache, closing, count, lint, audit)}[sys.argv[1]]
     answer = command(*sys.argv[2:])
     if answer:
         print(answer)

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -245,12 +246,52 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     return "\n".join(lines) + "\n", sum(len(c.values) > 0 for c in own), len(own)
 
 
+def described(view: dict, scale: str, frame: pd.DataFrame, printed: pd.DataFrame) -> dict:
+    """One table as data: every cell with its printed and measured number, difference and runs."""
+    rows, columns, grid = cells(view, frame, printed)
+    labels, extra, none = view.get("labels", {}), view.get("extra_rows", {}), float("nan")
+
+    def cell(r, c) -> dict:
+        k, v = grid[r, c], grid[r, c].values["value"]
+        n = len(v)
+        numbers = {"printed": k.printed, "printed_std": k.printed_std, "measured": v.mean() if n else none}
+        numbers["std"] = v.std(ddof=0) if n > 1 else none
+        out = {key: round(float(x), 6) for key, x in numbers.items() if x == x}
+        runs = sorted(set(k.values["run"])) if n and "run" in k.values else []
+        variants = sorted(set(k.values["variant"]) - {""}) if n else []
+        return {**out, "n": n, "runs": runs, "variants": variants, "expected": k.expected and r not in extra}
+
+    return {
+        **{"id": view["id"], "scale": scale, "title": view["title"], "note": " ".join(view.get("note", "").split())},
+        **{"unit": view.get("unit", ""), "digits": view.get("digits", 2), "tolerance": view.get("tolerance")},
+        **{"where": {k: v for k, v in view.get("where", {}).items() if k in KEYS}},
+        **{"rows": [str(labels.get(r, r)) for r in rows], "columns": [str(labels.get(c, c)) for c in columns]},
+        "cells": [[cell(r, c) for c in columns] for r in rows],
+    }
+
+
+def described_runs(plan: dict, scale: str, found: list[dict]) -> dict:
+    """Every planned run of a scale: its command, cost, needs, and the records it has."""
+    out = {}
+    for job in plans.jobs(plan, scale) if scale in plan["scales"] else ():
+        mine = [r for r in found if r["run"] == job.name]
+        out[job.name] = {
+            **{"command": "python " + shlex.join(job.command(scale)), "hours": job.hours, "seeds": len(job.seeds)},
+            **{"needs": [plan["data"][n] for n in job.needs], "table": str(job.args.get("table", ""))},
+            **{"records": len(mine), "seconds": round(sum(r["seconds"] for r in mine), 1)},
+            **{"commits": sorted({r["code"]["commit"] + ("+changes" if r["code"]["dirty"] else "") for r in mine})},
+            **{"devices": sorted({r["host"]["device"] for r in mine})},
+            **{"data": sorted({f"{r['data']['name']} ({r['data'].get('variant', '')})" for r in mine})},
+        }
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def claim_rows(claims: list[Claim], frames: dict[str, pd.DataFrame]) -> tuple[list[str], dict[str, list[int]]]:
-    """Markdown rows and {scale: [held, total]}."""
-    rows, score = [], {scale: [0, 0] for scale in SCALES}
+def claim_rows(claims: list[Claim], frames: dict[str, pd.DataFrame]) -> tuple[list[str], dict, list[dict]]:
+    """Markdown rows, {scale: [held, total]}, and the same as data."""
+    rows, score, data = [], {scale: [0, 0] for scale in SCALES}, []
     for claim in claims:
         frame = frames.get(claim.scale, long([]))
         verdict, numbers = claim.check(frame) if len(frame) else (None, "")
@@ -258,7 +299,9 @@ def claim_rows(claims: list[Claim], frames: dict[str, pd.DataFrame]) -> tuple[li
         score[claim.scale][1] += 1
         word = {True: "**holds**", False: "**does not hold**", None: "not measured"}[verdict]
         rows.append(f"| {claim.id} | {claim.text} ({claim.source}) | {claim.scale} | {numbers} | {word} |")
-    return rows, score
+        said = {"id": claim.id, "text": claim.text, "source": claim.source, "scale": claim.scale}
+        data.append({**said, "numbers": numbers, "verdict": word.strip("*")})
+    return rows, score, data
 
 
 def provenance(found: list[dict]) -> list[str]:
@@ -287,7 +330,7 @@ def page(root: Path, scale: str) -> dict:
     frames = {s: long(f) for s, f in found.items()}
     target = root / ("runs/smoke/RESULTS.md" if scale == "smoke" else "RESULTS.md")
 
-    rows, score = claim_rows([c for c in claims.CLAIMS if c.scale in shown], frames)
+    rows, score, said = claim_rows([c for c in claims.CLAIMS if c.scale in shown], frames)
     lines = [f"# Results: {description['title']}", "", " ".join(description["summary"].split()), ""]
     lines += ["Made from records by `tables.py`; nothing here is typed by hand. `—`: the printed number is not known. "]
     lines += [f"`{NOT_RUN}`: no record. Only records of scale paper stand in the paper's tables.", ""]
@@ -301,6 +344,14 @@ def page(root: Path, scale: str) -> dict:
             "",
         ]
     measured = total = 0
+    report = {
+        "folder": root.name,
+        "title": description["title"],
+        "claims": said,
+        "tables": [],
+        "figures": [],
+        "runs": {},
+    }
     for s in shown:
         views = [v for v in description["tables"] if v.get("scale", "paper") == s or scale == "smoke"]
         if views:
@@ -308,10 +359,13 @@ def page(root: Path, scale: str) -> dict:
         for view in views:
             text, some, every = render(view, frames[s], printed)
             lines.append(text)
+            report["tables"].append(described(view, s, frames[s], printed))
             if s == "paper":
                 measured, total = measured + some, total + every
         drawn = figures.draw(found[s], root, s) if found[s] else []
+        report["runs"][s] = described_runs(description, s, found[s])
         for path, caption in drawn:
+            report["figures"].append({"path": path.relative_to(root).as_posix(), "caption": caption, "scale": s})
             link = Path(os.path.relpath(path, target.parent)).as_posix()
             lines += [f"![{caption}]({link})", "", f"*{caption}*", ""]
     lines += ["## Where the numbers come from", ""]
@@ -323,6 +377,7 @@ def page(root: Path, scale: str) -> dict:
         **{"claims_held": score[scale][0], "claims_total": score[scale][1]},
         **{"cells_measured": measured, "cells_total": total, "results": f"{root.name}/{target.relative_to(root)}"},
     }
+    write_json(root / "runs" / scale / "report.json", report)  # for the workspace's report
     write_json(root / "runs" / scale / "summary.json", summary)
     return summary
 

@@ -128,7 +128,8 @@ def test_claims_are_counted_by_scale_and_verdict():
     claims = [Claim(str(k), "text", "Eq. 1", s, lambda f, v=v: (v, "1 > 0")) for k, (s, v) in enumerate(
         [("demo", True), ("demo", False), ("demo", None), ("paper", True)]
     )]  # fmt: skip
-    rows, score = tables.claim_rows(claims, {"demo": frame(record())})
+    rows, score, said = tables.claim_rows(claims, {"demo": frame(record())})
+    assert [c["verdict"] for c in said][:3] == ["holds", "does not hold", "not measured"]
     assert score["demo"] == [1, 3] and score["paper"] == [0, 1]
     for row, word in zip(rows, ["**holds**", "**does not hold**", "not measured", "not measured"], strict=True):
         assert row.endswith(f"| {word} |")
@@ -210,3 +211,34 @@ def test_a_mean_row_needs_all_its_parts(printed):
     found = [record(), record(method="m2", metrics={"f1": 70.0}), record(seed=1, metrics={"f1": 90.0})]
     assert rows_of(tables.render(view, frame(*found), printed)[0])["both"] == ["— / 60.00 (n=1)"]
     assert rows_of(tables.render(view, frame(record()), printed)[0])["both"][0].endswith("not run")
+
+
+def test_a_table_as_data(printed):
+    view = {**VIEW, "note": "two\nlines", "order": {"rows": ["m1", "m2"], "columns": ["d1", "d2"]}}
+    found = [record(), record(seed=1, metrics={"f1": 52.0})]
+    out = tables.described(view, "paper", frame(*found), printed)
+    assert out["rows"] == ["m1", "m2"] and out["note"] == "two lines" and out["where"] == {"table": "main"}
+    cell = out["cells"][0][0]
+    assert cell == {
+        **{"printed": 48.0, "printed_std": 1.0, "measured": 51.0, "std": 1.0, "n": 2, "runs": ["run"]},
+        **{"variants": ["paper"], "expected": True},
+    }
+    assert out["cells"][0][1] == {"n": 0, "runs": [], "variants": [], "expected": True}  # printed number not known
+    json.dumps(out, allow_nan=False)
+
+
+def test_planned_runs_as_data():
+    entry = {
+        "name": "a-{k}",
+        "grid": {"k": [1, 2]},
+        "args": {"table": "main"},
+        "seeds": [0],
+        "needs": ["d"],
+        "hours": 2,
+    }
+    plan = {"scales": {"paper": [entry]}, "data": {"d": {"path": "p", "origin": "o"}}}
+    out = tables.described_runs(plan, "paper", [{**record(), "run": "a-1"}])
+    assert out["a-1"]["records"] == 1 and out["a-2"]["records"] == 0 and out["a-2"]["hours"] == 2
+    assert "train.py" in out["a-1"]["command"] and "--k 1" in out["a-1"]["command"]
+    assert out["a-1"]["needs"] == [{"path": "p", "origin": "o"}] and out["a-1"]["table"] == "main"
+    assert tables.described_runs(plan, "demo", []) == {}
