@@ -6,6 +6,8 @@ CORES   := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu
 JOBS    ?= $(CORES)
 GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 PYTHON  ?= python3
+PROFILE ?=
+ARGS    ?=
 UPGRADE ?= 0
 UV_VERSION   := 0.13.9
 RUFF_VERSION := 0.17.6
@@ -27,7 +29,7 @@ MAKEFLAGS   += --no-print-directory
 # ---- What was asked for is checked before anything is built: one line, exit code 2.
 HERE  := $(patsubst %/requirements.in,%,$(wildcard $(FOLDERS:%=%/requirements.in)))
 EACH  := env lock test smoke reproduce plan bench clean clean-env
-ALL   := help env lock test smoke reproduce-all bench lint report audit clean clean-env
+ALL   := help env lock test smoke reproduce-all bench lint report audit test-slurm clean clean-env
 KNOWN := $(ALL) $(foreach t,$(EACH),$(HERE:%=$(t)-%))
 WRONG := $(firstword $(filter $(EACH:%=%-%),$(filter-out $(KNOWN),$(MAKECMDGOALS))))
 ifeq ($(filter oneshell,$(.FEATURES)),)
@@ -36,6 +38,8 @@ else ifneq ($(WRONG),)
   $(error make $(WRONG): no such folder. Here: $(HERE). Not here yet: $(filter-out $(HERE),$(FOLDERS)))
 else ifneq ($(words $(SCALE))$(filter-out smoke demo paper,$(SCALE)),1)
   $(error SCALE=$(SCALE) is not a scale: use SCALE=smoke, SCALE=demo or SCALE=paper)
+else ifneq ($(PROFILE)$(wildcard profiles/$(PROFILE)/config.yaml),$(PROFILE)$(PROFILE:%=profiles/%/config.yaml))
+  $(error PROFILE=$(PROFILE) is not in profiles/: use one of $(notdir $(wildcard profiles/*)))
 else ifneq ($(shell [[ "$(JOBS)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
   $(error JOBS=$(JOBS) is not a number of processes: use JOBS=1 or more)
 endif
@@ -60,6 +64,8 @@ help:
 		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
 		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
 		'PYTHON'     'the Python 3.11 or 3.12 that the environments are made from. Now: $(PYTHON)' \
+		'PROFILE'    'a folder of profiles/, e.g. PROFILE=slurm: runs become jobs of a cluster. Now: $(or $(PROFILE),none)' \
+		'ARGS'       'further arguments of snakemake' \
 		'FOLDERS'    'the folders that the targets over all take, e.g. FOLDERS="gpl lap"'
 
 # ---- Tools: the uv on PATH, else a private one; ruff in the version the locks have.
@@ -122,7 +128,8 @@ export PATH="$$PWD/.venv/bin:$$PATH"
 threads="$${OMP_NUM_THREADS:-$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 ))}"
 .venv/bin/snakemake -s Snakefile --cores $$(( $(JOBS) * threads )) --set-threads run=$$threads \
 	$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --config scale=$(2) --keep-going --rerun-incomplete \
-	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources
+	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources \
+	$(if $(PROFILE),--profile "$(CURDIR)/profiles/$(PROFILE)") $(ARGS)
 endef
 
 ## reproduce-X               the runs of plan.yaml at SCALE, their records, tables and claims: X/RESULTS.md
@@ -225,6 +232,10 @@ report: .tools/site/.stamp
 		"$(UV)" pip sync -q --python .tools/site/bin/python .ci/site/requirements.txt; } || {
 		echo "the report's environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
 	touch $@
+
+## test-slurm                smoke runs of two folders on a one-node Slurm made for it; needs root, slurm-wlm and munge
+test-slurm:
+	.ci/test-slurm
 
 ## audit                     for every folder the runs its tables still lack: commands, hours, missing data
 audit: python-ok
