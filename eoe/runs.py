@@ -122,10 +122,35 @@ def device(name: str):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine shows no CUDA device to torch; use --device cpu or auto")
     state = PartialState(cpu=name == "cpu")
+    if name == "auto" and state.num_processes == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        free = _free_gpu()
+        if free is not None:
+            torch.cuda.set_device(free)
+            return torch.device("cuda", free)
     try:
         return state.device if name == "auto" else torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:0") from None
+
+
+_HELD: list = []  # lock files of this process: a lock lasts as long as its file is open
+
+
+def _free_gpu() -> int | None:
+    """A GPU that no other run on this machine has taken; it stays this process's until it ends. None: all are taken."""
+    import torch
+
+    for i in range(torch.cuda.device_count()):
+        name = f"reproduction-gpu-{torch.cuda.get_device_properties(i).uuid}-{os.getuid()}.lock"
+        file = open(Path(tempfile.gettempdir()) / name, "w")  # noqa: SIM115 (held until the process ends)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            continue
+        _HELD.append(file)
+        return i
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- files that look whole

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,3 +253,18 @@ def test_plan_command_prints_cost_and_needs():
     assert "records, about" in done.stdout
     bad = subprocess.run([sys.executable, "plan.py", "--scale", "huge"], cwd=HERE, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("error: no scale huge") and bad.stderr.count("\n") == 1
+
+
+def test_runs_on_one_machine_take_different_gpus(tmp_path, monkeypatch):
+    """Two devices: the first two runs get one each, a third is told there is none."""
+    monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"gpu{i}"))
+    monkeypatch.setattr(runs, "_HELD", [])
+    assert [runs._free_gpu() for _ in range(3)] == [0, 1, None]
+    runs._HELD.pop(0).close()  # the first run ended
+    assert runs._free_gpu() == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+    runs._HELD.pop().close()
+    assert runs.device("auto") == torch.device("cuda", 0)
