@@ -7,12 +7,16 @@ The paper's code resizes bilinearly; CLIP's own transform is bicubic and gives o
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import pickle
+import re
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,12 +36,19 @@ class Known:
     size: int
     stats: tuple
     tokenizer: str = "clip"  # clip: the vocabulary inside open_clip; own: the one beside the weights
+    vit: tuple[int, int] | None = None  # patch and width of the vision transformer that `title` names
 
 
 KNOWN = {
-    "clip-vit-b16": Known("CLIP ViT-B/16", "transformers", "openai/clip-vit-base-patch16", 224, CLIP_STATS),
-    "clip-vit-b32": Known("CLIP ViT-B/32", "transformers", "openai/clip-vit-base-patch32", 224, CLIP_STATS),
-    "clip-vit-l14": Known("CLIP ViT-L/14", "transformers", "openai/clip-vit-large-patch14", 224, CLIP_STATS),
+    "clip-vit-b16": Known(
+        "CLIP ViT-B/16", "transformers", "openai/clip-vit-base-patch16", 224, CLIP_STATS, vit=(16, 768)
+    ),
+    "clip-vit-b32": Known(
+        "CLIP ViT-B/32", "transformers", "openai/clip-vit-base-patch32", 224, CLIP_STATS, vit=(32, 768)
+    ),
+    "clip-vit-l14": Known(
+        "CLIP ViT-L/14", "transformers", "openai/clip-vit-large-patch14", 224, CLIP_STATS, vit=(14, 1024)
+    ),
     # OpenAI's weights need QuickGELU; a plain GELU architecture loads them and silently loses quality.
     "clip-rn50": Known("CLIP RN50", "open_clip", "RN50-quickgelu", 224, CLIP_STATS),
     "clip-rn101": Known("CLIP RN101", "open_clip", "RN101-quickgelu", 224, CLIP_STATS),
@@ -129,7 +140,8 @@ def load(name: str, device, weights: str = "", data_dir: Path | None = None, dow
             model, tokenizer = _open_clip(known, folder, download)
         else:
             model, tokenizer = _transformers(known, folder, download)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            known = _checked(name, known, model.config)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"the weights of {name} in {folder} cannot be loaded: {str(error)[:300]}") from None
     return Backbone(name, known, model, tokenizer, device, bf16)
 
@@ -158,11 +170,32 @@ def _transformers(known: Known, folder: Path, download: bool):
     from transformers import AutoModel, AutoTokenizer
 
     where = str(folder) if folder.exists() else known.id
-    model = AutoModel.from_pretrained(where, local_files_only=not download, dtype=torch.float32)
+    model, found = AutoModel.from_pretrained(
+        where, local_files_only=not download, dtype=torch.float32, output_loading_info=True
+    )
+    # The library fills what a file lacks with random numbers. The poolers and the logit scale take no part in features.
+    lost = sorted(k for k in found["missing_keys"] if not re.search(r"pooler\.|position_ids|logit_scale", k))
+    if lost:
+        raise UserError(f"the weights in {where} are incomplete: {lost[0]} and {len(lost) - 1} others are missing")
     if not hasattr(model, "get_image_features"):
         raise UserError(f"{where} holds a {type(model).__name__}, which has no image and text encoder")
     own = known.tokenizer == "own"
     return model, AutoTokenizer.from_pretrained(where, local_files_only=not download) if own else _clip_tokenizer()
+
+
+def _checked(name: str, known: Known, config) -> Known:
+    """The weights must be of the family that was asked for; another size is named, so that it meets no printed cell."""
+    family = name.split("-")[0]
+    if config.model_type != family:
+        raise UserError(f"--backbone {name} needs weights of {family}, these are of {config.model_type}")
+    if known.vit is None:
+        return known
+    vision = config.vision_config
+    if vision.image_size != known.size:
+        raise UserError(f"{name} takes images of {known.size} pixels, these weights take {vision.image_size}")
+    if (vision.patch_size, vision.hidden_size) == known.vit:
+        return known
+    return replace(known, title=f"{known.title} (patch {vision.patch_size}, width {vision.hidden_size})")
 
 
 # ------------------------------------------------------------------------------------------------- features on disk
@@ -186,8 +219,13 @@ def image_features(backbone: Backbone, images, batch: int = 256, workers: int = 
     from scores import normalise
 
     path, state = _file("images", backbone.fingerprint, images.sha256, len(images)), PartialState()
-    if not broadcast_object_list([path.is_file()])[0]:  # one answer for all: the file may come to be between two looks
-        pieces = [path.with_suffix(f".part{i}") for i in range(state.num_processes)]
+    # One answer for all, as the file may come to be between two looks; the number keeps two launches apart.
+    there, launch = broadcast_object_list([path.is_file(), os.getpid()])
+    if not there:
+        pieces = [path.with_name(f".{path.stem}.{launch}.{i}.piece") for i in range(state.num_processes)]
+        for old in path.parent.glob(".*.piece") if state.is_main_process else ():  # of a launch that was killed
+            if time.time() - old.stat().st_mtime > 86_400:
+                old.unlink(missing_ok=True)
         mine = _encode(backbone, images, batch, workers, state.process_index, state.num_processes)
         if state.num_processes == 1:
             found = mine
@@ -218,11 +256,16 @@ def _encode(backbone: Backbone, images, batch: int, workers: int, rank: int, wor
     loader = torch.utils.data.DataLoader(
         Transformed(images, backbone.transform()),
         batch_sampler=[range(i * batch, min((i + 1) * batch, len(images))) for i in numbers],
-        num_workers=workers,
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=backbone.device.type == "cuda",
     )
     bar = tqdm(loader, desc=f"{backbone.name} {images.name}", disable=True if rank else None)
-    return {i: backbone.encode_images(x) for i, x in zip(numbers, bar, strict=True)}
+    try:
+        return {i: backbone.encode_images(x) for i, x in zip(numbers, bar, strict=True)}
+    except UserError as error:  # torch wraps what a worker raises into that worker's traceback
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("runs.UserError: ")) from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"the device has no memory for {batch} images at once; lower --batch") from None
 
 
 class CachedTexts:
@@ -234,5 +277,8 @@ class CachedTexts:
     def encode_texts(self, texts: list[str]) -> Tensor:
         path = _file("texts", self.backbone.fingerprint, texts)
         if not path.is_file():
-            runs.write_tensors(path, {"features": self.backbone.encode_texts(texts)}, {"backbone": self.backbone.name})
+            features = self.backbone.encode_texts(texts)
+            if not torch.isfinite(features).all():
+                raise UserError(f"text features by {self.backbone.name} are not finite; broken weights?")
+            runs.write_tensors(path, {"features": features}, {"backbone": self.backbone.name})
         return runs.read_tensors(path)[0]["features"]

@@ -17,6 +17,7 @@ import backbones
 import drawn
 import runs
 import scores
+from runs import UserError
 from scores import normalise, reduce
 
 FIVE = ("MCM", "EOE", "S_MAX", "S_Energy", "S_MaxLogit")
@@ -25,7 +26,7 @@ FIVE = ("MCM", "EOE", "S_MAX", "S_Energy", "S_MaxLogit")
 @dataclass
 class BenchSettings:
     images: int = 50_000
-    """Images (paper: ImageNet-1K validation)."""
+    """Images (paper: ImageNet-1K validation has 50,000)."""
     ids: int = 1_000
     """ID names."""
     outs: int = 600
@@ -52,7 +53,8 @@ def plain(images, ids, outs, name: str, batch: int = 512):
             best = s[:, :k].softmax(1).max(1).values
             out.append(torch.where(s[:, :k].max(1).values < s[:, k:].max(1).values, 1 / k, best))
         elif name == "S_Energy":
-            out.append(s[:, :k].logsumexp(1) - s[:, k:].logsumexp(1))
+            a, b = (x.div(scores.T_ENERGY).logsumexp(1) for x in (s[:, :k], s[:, k:]))
+            out.append(scores.T_ENERGY * (a - b))
         else:
             out.append(s[:, :k].max(1).values - s[:, k:].max(1).values)
     return torch.cat(out)
@@ -71,16 +73,19 @@ def timed(function, repeats: int, device) -> float:
 
 def main() -> None:
     s = runs.parse(BenchSettings, __doc__)
+    for name in ("images", "ids", "outs", "dim", "repeats"):
+        if getattr(s, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(s, name)}")
     device = runs.device(s.device)
     g = torch.Generator().manual_seed(0)
     images, ids, outs = (normalise(torch.randn(n, s.dim, generator=g)).to(device) for n in (s.images, s.ids, s.outs))
 
     def ours():
-        stats = reduce(images, ids, outs, (1.0,))
+        stats = reduce(images, ids, outs)
         return [scores.SCORES[name][0](stats) for name in FIVE]
 
     few = images[:2000]
-    stats = reduce(few, ids, outs, (1.0,))
+    stats = reduce(few, ids, outs)
     for name in FIVE:
         worst = (scores.SCORES[name][0](stats) - plain(few, ids, outs, name).double()).abs().max().item()
         print(f"{name:11s} largest difference to the plain form {worst:.1e}")

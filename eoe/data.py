@@ -7,12 +7,13 @@ before anything is scored, because a wrong or differently ordered list changes e
 import functools
 import hashlib
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 import runs
 from runs import HERE, UserError
@@ -91,8 +92,9 @@ class ImageSet:
         if not isinstance(item, Path):
             return Image.fromarray(item)
         try:
-            return Image.open(item).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+            with Image.open(item) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             raise UserError(f"{item} is not a readable image ({error}); unpack the data set again") from None
 
 

@@ -7,12 +7,16 @@ Needs only the ID names. Every raw answer is kept beside the names; a stopped co
 """
 
 import datetime
+import fcntl
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from tqdm import tqdm
 
 import runs
 from runs import UserError
@@ -37,6 +41,10 @@ class Question:
 
 # ------------------------------------------------------------------------------------------------------------- prompts
 
+DOGS = (
+    "husky dog, alaskan Malamute, cossack sled dog, golden retriever, German Shepherd, Beagle, Bulldog, Poodle, "
+    "Dachshund, Doberman Pinscher"
+)
 EXAMPLES = {
     ("far", "resemble"): (
         "husky dog, Garfield cat, churches, truck",
@@ -62,11 +70,18 @@ EXAMPLES = {
         ("basketball", "curtain, violin, passport"),
         ("water jug", "meadow, satellite, comic book"),
     ),
-    "fine": (
-        "husky dog, alaskan Malamute, cossack sled dog, golden retriever, German Shepherd, Beagle, Bulldog, Poodle, "
-        "Dachshund, Doberman Pinscher",
+    ("fine", "resemble"): (
+        DOGS,
         "Labrador Retriever, Rottweiler, Boxer, Border Collie, Shih Tzu, Akita, Saint Bernard, Australian Shepherd, "
         "Great Dane, Boston Terrier",
+    ),
+    ("fine", "dissimilar"): (
+        DOGS,
+        "moon, keyboard, waterfall, skyscraper, violin, stop sign, glass bottle, sailboat, spiral staircase, umbrella",
+    ),
+    ("fine", "irrelevant"): (
+        DOGS,
+        "tax form, subway map, circuit board, galaxy, perfume, weather chart, sheet music, neon sign, barcode, curtain",
     ),
 }
 DEMAND = {
@@ -79,6 +94,11 @@ NEAR_DEMAND = {
     "and do not belong to its primary group",
     "dissimilar": "that look clearly different from it",
     "irrelevant": "that have visually nothing to do with it",
+}
+# Away from resemblance the answer leaves the kind of thing itself: what differs most from birds is no bird.
+FINE_DEMAND = {
+    "dissimilar": "that look clearly different from every one of them",
+    "irrelevant": "that have visually nothing to do with any of them",
 }
 
 
@@ -99,13 +119,20 @@ def prompt(q: Question) -> str:
         ask = f"Q: The image category is {name}. Name visually comparable categories {NEAR_DEMAND[q.variant]}."
         return f"{examples}\n\n{ask}\nA: There are {q.n} such categories:"
     if q.task == "fine":
-        known, answer = EXAMPLES["fine"]
-        demand = "" if q.variant == "resemble" else f" They should be {q.variant} in looks to those of the set."
+        known, answer = EXAMPLES["fine", q.variant]
+        if q.variant != "resemble":
+            demand = FINE_DEMAND[q.variant]
+            return (
+                f"Q: A data set holds 10 different species of dog: {known}. Name 10 classes {demand}, none twice.\n"
+                f"A: The classes are:\n{_list(answer)}\n\n"
+                f"Q: A data set holds {len(q.id_names)} different species of {q.kind}: {names}. Name {q.n} classes "
+                f"{demand}, none twice.\nA: The classes are:"
+            )
         return (
             f"Q: A data set holds 10 different species of dog: {known}. Name 10 other dog species that are NOT in the "
             f"data set, none twice.\nA: The other species are:\n{_list(answer)}\n\n"
             f"Q: A data set holds {len(q.id_names)} different species of {q.kind}: {names}. Name {q.n} other {q.kind} "
-            f"species that are NOT in the data set, none twice.{demand}\nA: The other species are:"
+            f"species that are NOT in the data set, none twice.\nA: The other species are:"
         )
     known, answer = EXAMPLES["far", q.variant]
     return (
@@ -119,6 +146,8 @@ def prompt(q: Question) -> str:
 
 def follow_up(q: Question) -> str:
     """A later user turn of the same conversation."""
+    if q.task == "fine" and q.variant != "resemble":
+        return f"Q: Name {q.n} more classes {FINE_DEMAND[q.variant]}, none of them among your answers.\nA:"
     if q.task == "fine":
         return f"Q: Name {q.n} more {q.kind} species that are neither in the data set nor among your answers.\nA:"
     return f"Q: Name {q.n} more classes {DEMAND[q.variant]}. Each has at most three words and none was used before.\nA:"
@@ -213,7 +242,7 @@ def ask(provider, q: Question, answers: list[str]) -> str:
 def conversation(provider, q: Question, total: int, kept: list[dict] | None = None, save=None) -> list[dict]:
     """Turns until `total` names were asked for; `kept`: turns of an earlier start; `save(turns)` after each."""
     turns = list(kept or [])
-    count = 1 if q.task == "near" else 1 + max(total // q.n - 1, 0)
+    count = 1 if q.task == "near" else max(1, math.ceil(total / q.n))
     while len(turns) < count:
         text = ask(provider, q, [t["answer"] for t in turns])
         when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -237,7 +266,7 @@ def envision(
     """All conversations of a task: near has one for each ID name with n names each, the others one with n in all."""
     done = dict(kept or {})
     wanted = {name: (name,) for name in dict.fromkeys(id_names)} if task == "near" else {"all": tuple(id_names)}
-    for key, names in wanted.items():
+    for key, names in tqdm(wanted.items(), desc="asking", disable=None if len(wanted) > 1 else True):
         q = Question(task, variant, names, n if task == "near" else min(n, PER_CALL), kind)
 
         def keep(turns: list[dict], key: str = key) -> None:
@@ -306,24 +335,46 @@ class EnvisionSettings:
     """Name file to write; default envisioned/made/<id>-<task>-<variant>.json. Raw answers go beside it."""
 
 
+def _alone(out: Path):
+    """A lock beside the name file: a second process would ask, and pay for, everything again."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(out.with_name(f".{out.name}.lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {out}; wait for it or choose another --out") from None
+    return lock
+
+
+def _whole(answers) -> bool:
+    """{ID name or "all": [{"answer": text, ...}, ...]}"""
+    return isinstance(answers, dict) and all(
+        isinstance(turns, list) and all(isinstance(t, dict) and isinstance(t.get("answer"), str) for t in turns)
+        for turns in answers.values()
+    )
+
+
 def main() -> None:
     import data
     import providers
 
     s = runs.parse(EnvisionSettings, __doc__)
-    if s.n < 1:
-        raise UserError(f"--n must be at least 1, not {s.n}")
+    if s.n < 1 or s.retries < 0 or s.timeout <= 0:
+        raise UserError("--n is at least 1, --retries at least 0, --timeout above 0")
     id_names = data.names_of(s.id)
     out = Path(s.out or runs.HERE / "envisioned" / "made" / f"{Path(s.id).stem}-{s.task}-{s.variant}.json")
     raw = out.with_suffix(".answers.json")
     about = {"id": s.id, "task": s.task, "variant": s.variant, "n": s.n, "model": s.model}
-    kept = runs.read_json(raw) if raw.is_file() else {"about": about, "answers": {}}
-    if kept.get("about") != about:
-        raise UserError(f"{raw} holds answers to another question; delete it or choose another --out")
     if s.provider == "local":
         provider = providers.LocalModel(s.model)
     else:
         provider = providers.Endpoint(s.url, s.model, s.key_variable, s.timeout, s.retries)
+    lock = _alone(out)  # noqa: F841 (held until the process ends)
+    kept = runs.read_json(raw) if raw.is_file() else {"about": about, "answers": {}}
+    if not isinstance(kept, dict) or kept.get("about") != about:
+        raise UserError(f"{raw} holds answers to another question; delete it or choose another --out")
+    if not _whole(kept.get("answers")):
+        raise UserError(f"{raw} is damaged; mend it by hand or delete it to ask again")
 
     def save(answers: dict) -> None:
         runs.write_json(raw, {"about": about, "answers": answers})

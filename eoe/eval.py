@@ -1,11 +1,13 @@
 """Zero-shot OOD detection with envisioned names (EOE): scores, metrics and records; trains nothing.
 
-python eval.py --table table3 --backbone clip-vit-b16       # a table of the paper on its data and weights
+python eval.py --table table3 --labels released             # a table of the paper on its data, weights and names
 python eval.py --id pet37 --ood texture places              # any ID set against any OOD sets
 python eval.py --synthetic --seeds 0 1 2                    # tier A: no data, no network
 python eval.py --run runs/demo/drawn                        # a trained stand-in again
 """
 
+import csv
+import io
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,7 +57,10 @@ def drop_similar(names: list[str], out: Tensor, ids: Tensor, most: float = 1.0) 
 def score(stats: Stats, method: str, beta: float = scores.BETA) -> np.ndarray:
     """A score by its name in scores.SCORES."""
     function = SCORES[method][0]
-    return (function(stats, beta) if function is scores.eoe else function(stats)).cpu().numpy()
+    value = (function(stats, beta) if function is scores.eoe else function(stats)).cpu().numpy()
+    if not np.isfinite(value).all():
+        raise UserError(f"a score of {method} is not a finite number; are the weights broken?")
+    return value
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def rows(
     images [N, d], oods {set: [M, d]}, ids [K, d]: unit rows. The baselines use the first set's statistics.
     """
     out, truth = [], {t.lower() for t in truth}
-    empty = torch.zeros(0, ids.shape[1])
+    empty = ids[:0]
     for position, labels in enumerate([Labels("MCM", [], empty), *sets]):
         inside = reduce(images, ids, labels.text)
         about = {"labels": len(labels.names), "hits": len(truth & {n.lower() for n in labels.names})}
@@ -105,16 +110,18 @@ def rows(
     return out
 
 
-def write_scores(path: Path, stats: Stats, id_names: list[str], out_names: list[str], beta: float, cut: float) -> None:
+def write_scores(
+    path: Path, images: list, stats: Stats, id_names: list[str], out_names: list[str], beta: float, cut: float
+) -> None:
     """A line an image: score, decision at the 95 % threshold, nearest ID and nearest envisioned name (cf. Fig. 8)."""
-    lines = [["image", "score", "decision", "nearest_id", "nearest_envisioned"]]
-    value = score(stats, "EOE", beta)
-    for i, (v, a, b) in enumerate(zip(value, stats.id_name.tolist(), stats.out_name.tolist(), strict=True)):
-        lines.append([i, f"{v:.9g}", "ID" if v >= cut else "OOD", id_names[a], out_names[b] if b >= 0 else ""])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(
-        path, "".join(",".join(f'"{c}"' if "," in str(c) else str(c) for c in line) + "\n" for line in lines)
-    )
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(["image", "score", "decision", "nearest_id", "nearest_envisioned"])
+    nearest = zip(images, score(stats, "EOE", beta), stats.id_name.tolist(), stats.out_name.tolist(), strict=True)
+    for image, v, a, b in nearest:
+        found = out_names[b] if b >= 0 else ""
+        lines.writerow([image, f"{v:.9g}", "ID" if v >= cut else "OOD", id_names[a], found])
+    runs.write_text(path, file.getvalue())
 
 
 # ----------------------------------------------------------------------------------------------- tier B: drawn pictures
@@ -189,7 +196,8 @@ def drawn_seed(s, run: runs.Run, seed: int, model: standin.DualEncoder, device) 
             few = {"text.id": id_text, "text.envisioned": sets[0].text, "text.ood": sets[-1].text}
             runs.write_tensors(run.folder(seed) / f"scores-{kind}.safetensors", {**save, **few})
             cut = metrics.threshold95(save["id.EOE"])
-            write_scores(run.folder(seed) / f"scores-{kind}.csv", stats[1], ids, sets[0].names, s.beta, cut)
+            place = run.folder(seed) / f"scores-{kind}.csv"
+            write_scores(place, ood_pictures, stats[1], ids, sets[0].names, s.beta, cut)
     return records
 
 
@@ -256,14 +264,15 @@ class EvalSettings:
     beta: Number = scores.BETA
     """Weight of the outlier term (paper: 0.25)."""
     ensemble: bool = False
-    """The five prompt templates of Table 19 instead of one."""
+    """--id/--ood: the five prompt templates of Table 19 instead of one. A table takes what the paper takes."""
     clipn: str = ""
     """Text features of CLIPN's two encoders: a .safetensors file with `yes` and `no` [K, d], or a folder with
     <id set>.safetensors; adds both CLIPN scores. --weights must then be CLIPN's image encoder."""
-    max_similarity: Number = 1.0
-    """Drop names closer than this to an ID prompt (paper: 0.85 for near with ImageNet-20, else none)."""
+    max_similarity: Number = 0.0
+    """--id/--ood: drop names whose prompt has a higher cosine with an ID prompt; 1 drops none. 0: as the paper and all
+    its tables, 0.85 for the near task with ImageNet-20, else 1."""
     dump: bool = False
-    """Also write scores.csv: a line an OOD image with its decision, nearest ID name and nearest envisioned name."""
+    """Also write scores-<id>-<ood>.csv: a line an image of the first OOD set with its decision and nearest names."""
     synthetic: bool = False
     """Tier A of the embedded default: a joint space drawn from a formula."""
     per_class: int = 60
@@ -285,13 +294,25 @@ class EvalSettings:
     batch: int = 256
     """Images a forward pass."""
     workers: int = 4
-    """Processes that decode images."""
+    """Processes that decode images; at most one a core."""
     bf16: bool = False
     """bfloat16 autocast in the image encoder (paper: float32); features become float32 before anything else."""
 
     def check(self) -> None:
-        if self.beta < 0 or not 0 < self.max_similarity <= 1:
-            raise UserError("--beta must not be negative, --max-similarity lies in (0, 1]")
+        ways = {"--table": self.table and not self.synthetic, "--id": self.id or self.ood}
+        ways |= {"--synthetic": self.synthetic, "--run": self.run}
+        if len(given := [k for k, v in ways.items() if v]) > 1:
+            raise UserError(f"{given[0]} and {given[1]} exclude each other; see --help")
+        if self.table == "own":
+            raise UserError("--table own is what --id and --ood make; name those, or a table of the paper")
+        if self.synthetic and self.table.startswith(("table", "figure", "own")):
+            raise UserError(f"--synthetic has no place in {self.table}, which is made of real images")
+        if self.table and not self.synthetic and (self.ensemble or self.max_similarity or self.n):
+            raise UserError("--ensemble, --max-similarity and --n go with --id and --ood; a table sets them itself")
+        if not self.synthetic and not self.run and self.labels != "released" and self.seeds != (0,):
+            raise UserError("only the released lists come from several runs of a model; use --seeds 0")
+        if self.beta < 0 or not 0 <= self.max_similarity <= 1:
+            raise UserError("--beta must not be negative, --max-similarity lies in [0, 1]")
         for name in ("batch", "per_class"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -323,6 +344,7 @@ def again(s: EvalSettings, device) -> None:
     stored = runs.read_json(folder / "settings.json")
     try:
         settings = train.Settings(**{**stored, "seeds": tuple(stored["seeds"])})
+        settings.check()
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
     for seed in settings.seeds:
@@ -336,7 +358,7 @@ def again(s: EvalSettings, device) -> None:
             new = drawn_seed(settings, runs.Run(Path(place), settings), seed, model.to(device), device)
         old = [runs.read_record(p) for p in sorted((folder / f"seed{seed}").glob("record*.json"))]
         show(new)
-        before = {(r["dataset"], r["method"], r["setting"]): r["metrics"]["AUROC"] for r in old}
+        before = {(r["dataset"], r["method"], r["setting"]): r["metrics"].get("AUROC", 1e9) for r in old}
         worst = max(
             abs(before.get((r["dataset"], r["method"], r["setting"]), 1e9) - r["metrics"]["AUROC"]) for r in new
         )
@@ -355,9 +377,12 @@ def main() -> None:
     )
     # Several processes (`accelerate launch`) share out the images to encode; what follows takes seconds, on the first.
     state = PartialState()
-    ignore = ("out", "data_dir", "device", "download", "batch", "workers", "weights")
+    ignore = ("out", "data_dir", "device", "download", "batch", "workers")
     run = runs.Run(Path(s.out), s, ignore, state.process_index)
-    if not run.complete:
+    if run.complete:
+        if state.is_main_process:
+            print(f"{run.out} is complete; delete it to run again")
+    else:
         for seed in s.seeds:
             if s.synthetic and state.is_main_process:
                 synthetic_seed(s, run, seed, device)

@@ -51,7 +51,7 @@ def beta(records: list[dict]):
         mean, std = ([f(points[name][b]) for b in x] for f in (np.mean, np.std))
         axis.errorbar(x, mean, std, marker="o", capsize=3, color=COLOURS[name], label=TASKS[name])
     axis.set(xlabel="beta", ylabel="FPR95 (%)", xticks=[0, 0.25, 0.5, 0.75, 1], ylim=(0, None))
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, "FPR95 of EOE against the weight beta of the outlier term; mean and standard deviation over seeds."
 
 
@@ -114,5 +114,5 @@ def embedding(kept: list[Path]):
         axis.scatter(*flat[start : start + len(part)].T, s=16, label=label, color=colour)
         start += len(part)
     axis.set(xlabel="t-SNE 1", ylabel="t-SNE 2")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure, "t-SNE of the label features of the fine-grained task (first seed)."

@@ -66,6 +66,11 @@ def _ablation(setting: str, **more) -> list[Case]:
     return [replace(c, **more) for c in cases]
 
 
+PAPER_LLM = "gpt-3.5-turbo-16k"
+LLMS = {  # Table 24: how the published files name a model -> how the table does
+    **{PAPER_LLM: "GPT-3.5-turbo-16k", "gpt-4-0125-preview": "GPT-4", "Claude-3-Haiku": "Claude-3-Haiku"},
+    **{"Gemini-Pro": "Gemini-Pro", "Mixtral-8x7B-Chat": "Mixtral-8x7B-Chat"},
+}
 WITH_TRUTH = ("table1", "table2", "table3", "table4", "figure1", "own")  # where the paper prints Ground Truth
 PLAIN, SWEEP = "model={model}, L={n}, beta={beta}", "model={model}, L={n}{x}, beta={beta}"
 GRID, BETAS = (100, 300, 500), evaluation.BETAS
@@ -144,7 +149,7 @@ def title(id: str, ood: str) -> str:
 
 def names_file(s, case: Case, variant: str, n: int, seed: int) -> Path:
     """Where the envisioned names of a case lie."""
-    base = "imagenet1k" if case.id == "sketch" or case.id.startswith("imagenet-c-") else case.id
+    base = "imagenet1k" if case.id == "sketch" or case.id.startswith("imagenet-c-") else Path(case.id).name
     task = "far" if case.general else case.task
     if s.labels == "own":
         return runs.HERE / "envisioned" / f"{base}-{task}{'' if variant == 'resemble' else '-' + variant}.json"
@@ -169,18 +174,22 @@ def names_file(s, case: Case, variant: str, n: int, seed: int) -> Path:
     return Path(s.labels)
 
 
-def envisioned(s, case: Case, variant: str, n: int, seed: int) -> tuple[list[str], str]:
-    """(cleaned names, who made them)."""
+def envisioned(s, case: Case, ids: list[str], variant: str, n: int, seed: int) -> list[str]:
+    """Cleaned names of a case, by the task whose prompt made them (Table 25: far); `ids`: the ID names."""
     path = names_file(s, case, variant, n, seed)
     if not path.is_file():
-        own = "make it with envision.py" if s.labels == "own" else "from the official repository tmlr-group/EOE"
-        raise UserError(f"no envisioned names in {path}; {own}, or choose another --labels")
+        origin = {"own": "make it with envision.py", "released": "it is in the official repository tmlr-group/EOE"}
+        more = f"; {origin[s.labels]}, or choose another --labels" if s.labels in origin else ""
+        raise UserError(f"no envisioned names in {path}{more}")
     found = envision.read_names(path)
     task = "far" if case.general else case.task
     names = found.take(task, n) if s.labels != "released" else found.take(task, 10**9)
-    return envision.clean(
-        names, data.id_names(case.id) if not Path(case.id).is_dir() else [], case.task, variant
-    ).names, found.made_by
+    return envision.clean(names, ids, task, variant).names
+
+
+def threshold(s, case: Case) -> float:
+    """Highest cosine that an envisioned prompt may have with an ID prompt (Sec. 4.2: ImageNet-20, near)."""
+    return s.max_similarity or (0.85 if case.id == "imagenet20" and case.task == "near" and not case.general else 1.0)
 
 
 def cases(s) -> list[Case]:
@@ -220,9 +229,12 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
     """Records of one table and one run of the language model."""
     root = runs.data_dir(s.data_dir)
     todo = cases(s)
+    if s.table == "table24" and s.labels == "released" and s.llm not in LLMS:
+        raise UserError(f"Table 24 has no row for --llm {s.llm}; use one of {', '.join(LLMS)}")
     sets = {name: data.load(name, root, s.download) for c in todo for name in (c.id, *c.oods)}
     backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
-    texts, templates = backbones.CachedTexts(backbone), evaluation.ENSEMBLE if s.ensemble else (evaluation.TEMPLATE,)
+    texts = backbones.CachedTexts(backbone)
+    templates = evaluation.ENSEMBLE if s.ensemble or s.table == "table19" else (evaluation.TEMPLATE,)
     features = {k: backbones.image_features(backbone, v, s.batch, s.workers).to(device) for k, v in sets.items()}
     if not PartialState().is_main_process:
         return
@@ -230,7 +242,6 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
     for c in todo:
         ids = sets[c.id].names or data.id_names(c.id)
         id_text = evaluation.text_features(texts, ids, templates).to(device)
-        most = 0.85 if c.id == "imagenet20" and c.task == "near" else s.max_similarity
         for n in c.n:
             sweep = bool(c.betas)
             labels = []
@@ -239,13 +250,16 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
             if c.general:
                 asked = [("resemble", replace(c, general=False), n), ("resemble", c, 500)]
             for variant, of, count in asked:
-                names, _ = envisioned(s, of, variant, count, seed)
-                names, out = evaluation.drop_similar(
-                    names, evaluation.text_features(texts, names, templates).to(device), id_text, most
-                )
+                names = envisioned(s, of, ids, variant, count, seed)
+                out = evaluation.text_features(texts, names, templates).to(device)
+                names, out = evaluation.drop_similar(names, out, id_text, threshold(s, of))
+                if not names:
+                    raise UserError(
+                        f"cleaning leaves no envisioned name for {c.id} ({names_file(s, of, variant, count, seed)})"
+                    )
                 method = "EOE" if len(c.variants) == 1 else f"EOE(prompt={variant})"
                 method = "EOE(far prompt)" if of.general else method
-                method = f"EOE(llm={s.llm})" if s.table == "table24" and s.labels == "released" else method
+                method = f"EOE(llm={LLMS[s.llm]})" if s.table == "table24" and s.labels == "released" else method
                 method = "S_EOE" if c.scores else method
                 labels.append(evaluation.Labels(method, names, out, c.scores, c.betas))
             for ood in c.oods:
@@ -267,6 +281,8 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
                     alone = method in ("MCM", "Energy", "MaxLogit", "Ground Truth")
                     if c.mean_only and (alone and (method != "MCM" or n != c.n[0])):
                         continue
+                    if alone and s.table == "table24" and s.llm != PAPER_LLM:
+                        continue  # no name takes part in them: once is enough
                     if sweep and (alone and (method != "MCM" or n != c.n[0]) or not alone and not beta):
                         continue
                     b = float(beta.removeprefix("beta=")) if beta else s.beta
@@ -291,7 +307,8 @@ def run_table(s, run: runs.Run, seed: int, device) -> None:
                 stats = [reduce(features[k], id_text, labels[0].text) for k in (c.id, c.oods[0])]
                 cut = metrics.threshold95(evaluation.score(stats[0], "EOE", s.beta))
                 place = run.folder(seed) / f"scores-{Path(c.id).name}-{Path(c.oods[0]).name}.csv"
-                evaluation.write_scores(place, stats[1], ids, labels[0].names, s.beta, cut)
+                images = [x if isinstance(x, Path) else i for i, x in enumerate(sets[c.oods[0]].items)]
+                evaluation.write_scores(place, images, stats[1], ids, labels[0].names, s.beta, cut)
     _write(s, run, seed, device, results, sets)
 
 
@@ -309,8 +326,10 @@ def averages(c: Case, ood: str) -> list[str]:
 
 def _write(s, run, seed: int, device, results, sets) -> None:
     """A record for each number, for the mean over the OOD sets of an ID set, and for the mean over ID sets."""
-    # The printed numbers belong to the published names; with any others the records stand in a table of their own.
-    table = s.table if s.labels == "released" or s.table == "own" else f"own-{s.table}"
+    # The printed numbers belong to the published names of GPT-3.5 and to weights of the printed size; with any others
+    # the records stand in a table of their own.
+    printed = s.labels == "released" and (s.llm == PAPER_LLM or s.table == "table24")
+    table = s.table if printed or s.table == "own" else f"own-{s.table}"
     groups: dict[tuple[str, str, str], list[tuple[Case, dict]]] = {}
     whole: dict[str, int] = {}  # parts that an average row must have: one over fewer sets is no average of the table
     for c in cases(s):

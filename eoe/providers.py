@@ -1,5 +1,6 @@
 """Who answers: an OpenAI-compatible endpoint or a local chat model. Both have `name` and `complete`."""
 
+import http.client
 import json
 import os
 import time
@@ -8,6 +9,14 @@ import urllib.request
 from pathlib import Path
 
 from runs import UserError
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """No redirects: urllib would carry the key to whatever address the answer names."""
+
+    def redirect_request(self, *args):
+        return None
+
 
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 
@@ -20,8 +29,13 @@ class Endpoint:
     ):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--url {url} is no address; it starts with http:// or https://")
+        if "@" in url.split("://", 1)[1].split("/", 1)[0]:
+            raise UserError("--url holds a user or password, which would be printed; put the key into --key-variable")
         self.url, self.name, self.timeout, self.retries, self.wait = url.rstrip("/"), model, timeout, retries, wait
-        self.key_variable, self._key = key_variable, os.environ.get(key_variable, "")
+        self.key_variable, self._key = key_variable, os.environ.get(key_variable, "").strip()
+        if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
+            raise UserError(f"${key_variable} holds characters that no key has; copy it again")
+        self._open = urllib.request.build_opener(_Stay).open
 
     def complete(self, messages: list[dict], question=None) -> str:
         body = json.dumps({"model": self.name, "messages": messages, "temperature": 0}).encode()
@@ -33,9 +47,9 @@ class Endpoint:
             if attempt:
                 time.sleep(pause)
                 pause = min(2 * self.wait * 2**attempt, 60.0)
-            request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+                with self._open(request, timeout=self.timeout) as reply:
                     text = json.load(reply)["choices"][0]["message"]["content"]
                 if isinstance(text, str) and text.strip():
                     return text
@@ -50,9 +64,11 @@ class Endpoint:
                     raise UserError(f"{self.url} refused the request for model {self.name} ({why})") from None
                 given = error.headers.get("Retry-After", "")
                 pause = min(float(given), 60.0) if given.isdigit() else pause
-            except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
-                why = f"no answer ({getattr(error, 'reason', error)})"
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError):
+            except http.client.InvalidURL:
+                raise UserError(f"--url {self.url} is no address that can be asked") from None
+            except (OSError, http.client.HTTPException) as error:
+                why = f"no answer ({getattr(error, 'reason', None) or type(error).__name__})"
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
                 why = "malformed JSON"
         raise UserError(
             f"{self.url} gave {why} {self.retries + 1} times; answers so far are kept, start again to go on"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 BETA = 0.25  # weight of the outlier term (Eq. 3, Sec. 3.2)
-T_ENERGY = 0.01  # temperature of the Energy baseline, the inverse of CLIP's logit scale
+T_ENERGY = 0.01  # temperature of Energy and S_Energy, the inverse of CLIP's logit scale
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def reduce(
     if len(id_text) == 0:
         raise ValueError("at least one ID name is needed")
     k, device = len(id_text), images.device
-    text = torch.cat([id_text.float(), out_text.float().reshape(-1, id_text.shape[1])]).to(device).T.contiguous()
+    text = torch.cat([x.to(device, torch.float32) for x in (id_text, out_text)]).T.contiguous()
     n, double = len(images), dict(dtype=torch.float64, device=device)
     stats = Stats(
         k, *(torch.full((n,), -math.inf, **double) for _ in range(2)), *(torch.full((n,), -1) for _ in range(2))
@@ -101,8 +101,11 @@ def s_max(s: Stats, t: float = 1.0) -> Tensor:
     return torch.where(s.top_id < s.top_out, torch.full_like(s.top_id, 1 / s.k), mcm(s, t))
 
 
-def s_energy(s: Stats, t: float = 1.0) -> Tensor:
-    """Eq. 9 with the sign turned, so that larger is ID: free energy of the ID names minus that of the envisioned."""
+def s_energy(s: Stats, t: float = T_ENERGY) -> Tensor:
+    """Eq. 9 with the sign turned, so that larger is ID: free energy of the ID names minus that of the envisioned.
+
+    T = 0.01 as the released code advises; at T = 1 it is nearly the difference of two mean similarities.
+    """
     return t * (s.sums[t][0] - s.sums[t][1])
 
 

@@ -85,6 +85,9 @@ def test_reading_survives_anything(answers):
 def test_cleaning_is_idempotent_and_excludes_id_names(names, ids):
     read = clean(names, ids, "far")
     assert not {*read.names} & {i.lower() for i in ids}
+    assert len(read.names) == len({*read.names}) and {*read.names} == {n.lower() for n in names} - {
+        i.lower() for i in ids
+    }
     assert len(read.names) + sum(read.dropped.values()) == len(names)
     assert clean(read.names, ids, "far").names == read.names
 
@@ -94,6 +97,8 @@ def test_word_rule_is_for_near_and_case_sensitive_on_one_side():
     assert clean(["siamese twin", "wild cat", "Horse cart", "deer"], ids, "near").names == ["siamese twin", "deer"]
     assert clean(["wild cat"], ids, "near", "irrelevant").names == ["wild cat"]
     assert clean(["wild cat", "HORSE"], ids, "far").names == ["wild cat"]
+    read = clean(["Owl", "bat", "owl", "OWL", "Horse"], ids, "far")
+    assert read.names == ["owl", "bat"] and read.dropped == {"repeated": 2, "ID name": 1}
 
 
 def test_conversation_asks_follow_ups_and_goes_on(tmp_path):

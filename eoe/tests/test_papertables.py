@@ -144,4 +144,4 @@ def test_clipn_rows(made_up, tmp_path):
 def test_names_file_that_is_missing_is_told(tmp_path):
     s = SimpleNamespace(labels="released", llm="nobody", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="no envisioned names"):
-        papertables.envisioned(s, papertables.TABLES["table3"][0], "resemble", 3, 0)
+        papertables.envisioned(s, papertables.TABLES["table3"][0], [], "resemble", 3, 0)

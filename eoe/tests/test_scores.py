@@ -15,8 +15,8 @@ from eval import drop_similar, rows
 from scores import normalise, reduce
 
 
-def reference(v, ids, out, beta=0.25, t=1.0) -> dict[str, float]:
-    """All scores of one image by the printed equations."""
+def reference(v, ids, out, beta=0.25, t=1.0, cold=0.01) -> dict[str, float]:
+    """All scores of one image by the printed equations; `cold` is the temperature of the two energies."""
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     s_in, s_out = [dot(v, w) for w in ids], [dot(v, w) for w in out]
     k, every = len(s_in), s_in + s_out
@@ -24,17 +24,17 @@ def reference(v, ids, out, beta=0.25, t=1.0) -> dict[str, float]:
     p = [math.exp(s / t) / z for s in every]
     z_in = sum(math.exp(s / t) for s in s_in)
     mcm = max(math.exp(s / t) / z_in for s in s_in)
+    free = lambda x: cold * math.log(sum(math.exp((s - max(x)) / cold) for s in x)) + max(x)  # noqa: E731
     found = {
         "MCM": mcm,
         "MaxLogit": max(s_in),
-        "Energy": 0.01 * math.log(sum(math.exp((s - max(s_in)) / 0.01) for s in s_in)) + max(s_in),
+        "Energy": free(s_in),
         "S_MSP": max(p[:k]),
         "EOE": max(p[:k]) - beta * max(p[k:], default=0.0),
     }
     if s_out:
-        z_out = sum(math.exp(s / t) for s in s_out)
         found["S_MAX"] = 1 / k if max(s_in) < max(s_out) else mcm
-        found["S_Energy"] = t * math.log(z_in) - t * math.log(z_out)
+        found["S_Energy"] = free(s_in) - free(s_out)
         found["S_MaxLogit"] = max(s_in) - max(s_out)
     return found
 
@@ -250,7 +250,7 @@ def test_every_score_on_ties_and_one_class(t):
     for ids, out in ((w[:1], w[:1]), (w[[0, 0, 1]], w[[0, 1, 1]]), (w[:1], w[1:])):
         stats = reduce(v, ids, out, (t, scores.T_ENERGY))
         for i in range(3):
-            want = reference(*(x.double().tolist() for x in (v[i], ids, out)), t=t)
+            want = reference(*(x.double().tolist() for x in (v[i], ids, out)), t=t, cold=t)
             for name, function in (("EOE", scores.eoe), ("MCM", scores.mcm), ("S_MSP", scores.s_msp),
                                    ("S_MAX", scores.s_max), ("S_Energy", scores.s_energy)):  # fmt: skip
                 assert function(stats, t=t)[i].item() == pytest.approx(want[name], rel=1e-4, abs=1e-6), (name, i)
