@@ -265,6 +265,28 @@ def front(folders: list[str], reports: dict[str, dict | None]) -> str:
     return "\n".join(lines)
 
 
+def section(folder: str, heading: str) -> str:
+    """The body of a section of a folder's README; empty if it has none."""
+    readme = Path(folder, "README.md")
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    return without_links(found[1].strip()) if found else ""
+
+
+def differences(folders: list[str]) -> str:
+    """Where paper, released code and this code differ, with the switches, paper by paper."""
+    lines = ["# Paper, released code and this code", ""]
+    lines += [
+        "Out of the folders' READMEs: what decides a number although the paper does not say it, the options that "
+    ]
+    lines += ["choose between the paper's and the released code's behaviour, and what is ours.", ""]
+    for folder in folders:
+        parts = [section(folder, h) for h in ("(?:Implementation d|D)etails that matter", "Deviations and open points")]
+        if any(parts):
+            lines += [f"## {folder}", "", *(p for part in parts for p in (part, ""))]
+    return "\n".join(lines)
+
+
 def main() -> None:
     site, *folders = sys.argv[1:]
     source = Path(".tools/site-src")
@@ -288,6 +310,8 @@ def main() -> None:
             (here / "readme.md").write_text(without_links(readme.read_text(encoding="utf-8")), encoding="utf-8")
             pages.append({"README": f"{folder}/readme.md"})
         nav.append({folder: pages})
+    (docs / "differences.md").write_text(differences(folders), encoding="utf-8")
+    nav.insert(1, {"Differences": "differences.md"})
     (docs / "index.md").write_text(front(folders, reports), encoding="utf-8")
     shutil.copy(HERE / "style.css", docs / "style.css")
     # From the file system the theme would fetch a stand-in for Worker from a CDN, unless there is one of this name.
