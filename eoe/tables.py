@@ -250,6 +250,8 @@ def described(view: dict, scale: str, frame: pd.DataFrame, printed: pd.DataFrame
     """One table as data: every cell with its printed and measured number, difference and runs."""
     rows, columns, grid = cells(view, frame, printed)
     labels, extra, none = view.get("labels", {}), view.get("extra_rows", {}), float("nan")
+    named = view.get("printed", view.get("where", {})).get("table", [])
+    units = printed[printed["table"].isin(named if isinstance(named, list) else [named])]["unit"].unique()
 
     def cell(r, c) -> dict:
         k, v = grid[r, c], grid[r, c].values["value"]
@@ -263,7 +265,11 @@ def described(view: dict, scale: str, frame: pd.DataFrame, printed: pd.DataFrame
 
     return {
         **{"id": view["id"], "scale": scale, "title": view["title"], "note": " ".join(view.get("note", "").split())},
-        **{"unit": view.get("unit", ""), "digits": view.get("digits", 2), "tolerance": view.get("tolerance")},
+        **{
+            "unit": view.get("unit") or (units[0] if len(units) == 1 else ""),
+            "digits": view.get("digits", 2),
+            "tolerance": view.get("tolerance"),
+        },
         **{"where": {k: v for k, v in view.get("where", {}).items() if k in KEYS}},
         **{"rows": [str(labels.get(r, r)) for r in rows], "columns": [str(labels.get(c, c)) for c in columns]},
         "cells": [[cell(r, c) for c in columns] for r in rows],

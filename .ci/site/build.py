@@ -59,7 +59,7 @@ def tolerance(table: dict, cell: dict) -> float:
     """How far a measured number may lie from the printed one."""
     stated = table["tolerance"]
     if stated is None:
-        percent = table["unit"] == "" or "cent" in table["unit"] or "%" in table["unit"] or "point" in table["unit"]
+        percent = any(word in table["unit"] for word in ("cent", "%", "point"))
         stated = POINTS if percent else SHARE * abs(cell["printed"])
     return max(stated, cell.get("printed_std", 0.0))
 

@@ -218,6 +218,7 @@ def test_a_table_as_data(printed):
     found = [record(), record(seed=1, metrics={"f1": 52.0})]
     out = tables.described(view, "paper", frame(*found), printed)
     assert out["rows"] == ["m1", "m2"] and out["note"] == "two lines" and out["where"] == {"table": "main"}
+    assert out["unit"] == "%"  # that of paper.csv
     cell = out["cells"][0][0]
     assert cell == {
         **{"printed": 48.0, "printed_std": 1.0, "measured": 51.0, "std": 1.0, "n": 2, "runs": ["run"]},
