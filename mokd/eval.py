@@ -1,14 +1,16 @@
 """Adapt and score: tasks of a domain, several methods on the same tasks, paired differences, records.
 
-    python eval.py --backbone random5x5 --domains drawn --tasks 100              # no training, no data, no weights
-    python eval.py --weights url/model_best.pth.tar --domains omniglot mnist --seen omniglot --data-dir /data
-    python eval.py --run runs/demo/own-conv4 --domains digits --methods ncc mokd mokd:gamma=0
+    python eval.py --backbone random5x5 --size 28 --domains drawn --tasks 100    # no training, no data, no weights
+    python eval.py --weights weights/url/model_best.pth.tar --domains mnist --seen omniglot --data-dir /data
+    python eval.py --run runs/demo/own-conv4-drawn --domains digits --methods ncc mokd mokd:gamma=0
     accelerate launch --num_processes 2 eval.py ...                              # processes share the tasks out
 
 Results of finished blocks of tasks are kept: the same command goes on where it was stopped.
 """
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -49,7 +51,7 @@ class Harness:
     tasks: int = 600
     """Tasks a domain and seed (paper: 600)."""
     max_support: int = 500
-    """Most support images of a task (paper: 500)."""
+    """Most support images of a task (paper: 500); 5shot and 1shot have what they have, at most 250."""
     gamma: Number = -1.0
     """Weight of HSIC(Z,Z); -1: published for the domain and law (0, 1 or 3)."""
     lr: Number = -1.0
@@ -69,7 +71,7 @@ class Harness:
     batch: int = 256
     """Pictures encoded at once."""
     workers: int = 4
-    """Processes that decode pictures."""
+    """Processes that decode pictures, at most one a core."""
     table: str = "own"
     """Table of RESULTS.md the records belong to; runs started by hand stand in none."""
     setting: str = ""
@@ -91,6 +93,8 @@ class Harness:
         for name in self.domains:
             if name not in known:
                 raise UserError(f"no domain {name}; use one of {', '.join(known)}, or paper for all 13 of the paper")
+        if not self.domains or len(set(self.domains)) != len(self.domains):
+            raise UserError("--domains takes one or more different domains")
         for key, allowed in {
             **{"law": episodes.LAWS, "scale": runs.SCALES, "kernel": methods.CHOICES["kernel"]},
             **{"search": methods.CHOICES["search"], "zz_bandwidth": methods.CHOICES["zz"]},
@@ -105,6 +109,7 @@ class Harness:
                 raise UserError(f"--{key.replace('_', '-')} must not be negative (-1: published)")
         if self.workers < 0 or self.limit < 0:
             raise UserError("--workers and --limit must not be negative")
+        self.workers = min(self.workers, os.cpu_count() or 1)  # more only wait for each other
         if self.max_support < 50:
             raise UserError(f"--max-support must be at least 50, the most classes of a task, not {self.max_support}")
         labels = [methods.parse(m).label for m in self.methods]
@@ -137,6 +142,11 @@ class EvalSettings(Harness):
         super().check()
         if not self.run and not self.weights and self.backbone != "random5x5":
             raise UserError("give trained weights by --weights or --run, or use --backbone random5x5, which needs none")
+        if self.run and (self.weights or self.seen):
+            raise UserError("--run brings its own weights and training domains; leave out --weights and --seen")
+        odd = [d for d in self.seen if d not in (*domains.TRAINING, "drawn")]
+        if odd:
+            raise UserError(f"--seen {odd[0]}: one of {', '.join((*domains.TRAINING, 'drawn'))} has training classes")
 
 
 # ---------------------------------------------------------------------------------------------------- tasks to tensors
@@ -168,6 +178,13 @@ def grouped(sizes: list[int], most: int) -> list[list[int]]:
     return out
 
 
+def checked(logits: Tensor, label: str, title: str) -> Tensor:
+    """The same logits; UserError where one is no number, which argmax would take for an answer."""
+    if torch.isnan(logits).any():
+        raise UserError(f"{label} on {title} ends in scores that are no numbers; nothing is written, lower its lr")
+    return logits
+
+
 def block(s: Harness, domain, found: Tensor, numbers: range, seed: int, model, seen: bool, device) -> list[dict]:
     """Results of some tasks: one dict a task, {label: numbers} under `methods`."""
     tasks = [episodes.sample(domain.pool, s.sampling, seed, k) for k in numbers]
@@ -183,9 +200,13 @@ def block(s: Harness, domain, found: Tensor, numbers: range, seed: int, model, s
                 continue
             o = methods.settings(m, domain.name, s.law, seen, s.common())
             said, seconds = methods.timed(m, t, o, device)
-            numbers_of = {"accuracy": heads.accuracy(said.logits, t.targets), **said.numbers}
+            right = heads.accuracy(checked(said.logits, m.label, domain.title), t.targets)
+            numbers_of = {"accuracy": right, **said.numbers}
             if said.theta is not None or m.kind == "ncc":
                 numbers_of["cross_cosine"] = heads.cross_cosine(t, said.theta)
+            bad = [k for k, v in numbers_of.items() if not torch.isfinite(v).all()]
+            if bad:
+                raise UserError(f"{bad[0]} of {m.label} on {domain.title} is no finite number; nothing is written")
             host = {k: v.double().tolist() for k, v in numbers_of.items()}
             for j, i in enumerate(part):
                 out[i]["methods"][m.label] = {**{k: v[j] for k, v in host.items()}, "seconds": seconds}
@@ -206,7 +227,7 @@ def through(m: methods.Method, o: dict, s: Harness, domain, task: episodes.Task,
     given = *pictures(task.support), *pictures(task.query)
     began = time.perf_counter()
     logits = tuning.tsa(model, *given, seen, **o) if m.kind == "tsa" else tuning.finetune(model, *given, **o)
-    right = heads.accuracy(logits, given[3][None]).item()
+    right = heads.accuracy(checked(logits, m.label, domain.title), given[3][None]).item()
     return {"accuracy": right, "seconds": time.perf_counter() - began}
 
 
@@ -273,12 +294,14 @@ def score(
     for name in s.domains:
         labels = [methods.parse(m).label for m in s.methods]
         paths = [run.folder(seed) / f"record-{name}-{i:02d}.json" for i in range(len(labels))]
+        kept = run.folder(seed) / f"tasks-{name}"
         if all(p.is_file() for p in paths):
+            if state.is_main_process:
+                shutil.rmtree(kept, ignore_errors=True)  # killed while the pieces were removed
             continue
         began = run.seconds()
         domain = domains.load(name, "test", runs.data_dir(s.data_dir), s.size, s.limit)
         found = backbones.features(model, domain, s.size, device, s.batch, s.workers)
-        kept = run.folder(seed) / f"tasks-{name}"
         starts = range(0, s.tasks, BLOCK)
         bar = tqdm(starts[state.process_index :: state.num_processes], f"{domain.title}, seed {seed}", disable=None)
         for start in bar:
@@ -291,6 +314,10 @@ def score(
             state.wait_for_everyone()  # until the first has read and removed the parts
             continue
         lines = [line for start in starts for line in runs.read_json(kept / f"{start:05d}.json")]
+        whole = all(isinstance(x, dict) and set(labels) == set(x.get("methods", ())) for x in lines)
+        if not whole or [x.get("task") for x in lines] != list(range(s.tasks)):
+            raise UserError(f"{kept} does not hold tasks 0 to {s.tasks - 1}; delete that folder and start again")
+        runs.write_text(run.folder(seed) / f"tasks-{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         for i, label in enumerate(labels):
             m = {**summary(lines, label), **(extra or {})}
             o = methods.settings(methods.parse(s.methods[i]), name, s.law, name in seen, s.common())
@@ -300,10 +327,7 @@ def score(
             where = {"table": s.table, "dataset": domain.title, "setting": s.setting, "method": label, "scale": s.scale}
             more = {"data": domain.about(), "metrics": m, "where": where, "device": device}
             run.record(seed, seconds=0.0 if i else run.seconds() - began, suffix=f"-{name}-{i:02d}", **more)
-        runs.write_text(run.folder(seed) / f"tasks-{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
-        for path in kept.iterdir():
-            path.unlink()
-        kept.rmdir()
+        shutil.rmtree(kept)
         state.wait_for_everyone()
 
 
@@ -320,7 +344,7 @@ def show(records: Iterable[dict]) -> None:
             line += f"   over NCC {gain:+6.2f} ± {width:4.2f}"
         if found[0].get("degenerate"):
             share = 100 * np.mean([m["degenerate"] for m in found])
-            line += f"   {share:.0f} % of tasks have one image a class: HSIC(Z,Y) is 0 there, nothing is adapted to"
+            line += f"   {share:.0f} % of tasks have one image a class: HSIC(Z,Y) is 0 there, labels teach nothing"
         print(f"{line}   ({len(found)} seeds, {found[0]['tasks']} tasks)")
 
 

@@ -45,22 +45,25 @@ def squared_distances(gram: Tensor) -> Tensor:
 
 
 def median_distance(distances: Tensor, mask: Tensor) -> Tensor:
-    """Lower median of the squared distances that are not 0, [...], detached. 0 where there are none.
+    """Lower median of the squared distances that are not 0, [...], detached. 1 where there are none.
 
     Over all ordered pairs, as in the released code; each distance occurs twice, so the lower median is that of the
     unordered pairs, half as many. Distances of duplicates are left out by the threshold SAME and not only where they
-    are exactly 0.
+    are exactly 0. Where all samples are one point any width says so; a tiny one, as the released code has there, turns
+    the rounding into an infinite gradient.
     """
     m = distances.shape[-1]
+    if m < 2:
+        return torch.ones_like(distances[..., 0, 0])
     rows, columns = torch.triu_indices(m, m, 1, device=distances.device)
     d = distances.detach()[..., rows, columns]
     padding = ~(mask[..., rows] & mask[..., columns])
     d = d.masked_fill_(padding | (d <= SAME), float("nan"))  # indexing made a copy
-    return d.nanmedian(-1).values.nan_to_num(0.0)
+    return d.nanmedian(-1).values.nan_to_num(1.0)
 
 
-def kernel(kind: str, gram: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
-    """Kernel matrix [..., M, M] of unit rows with this Gram matrix.
+def kernel(kind: str, gram: Tensor, scale: Tensor, mask: Tensor, median: Tensor | None = None) -> Tensor:
+    """Kernel matrix [..., M, M] of unit rows with this Gram matrix; median [...]: of the distances, if it is known.
 
     rbf     exp(-|a-b|^2 / (2 sigma^2)), sigma^2 = scale * median of the squared distances; no gradient through sigma
     imq     scale / sqrt(scale^2 + |a-b|^2)
@@ -74,7 +77,7 @@ def kernel(kind: str, gram: Tensor, scale: Tensor, mask: Tensor) -> Tensor:
         return gram / count(mask, gram)[..., None, None]
     d, scale = squared_distances(gram), scale.to(gram.dtype)
     if kind == "rbf":
-        sigma2 = (scale * median_distance(d, mask)).clamp(min=SIGMA2_MIN)
+        sigma2 = (scale * (median_distance(d, mask) if median is None else median)).clamp(min=SIGMA2_MIN)
         return torch.exp(-d / (2 * sigma2[..., None, None]))
     if kind == "imq":
         scale = scale[..., None, None]

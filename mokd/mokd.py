@@ -55,9 +55,11 @@ def gram(z: Tensor) -> Tensor:
     return z @ z.transpose(-1, -2)
 
 
-def powers(g: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, o: Options, zz: bool) -> tuple[Tensor, Tensor]:
+def powers(
+    g: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, o: Options, zz: bool, median: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(J, v) [B] at scale [B]: dependence of the features on the labels, or with zz on themselves."""
-    K = hsic.kernel(o.kernel, g, scale, mask)
+    K = hsic.kernel(o.kernel, g, scale, mask, median)
     if zz:
         value, variance = hsic.with_variance(K, K, mask)
     else:
@@ -82,23 +84,24 @@ def search(
         j, v = powers(g, delta, mask, best, o, zz)
         return best, j, negative + (v < 0)
     highest = torch.zeros_like(best)
+    median = hsic.median_distance(hsic.squared_distances(g), mask) if o.kernel == "rbf" else None  # of all scales
     for s in GRID:
-        j, v = powers(g, delta, mask, torch.full_like(best, s), o, zz)
+        j, v = powers(g, delta, mask, torch.full_like(best, s), o, zz, median)
         better = j > highest
         best, highest = torch.where(better, s, best), torch.where(better, j, highest)
         negative += v < 0
     if o.search == "gradient":
-        best, highest = _climb(g, delta, mask, best, highest, o, zz)
+        best, highest = _climb(g, delta, mask, best, highest, o, zz, median)
     return best, highest, negative
 
 
 @torch.enable_grad()
-def _climb(g, delta, mask, best, highest, o: Options, zz: bool, steps: int = 30) -> tuple[Tensor, Tensor]:
+def _climb(g, delta, mask, best, highest, o: Options, zz: bool, median, steps: int = 30) -> tuple[Tensor, Tensor]:
     """Gradient ascent of the power in log(scale) from the best of the grid; the best value on the way counts."""
     log = best.log().requires_grad_()
     optimizer = torch.optim.Adam([log], lr=0.05)
     for _ in range(steps):
-        j, _ = powers(g, delta, mask, log.exp(), o, zz)
+        j, _ = powers(g, delta, mask, log.exp(), o, zz, median)
         with torch.no_grad():
             better = j > highest
             best, highest = torch.where(better, log.exp(), best), torch.where(better, j, highest)
@@ -123,9 +126,9 @@ def objective(z: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, scale_zz: T
 class Gradient:
     """d objective / d Z in closed form, for the Gaussian kernel, the shared bandwidth and the unbiased estimator.
 
-    With unit rows |a-b|^2 = 2 - 2<a,b>, so K = exp((G - 1)/sigma^2) and dK/dG = K/sigma^2. The sums of HSIC_u have the
-    derivatives Delta, 2K and row sums; what does not depend on Z is computed once. A third of autograd's passes over
-    the m x m matrices, the same values.
+    With unit rows, none of them 0, |a-b|^2 = 2 - 2<a,b>, so K = exp((G - 1)/sigma^2) and dK/dG = K/sigma^2. The sums of
+    HSIC_u have the derivatives Delta, 2K and row sums; what does not depend on Z is computed once. A third of
+    autograd's passes over the m x m matrices, the same values.
     """
 
     def __init__(self, delta: Tensor, mask: Tensor, scale: Tensor, o: Options):
@@ -145,9 +148,9 @@ class Gradient:
         g = z @ z.transpose(-1, -2)
         distances = 2 - 2 * g.flatten(1).index_select(1, self.upper)
         distances.masked_fill_(self.padding | (distances <= hsic.SAME), float("nan"))
-        median = distances.nanmedian(-1).values.nan_to_num(0.0)
+        median = distances.nanmedian(-1).values.nan_to_num(1.0)
         inverse = 1 / (self.scale * median).clamp(min=hsic.SIGMA2_MIN)[:, None, None]
-        K = g.sub_(1).mul_(inverse).exp_().masked_fill_(self.away, 0)
+        K = g.sub_(1).clamp_(max=0).mul_(inverse).exp_().masked_fill_(self.away, 0)
         d = self.delta * (-2 * self.gain)
         row = -self.labels
         if self.gamma:
@@ -174,6 +177,7 @@ def adapt(features: Tensor, labels: Tensor, o: Options) -> Found:
     theta = torch.eye(features.shape[-1], device=features.device).repeat(len(features), 1, 1).requires_grad_()
     optimizer = torch.optim.Adadelta([theta], lr=o.lr, weight_decay=o.weight_decay)
     closed = o.kernel == "rbf" and o.estimator == "unbiased" and (o.zz == "shared" or not o.gamma)
+    closed = closed and not bool((mask & ~features.any(-1)).any())  # a picture without features has no direction
     gradient = Gradient(delta, mask, scales[0], o) if closed else None
     for _ in range(o.steps):
         z = features @ theta.transpose(-1, -2)

@@ -1,6 +1,6 @@
 """Train a backbone on the training classes of one or more domains, then adapt and score it on test domains.
 
-    python train.py                                                   # drawn characters, a minute or two on a CPU
+    python train.py --size 28 --tasks 60 --validate-every 100         # drawn characters, a minute or two on a CPU
     python train.py --train omniglot --domains omniglot mnist --size 28 --data-dir /data
     python train.py --train ilsvrc_2012 --backbone resnet18 --size 84 --domains paper
     python train.py --train ilsvrc_2012 omniglot ... --teachers runs/paper/a runs/paper/b ...    # URL: distil into one
@@ -99,6 +99,8 @@ class Settings(evaluation.Harness):
         for key in ("steps", "pictures", "first", "period", "validate_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(self, key)}")
+        if self.pictures < 2:
+            raise UserError("--pictures must be at least 2: batch statistics are of several pictures")
         if self.rate <= 0 or self.decay < 0 or not 0 <= self.momentum < 1 or self.validate < 0:
             raise UserError("--rate is positive, --decay and --validate are not negative, --momentum lies in [0, 1)")
         if self.size < 16:

@@ -163,6 +163,10 @@ class Trainer:
         uneven = [c for c in self.counts if c % self.world]
         if uneven:
             raise UserError(f"{uneven[0]} pictures a step cannot be shared evenly by {self.world} processes")
+        if sum(self.counts) < 2 * self.world:
+            raise UserError(
+                f"{sum(self.counts)} pictures a step leave one for each of {self.world} processes; 2 at least"
+            )
         torch.manual_seed(seed)
         self.model = backbones.build(s.backbone, s.size)
         if s.weights:
@@ -174,14 +178,17 @@ class Trainer:
         main = [p for k, p in self.net.named_parameters() if not k.startswith("adaptors")]
         # The adaptors have an Adam of their own (0.1, decay 5e-4) that follows the same cosine.
         self.optimizer = Both(main, list(self.net.adaptors.parameters()), s)
-        self.teachers = [self._teacher(Path(r)) for r in s.teachers]
+        self.teachers = [self._teacher(Path(r), name) for r, name in zip(s.teachers, s.train, strict=False)]
         self.best, self.best_step, self.best_state = -1.0, 0, {}
         self.bf16 = torch.autocast(device.type, torch.bfloat16) if s.precision == "bf16" else contextlib.nullcontext()
 
-    def _teacher(self, folder: Path) -> Network:
-        """Backbone and classifier of a finished single-domain run, frozen."""
+    def _teacher(self, folder: Path, domain: str) -> Network:
+        """Backbone and classifier of a finished run on this domain alone, frozen."""
         told = runs.read_json(folder / "settings.json")
-        d = len(getattr(self, "teachers", []))
+        if not isinstance(told, dict) or told.get("train") != [domain]:
+            raise UserError(f"--teachers: {folder} is no run of train.py on {domain} alone")
+        if told["size"] != self.s.size:
+            raise UserError(f"--teachers: {folder} saw pictures of size {told['size']}, not {self.s.size}")
         tensors, _ = runs.read_tensors(folder / f"seed{told['seeds'][0]}" / "model.safetensors")
         head = {k: v for k, v in tensors.items() if k.startswith("cls.")}
         if not head:
@@ -191,7 +198,12 @@ class Trainer:
         try:
             net.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(f"teacher {folder}, domain {d}: {str(error)[:200]}") from None
+            raise UserError(f"teacher {folder}: {str(error)[:200]}") from None
+        classes = self.sources[self.s.train.index(domain)].domain.classes
+        if len(net.heads[0].weight) != len(classes):
+            raise UserError(
+                f"teacher {folder} tells {len(net.heads[0].weight)} classes apart, {domain} has {len(classes)}"
+            )
         return net.to(self.device).eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:

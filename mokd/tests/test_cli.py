@@ -1,5 +1,6 @@
 """Commands end to end, exact resume, several processes, published checkpoints, user errors."""
 
+import copy
 import json
 import os
 import signal
@@ -124,6 +125,41 @@ def test_killed_evaluation_goes_on_with_the_next_block(tmp_path, monkeypatch):
     assert records(cut) == records(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("killed_at", ["write_text", "rmtree"])
+def test_killed_while_the_records_are_written(killed_at, tmp_path, monkeypatch):
+    """Every task's line is on disk before the first record, and no piece outlives the next start."""
+    words = [*RANDOM, "--tasks", "5", "--methods", "ncc", "url", "--out"]
+    place, name = (runs.Run, "record") if killed_at == "write_text" else (evaluation.shutil, "rmtree")
+    before, calls = getattr(place, name), []
+
+    def die(*a, **k):
+        calls.append(1)
+        if name == "rmtree" or len(calls) == 2:
+            raise KeyboardInterrupt
+        return before(*a, **k)
+
+    monkeypatch.setattr(place, name, die)
+    with pytest.raises(KeyboardInterrupt):
+        call(evaluation, monkeypatch, *words, tmp_path / "cut")
+    monkeypatch.setattr(place, name, before)
+    assert (tmp_path / "cut" / "seed0" / "tasks-digits.jsonl").is_file()
+    assert (tmp_path / "cut" / "seed0" / "tasks-digits").is_dir()
+    call(evaluation, monkeypatch, *words, tmp_path / "cut")
+    assert not (tmp_path / "cut" / "seed0" / "tasks-digits").exists()
+    assert len((tmp_path / "cut" / "seed0" / "tasks-digits.jsonl").read_text().splitlines()) == 5
+    call(evaluation, monkeypatch, *words, tmp_path / "whole")
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("text", ["[]", "[1]", '[{"task": 0, "methods": {}}]', "{"])
+def test_a_damaged_piece_makes_no_record(text, tmp_path, monkeypatch):
+    words = [*RANDOM, "--tasks", "2", "--methods", "ncc", "--out", tmp_path / "r"]
+    runs.write_text(tmp_path / "r" / "seed0" / "tasks-digits" / "00000.json", text)
+    with pytest.raises(UserError, match="does not hold tasks 0 to 1|not valid JSON"):
+        call(evaluation, monkeypatch, *words)
+    assert not list((tmp_path / "r").rglob("record*")) and not list((tmp_path / "r").rglob("*.jsonl"))
+
+
 def test_two_processes_share_the_tasks(tmp_path, monkeypatch):
     words = ["eval.py", *RANDOM, "--tasks", "45", "--methods", "ncc", "mokd", "--device", "cpu", "--out"]
     start(*words, tmp_path / "two", port=29541)
@@ -154,6 +190,15 @@ def test_distillation_from_single_domain_teachers(monkeypatch, tmp_path):
     s = runs.parse(train.Settings, "", [*map(str, words)])
     s.check()
     t = trainer.Trainer(s, 0, torch.device("cpu"), trainer.load_training(s))
+    sgd, adam = t.optimizer.parts
+    assert {(g["lr"], g["weight_decay"]) for g in adam.param_groups} == {(0.1, 5e-4)} and isinstance(
+        adam, torch.optim.Adam
+    )
+    assert {(g["lr"], g["weight_decay"], g["momentum"], g["nesterov"]) for g in sgd.param_groups} == {
+        (3e-2, 7e-4, 0.9, False)
+    }
+    assert t.net.adaptors[0].weight.std().item() == pytest.approx((2 / 128) ** 0.5, rel=0.1)  # Xavier, normal
+    assert sum(p.numel() for g in adam.param_groups for p in g["params"]) == 64 * 64
     batch = next(iter(t.batches(0)))
     with_teacher, _ = t.loss(batch, 0)
     faded, _ = t.loss(batch, 48_000)
@@ -161,11 +206,87 @@ def test_distillation_from_single_domain_teachers(monkeypatch, tmp_path):
     torch.manual_seed(0)
     alone, _ = t.loss(batch, 0)
     assert with_teacher > faded and faded.item() == pytest.approx(alone.item(), rel=0.05)
+    # The parts, from the features and logits of the same pass: CE + w (1 - CKA + 16 KL at temperature 4).
+    t = trainer.Trainer(s, 0, torch.device("cpu"), trainer.load_training(s))
+    t.s.augment, (x, y) = False, batch[0]
+    t.net.train()
+    (a,), (z,) = copy.deepcopy(t.net)(x, [len(y)])
+    with torch.no_grad():
+        (b,), (said,) = t.teachers[0](x, [len(y)])
+    assert torch.allclose(b, t.teachers[0].backbone(x)) and not t.teachers[0].training
+    p, q = (said / 4).softmax(1), (z / 4).softmax(1)
+    kl = (p * (p / q).log()).sum(1).mean() * 16
+    expected = torch.nn.functional.cross_entropy(z, y) + 0.75 * (trainer.cka_loss(a, b) + kl)
+    assert t.loss(batch, 12_000)[0].item() == pytest.approx(expected.item(), rel=1e-4)  # "drawn" fades over 48,000
     x = torch.rand(10, 4)
     assert trainer.cka_loss(x, x).item() == pytest.approx(0, abs=1e-5)
     assert trainer.cka_loss(x, torch.rand(10, 3)) > 0.05
     assert trainer.fading(0, "ilsvrc_2012") == 4 and trainer.fading(24_000, "aircraft") == 0.5
+    assert trainer.fading(24_000, "fungi") == trainer.fading(24_000, "quickdraw") == 0.75
     assert trainer.fading(96_000, "omniglot") == 0 and trainer.fading(120_000, "ilsvrc_2012") == 2
+
+
+def test_teachers_must_fit(monkeypatch, tmp_path):
+    call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "t")
+    told = tmp_path / "t" / "settings.json"
+    words = [*TINY, "--methods", "ncc", "--teachers", tmp_path / "t", "--out", tmp_path / "u"]
+    for change, word in (({"train": ["omniglot"]}, "on drawn alone"), ({"size": 84}, "size 84"), (None, "no run of")):
+        kept = told.read_text()
+        told.write_text(json.dumps(change and {**json.loads(kept), **change}))
+        with pytest.raises(UserError, match=word):
+            call(train, monkeypatch, *words)
+        told.write_text(kept)
+    state, meta = runs.read_tensors(tmp_path / "t" / "seed0" / "model.safetensors")
+    state |= {k: v[:3] for k, v in state.items() if k.startswith("cls.")}
+    runs.write_tensors(tmp_path / "t" / "seed0" / "model.safetensors", state, meta)
+    with pytest.raises(UserError, match="3 classes apart"):
+        call(train, monkeypatch, *words)
+
+
+def test_cka_equals_the_definition():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.rand(9, 4, generator=rng), torch.rand(9, 3, generator=rng)
+
+    def gram(x):
+        x = torch.nn.functional.normalize(x.double(), dim=1)
+        d = ((x[:, None] - x[None]) ** 2).sum(-1)
+        found = d[d > 1e-6].sort().values
+        return torch.exp(-d / (2 * found[(len(found) - 1) // 2]))
+
+    H = torch.eye(9).double() - 1 / 9
+    (K, L), dot = (H @ gram(x) @ H for x in (a, b)), lambda p, q: (p * q).sum()
+    expected = 1 - dot(K, L) / (dot(K, K) * dot(L, L)).sqrt()
+    assert trainer.cka_loss(a, b).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert trainer.cka_loss(a[:1], b[:1]).item() == 1  # one picture: nothing to compare
+
+
+def test_augmentation_one_step_after_the_other():
+    """The middle of each range changes nothing; each number moves what it is for, as far as published."""
+    x = torch.rand(1, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.6
+
+    def made(**given):
+        u = torch.full((1, 6), 0.5)
+        for k, v in given.items():
+            u[0, ["left", "top", "brightness", "contrast", "saturation", "hue"].index(k)] = v
+        return trainer.augment(x, u)[0]
+
+    top = 1 - 1e-7
+    assert torch.allclose(made(), x[0], atol=1e-5)
+    assert torch.allclose(made(left=top)[:, :, :12], x[0, :, :, 8:], atol=1e-5)
+    assert torch.allclose(made(left=0.0)[:, :, 8:], x[0, :, :, :12], atol=1e-5)
+    assert torch.allclose(made(left=0.0)[:, :, 7], x[0, :, :, 1], atol=1e-5)  # reflected, the edge is not repeated
+    assert torch.allclose(made(top=top)[:, :12], x[0, :, 8:], atol=1e-5)
+    assert torch.allclose(made(brightness=0.0), x[0] - 0.25, atol=1e-5)  # 0.125 of the range 0 to 1
+    mean = x[0].mean((1, 2), keepdim=True)
+    assert torch.allclose(made(contrast=top), (x[0] - mean) * 1.2 + mean, atol=1e-5)
+    gray = torch.einsum("c,chw->hw", torch.tensor([0.299, 0.587, 0.114]), x[0])
+    assert torch.allclose(made(saturation=0.0), gray + 0.8 * (x[0] - gray), atol=2e-3)
+    turned, flat = made(hue=top), torch.einsum("ij,jhw->ihw", trainer.YIQ, (made(hue=top) - x[0]) / 2)
+    assert flat[0].abs().max() < 1e-3 and (turned - x[0]).abs().max() > 0.02  # luma stays
+    i, q = torch.einsum("ij,jhw->ihw", trainer.YIQ, (x[0] + 1) / 2)[1:]
+    j, r = torch.einsum("ij,jhw->ihw", trainer.YIQ, (turned + 1) / 2)[1:]
+    angle = torch.remainder(torch.atan2(r, j) - torch.atan2(q, i) + np.pi, 2 * np.pi) - np.pi
+    assert angle.median().item() == pytest.approx(2 * np.pi * 0.03, abs=1e-3)
 
 
 def test_rate_has_warm_restarts():
@@ -294,6 +415,25 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_pat
         ("train", ["--methods", "mokd:steps=1.5"], "whole number"),
         ("train", ["--methods", "mokd", "mokd"], "different methods"),
         ("train", ["--domains", "moon"], "no domain moon"),
+        ("train", ["--domains"], "one or more different domains"),
+        ("train", ["--domains", "digits", "drawn", "digits"], "one or more different domains"),
+        ("train", ["--kernel", "sigmoid"], "--kernel sigmoid"),
+        ("train", ["--search", "random"], "--search random"),
+        ("train", ["--zz-bandwidth", "own"], "--zz-bandwidth own"),
+        ("train", ["--scale", "huge"], "--scale huge"),
+        ("train", ["--workers", "-1"], "--workers"),
+        ("train", ["--limit", "-1"], "--limit"),
+        ("train", ["--lr", "-2"], "--lr must not be"),
+        ("train", ["--weight-decay", "inf"], "weight-decay"),
+        ("train", ["--momentum", "1"], "--momentum"),
+        ("train", ["--size", "8"], "--size must be at least 16"),
+        ("train", ["--train", "drawn", "drawn"], "different domains"),
+        ("train", ["--checkpoint-every", "0"], "--checkpoint-every"),
+        ("train", ["--validate-every", "0"], "--validate-every"),
+        ("train", ["--pictures", "1"], "--pictures must be at least 2"),
+        ("train", ["--seeds"], "--seeds"),
+        ("train", ["--seeds", "3", "3"], "--seeds"),
+        ("train", ["--device", "tpu"], "--device tpu"),
         ("train", ["--train", "mnist"], "--train mnist"),
         ("train", ["--train", "omniglot"], "Omniglot is not in"),
         ("train", ["--law", "2shot"], "--law 2shot"),
@@ -312,6 +452,10 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_pat
         ("train", ["--data-dir", "~nosuch", "--train", "omniglot"], "home folder"),
         ("eval", ["--domains", "digits"], "--weights or --run"),
         ("eval", ["--run", "nowhere"], "no file nowhere"),
+        ("eval", ["--run", "nowhere", "--weights", "x"], "leave out --weights"),
+        ("eval", ["--backbone", "random5x5", "--size", "28", "--seen", "omniglott"], "--seen omniglott"),
+        ("eval", [*RANDOM, "--tasks", "1", "--methods", "ssl-hsic:scale=0"], "no numbers"),
+        ("eval", [*RANDOM, "--tasks", "1", "--methods", "linear:lr=1e999"], "no numbers"),
         ("eval", ["--backbone", "random5x5"], "made for --size 28"),
         ("eval", ["--backbone", "conv4", "--weights", "nowhere.safetensors"], "no weights in"),
         ("eval", ["--backbone", "random5x5", "--size", "28", "--domains", "mnist"], "MNIST is not in"),

@@ -358,3 +358,29 @@ def test_augmentation_stays_in_range_and_does_nothing_at_its_middle():
 def test_omniglot_and_mnist_are_whole(realdata):
     assert domains.load("omniglot", "test", realdata, 28).variant == "paper"
     assert domains.load("mnist", "test", realdata, 28).variant == "paper"
+
+
+def test_pictures_are_interpolated_with_aligned_corners():
+    """Pixel i of n lies at i (old - 1) / (n - 1) of the old grid; corners stay; 0 to 255 becomes -1 to 1."""
+    x = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    found = domains.prepare(x, 4)
+    for i in range(4):
+        for j in range(4):
+            r, c = i * 4 / 3, j * 6 / 3
+            a, b = min(int(r), 3), min(int(c), 5)
+            u, v = r - a, c - b
+            at = x[a : a + 2, b : b + 2].astype(float)
+            value = (at[0, 0] * (1 - v) + at[0, 1] * v) * (1 - u) + (at[1, 0] * (1 - v) + at[1, 1] * v) * u
+            assert found[:, i, j].tolist() == pytest.approx((value / 127.5 - 1).tolist(), abs=1e-4)
+    assert domains.prepare(x[:, :5], 5)[:, 0, 0].tolist() == pytest.approx((x[0, 0] / 127.5 - 1).tolist(), abs=1e-6)
+
+
+def test_digits_are_resampled_by_lanczos():
+    """An edge rings above and below its levels, as it does with Lanczos alone (and no size, no change)."""
+    x = np.full((1, 10, 10), 60, np.uint8)
+    x[:, :, 5:] = 180
+    found = readers.lanczos(x, 30)
+    assert found.shape == (1, 30, 30) and found.min() < 60 and found.max() > 180
+    expected = Image.fromarray(x[0]).resize((30, 30), Image.Resampling.LANCZOS)
+    assert np.array_equal(found[0], np.asarray(expected)) and readers.lanczos(x, 10) is x
+    assert not np.array_equal(found[0], np.asarray(Image.fromarray(x[0]).resize((30, 30), Image.Resampling.BICUBIC)))

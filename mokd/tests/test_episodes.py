@@ -103,6 +103,11 @@ def test_wordnet_nodes():
             assert t.classes.tolist() == [0, 1, 2, 3, 4]
     assert sizes == {5, 7, 50}
     assert len(episodes.sample(pool, LAWS["1shot"], 0, 0).classes) == 5
+    wide = Pool("p", (40,) * 393, nodes=(tuple(range(6)), tuple(range(393))))
+    assert {len(episodes.sample(wide, LAWS["varied"], 0, k).classes) for k in range(20)} == {6}
+    just = Pool("p", (40,) * 392, nodes=(tuple(range(392)),))
+    drawn = [episodes.sample(just, LAWS["varied"], 0, k).classes for k in range(40)]
+    assert {len(c) for c in drawn} == {50} and max(c.max() for c in drawn) > 380  # cut at random, not the first 50
 
 
 def test_ways_are_uniform():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import backbones
 import heads
+import hsic
 import methods
 import tuning
 
@@ -78,6 +79,57 @@ def test_url_equals_a_literal_loop():
         assert not torch.allclose(found[i], torch.eye(4), atol=1e-3)
 
 
+@pytest.mark.parametrize(("gamma", "given"), [(3.0, {}), (0.02, {"gamma": 0.02})])
+def test_ssl_hsic_equals_a_literal_loop(gamma, given):
+    """-HSIC(Z,Y) + gamma sqrt(HSIC(Z,Z)), both kernels written out, times the number of images."""
+    t = tasks()
+    found = heads.ssl_hsic(t, 0.5, 0.01, steps=6, **given)
+    for i in range(2):
+        s = single(t, i)
+        x, y = s.support[0].double(), F.one_hot(s.labels[0]).double()
+        m, theta = len(x), torch.eye(4, dtype=torch.float64).requires_grad_()
+        optimizer = torch.optim.Adadelta([theta], lr=0.5, weight_decay=0.01)
+        H = torch.eye(m, dtype=torch.float64) - 1 / m
+
+        def imq(a):
+            return 1 / (1 + ((a[:, None] - a[None]) ** 2).sum(-1)).sqrt()
+
+        for _ in range(6):
+            K, L = imq(F.normalize(x @ theta.T, dim=1)), imq(y)
+            loss = gamma * ((K @ H @ K @ H).trace() / m**2).sqrt() - hsic.unbiased(K, L)
+            optimizer.zero_grad()
+            (m * loss).backward()
+            optimizer.step()
+        assert torch.allclose(found[i].double(), theta, atol=1e-4)
+        assert not torch.allclose(found[i], torch.eye(4), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["fp-maml", "linear", "cosine"])
+def test_layers_equal_literal_loops(kind):
+    t = tasks()
+    found = methods.answer(methods.parse(kind), t, {"lr": 0.05, "steps": 7}).logits
+    for i in range(2):
+        s = single(t, i)
+        x, y, q = s.support[0].double(), s.labels[0], s.query[0].double()
+        w = torch.stack(loop_centroids(x, y))
+        b = -(w**2).sum(1)
+        if kind == "fp-maml":
+            w = 2 * w
+        elif kind == "linear":
+            w, b = torch.zeros_like(w), torch.zeros_like(b)
+        w.requires_grad_(), b.requires_grad_()
+        optimizer = torch.optim.SGD([w, b], lr=0.05) if kind == "fp-maml" else torch.optim.Adam([w, b], lr=0.05)
+
+        def scores(a, w=w, b=b):
+            return 10 * F.normalize(a, dim=1) @ F.normalize(w, dim=1).T if kind == "cosine" else a @ w.T + b
+
+        for _ in range(7):
+            optimizer.zero_grad()
+            F.cross_entropy(scores(x), y).backward()
+            optimizer.step()
+        assert torch.allclose(found[i, : len(q), : len(w)].double(), scores(q), atol=1e-4)
+
+
 def test_protonet_equals_a_loop():
     t = tasks()
     for i in range(2):
@@ -134,6 +186,10 @@ def test_settings_follow_the_released_rules():
     assert methods.published("quickdraw", "5shot")["gamma"] == 1.0 and methods.published("dtd", "1shot")["gamma"] == 0.0
     url = methods.parse("url")
     assert [methods.settings(url, "dtd", "varied", seen, {})["lr"] for seen in (True, False)] == [0.1, 1.0]
+    t, m = tasks(), methods.parse("url:lr=0.3")
+    o = methods.settings(m, "dtd", "varied", True, {})
+    assert o["lr"] == 0.3 and torch.equal(methods.answer(m, t, o).theta, heads.url(t, 0.3))
+    assert methods.settings(methods.parse("ssl-hsic"), "dtd", "varied", False, {})["gamma"] == 3.0
     own = methods.settings(methods.parse("mokd:gamma=2"), "dtd", "varied", True, {"gamma": 5.0, "kernel": "imq"})
     assert own["gamma"] == 2.0 and own["kernel"] == "imq" and own["weight_decay"] == 0.25
     assert methods.parse("mokd:search=none").label == "MOKD(no TPM)"
@@ -170,11 +226,45 @@ def test_tsa_and_finetune_adapt_a_copy(network):
     x, y, q, t = pictures(1, 6), torch.tensor([0, 0, 1, 1, 2, 2]), pictures(2, 4), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         start = heads.ncc(heads.Tasks(network(x)[None], y[None], network(q)[None], t[None]))
+    # TSA written out: adapters by hooks, a head, two learning rates, the NCC loss with centroids of the same pictures.
+    for seen, rates in ((True, (0.05, 0.1)), (False, (0.5, 1.0))):
+        model, theta, alphas = copy.deepcopy(network), torch.eye(8).requires_grad_(), []
+        for name, conv in model.named_modules():
+            if isinstance(conv, torch.nn.Conv2d) and conv.kernel_size == (3, 3) and name != "conv1":
+                alpha = (1e-4 * torch.eye(conv.out_channels, conv.in_channels))[..., None, None].requires_grad_()
+                alphas.append(alpha)
+                conv.register_forward_hook(
+                    lambda m, inputs, out, a=alpha: out + F.conv2d(inputs[0], a, stride=m.stride)
+                )
+        optimizer = torch.optim.Adadelta([{"params": alphas, "lr": rates[0]}, {"params": [theta], "lr": rates[1]}])
+
+        def logits(a, model=model, theta=theta):
+            z = model(x) @ theta.T
+            c = torch.stack([z[y == k].mean(0) for k in range(3)])
+            return 10 * F.normalize(model(a) @ theta.T, dim=1) @ F.normalize(c, dim=1).T
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(logits(x), y).backward()
+            optimizer.step()
+        found = tuning.tsa(network, x, y, q, t, seen, steps=3)[0]
+        assert torch.allclose(found, logits(q), atol=2e-3)
+        assert not torch.allclose(found, start[0], atol=2e-2)
     unadapted = tuning.tsa(network, x, y, q, t, False, steps=0)
     assert torch.allclose(unadapted, start, atol=0.05)  # adapters of 1e-4 change next to nothing
     seen, unseen = (tuning.tsa(network, x, y, q, t, s, steps=2) for s in (True, False))
     assert (seen - start).norm() < (unseen - start).norm()  # ten times smaller rates
     assert torch.allclose(tuning.finetune(network, x, y, q, t, 1e-3, 0), start, atol=1e-5)
-    assert not torch.allclose(tuning.finetune(network, x, y, q, t, 1e-3, 2), start, atol=1e-3)
+    model = copy.deepcopy(network)
+    with torch.no_grad():
+        w = torch.stack([model(x)[y == k].mean(0) for k in range(3)])
+    optimizer = torch.optim.Adam([*model.parameters(), w.requires_grad_()], lr=1e-3)
+    for k in range(3):
+        tuned = 10 * F.normalize(model(q), dim=1) @ F.normalize(w, dim=1).T
+        assert torch.allclose(tuning.finetune(network, x, y, q, t, 1e-3, k)[0], tuned, atol=2e-3)
+        optimizer.zero_grad()
+        F.cross_entropy(10 * F.normalize(model(x), dim=1) @ F.normalize(w, dim=1).T, y).backward()
+        optimizer.step()
+    assert not torch.allclose(tuned, start[0], atol=1e-2)
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert not network.training

@@ -103,7 +103,7 @@ def test_variance_is_that_of_simulation():
 
 def test_negative_variance_gives_a_number():
     v = torch.tensor([-1.0, -1e-9, 0.0, 1.0])
-    assert torch.isfinite(hsic.power(torch.ones(4), v, 1e-5)).all()
+    assert hsic.power(torch.ones(4), v, 0.25).tolist() == pytest.approx([2, 2, 2, 1 / 1.25**0.5])  # it counts as 0
 
 
 def unit_rows(seed: int, m: int, d: int = 4) -> torch.Tensor:
@@ -157,7 +157,24 @@ def test_median_leaves_duplicates_and_padding_out():
     found = [v for v in found if v > 1e-6]
     assert hsic.median_distance(d[None], mask[None]).item() == pytest.approx(found[(len(found) - 1) // 2], rel=1e-9)
     same = hsic.squared_distances(torch.ones(1, 5, 5))
-    assert hsic.median_distance(same, torch.ones(1, 5, dtype=torch.bool)).item() == 0
+    assert hsic.median_distance(same, torch.ones(1, 5, dtype=torch.bool)).item() == 1  # one point: any width
+    assert hsic.median_distance(torch.zeros(2, 1, 1), torch.ones(2, 1, dtype=torch.bool)).tolist() == [1, 1]
+    close = unit_rows(0, 1).float().repeat(6, 1)
+    close[1:] += 1e-5 * unit_rows(1, 5).float()
+    d = hsic.squared_distances(close @ close.T)
+    assert d.max() <= hsic.SAME and (d >= 0).all()  # rounding is no distance
+    assert hsic.median_distance(d[None], torch.ones(1, 6, dtype=torch.bool)).item() == 1
+    noise = torch.tensor([[[1.0, 1.0000001], [1.0000001, 1.0]]])
+    assert (hsic.squared_distances(noise) == 0).all()
+
+
+def test_padding_does_not_change_a_kernel():
+    a = unit_rows(2, 5)
+    padded = torch.cat([a, torch.zeros(4, 4, dtype=torch.float64)])
+    mask = torch.arange(9) < 5
+    for kind in hsic.KERNELS:
+        K = hsic.kernel(kind, (padded @ padded.T)[None], torch.tensor([0.25]), mask[None])[0, :5, :5]
+        assert torch.allclose(K, reference(kind, a, 0.25), atol=1e-9), kind
 
 
 def test_gradients_by_finite_differences():

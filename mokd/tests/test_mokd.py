@@ -29,7 +29,7 @@ def literal(x: torch.Tensor, y: torch.Tensor, o: mokd.Options) -> tuple[torch.Te
     x, onehot = x.double(), torch.nn.functional.one_hot(y).double()
 
     def gram(a, s):
-        a = a / a.norm(dim=1, keepdim=True)
+        a = a / a.norm(dim=1, keepdim=True).clamp(min=1e-12)
         d = ((a[:, None] - a[None]) ** 2).sum(-1)
         if o.kernel == "imq":
             return s / (s * s + d).sqrt()
@@ -101,6 +101,7 @@ def test_batched_equals_single():
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 3.0])
 def test_closed_gradient_is_that_of_autograd(gamma):
     x, y = tasks(2)
+    x[:, 1:5] = x[:, :1]  # the same picture several times
     mask, delta = y >= 0, hsic.same_class(y).double()
     scale, o = torch.tensor([0.01, 0.5, 2.0], dtype=torch.float64), mokd.Options(gamma=gamma)
     z = mokd.unit(x.double()).requires_grad_()
@@ -108,6 +109,20 @@ def test_closed_gradient_is_that_of_autograd(gamma):
     ours, row = mokd.Gradient(delta, mask, scale, o)(z.detach()), z.detach()
     ours = ours - (ours * row).sum(-1, keepdim=True) * row  # the objective makes unit rows of z itself
     assert torch.allclose(ours, z.grad, atol=1e-12) and z.grad.abs().max() > 1e-4
+
+
+def test_closed_gradient_is_finite_where_rounding_lifts_a_cosine_above_one():
+    y, o = torch.arange(8)[None] % 2, mokd.Options()
+    above = 0
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        z = mokd.unit(torch.rand(1, 1, 5, generator=rng) + 2e-3 * torch.rand(1, 8, 5, generator=rng))
+        z[0, 1] = z[0, 0]
+        g = z @ z.transpose(1, 2)
+        above += int((g.masked_fill(torch.eye(8, dtype=torch.bool), 0) > 1).any())
+        found = mokd.Gradient(hsic.same_class(y), y >= 0, torch.tensor([0.001]), o)(z)
+        assert torch.isfinite(found).all() and found.abs().max() > 0
+    assert above > 3
 
 
 def test_objective_is_m_times_the_difference():
@@ -169,6 +184,15 @@ def test_identical_and_negative_variance_tasks_give_numbers():
     for kernel, gamma in itertools.product(hsic.KERNELS, (0.0, 1.0)):
         found = mokd.adapt(x, y, mokd.Options(kernel=kernel, gamma=gamma, steps=3))
         assert torch.isfinite(found.theta).all() and torch.isfinite(found.power).all()
+    for apart in (0, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2):  # all images alike, up to rounding and a little more
+        near = torch.rand(4, generator=torch.Generator().manual_seed(3)) + apart * torch.rand(
+            1, 8, 4, generator=torch.Generator().manual_seed(4)
+        )
+        for zz, kernel in itertools.product(("shared", "searched"), ("rbf", "imq")):
+            found = mokd.adapt(near, y, mokd.Options(lr=1.0, weight_decay=0.25, zz=zz, kernel=kernel))
+            assert torch.isfinite(found.theta).all(), (apart, zz, kernel)
+            still = mokd.adapt(near, y, mokd.Options(lr=1.0, zz=zz, kernel=kernel)).theta[0]
+            assert apart > 1e-5 or kernel == "imq" or (still - torch.eye(4)).norm() < 1e-3  # rounding teaches nothing
     rng, count = torch.Generator().manual_seed(1), 0
     for _ in range(40):
         x, y = torch.rand(1, 5, 3, generator=rng), torch.randint(0, 2, (1, 5), generator=rng)
@@ -176,6 +200,49 @@ def test_identical_and_negative_variance_tasks_give_numbers():
         count += int(negative)
         assert torch.isfinite(power).all()
     assert count > 0
+
+
+def test_images_without_features_are_as_far_as_the_estimator_says():
+    """A blank picture has features 0 and no direction: distance 1 to unit rows, 0 to another blank one."""
+    x, y = tasks(8)
+    x[0, 3] = x[0, 7] = x[2, 0] = 0
+    found = mokd.adapt(x, y, mokd.Options(steps=8))
+    for i, m in enumerate((12, 9, 20)):
+        theta, best, _ = literal(x[i, :m], y[i, :m], mokd.Options(steps=8))
+        assert found.scale[i].item() == pytest.approx(best, rel=1e-6)
+        assert (found.theta[i].double() - theta).norm() < 2e-4 * theta.norm(), i
+
+
+def test_the_bandwidth_is_searched_once_and_on_the_features_as_they_come(monkeypatch):
+    x, y = tasks(9)
+    seen, search = [], mokd.search
+    monkeypatch.setattr(mokd, "search", lambda *a, **k: (seen.append(a[0].clone()), search(*a, **k))[1])
+    mokd.adapt(x, y, mokd.Options(steps=5))
+    assert len(seen) == 1 and torch.equal(seen[0], x)
+    mokd.adapt(x, y, mokd.Options(steps=5, zz="searched"))
+    assert len(seen) == 3
+
+
+def test_the_search_does_not_suffer_from_float32():
+    """Powers in the search are those of float64 features, whatever the type of what comes in."""
+    x, y = tasks(10)
+    delta, mask, o = hsic.same_class(y), y >= 0, mokd.Options()
+    single, double = (mokd.search(v, delta, mask, o)[1] for v in (x, x.double()))
+    assert single.dtype == torch.float64 and torch.equal(single, double)
+
+
+def test_defaults_are_the_published_ones():
+    o = mokd.Options()
+    assert (o.steps, o.kernel, o.estimator, o.search, o.zz, o.eps) == (40, "rbf", "unbiased", "grid", "shared", 1e-5)
+    grid = "0.001, 0.01, 0.1, 0.2, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 5.0, 10.0"
+    assert mokd.GRID == tuple(map(float, grid.split(", ")))
+
+
+def test_ties_in_the_search_keep_the_smaller_scale(monkeypatch):
+    x, y = tasks(11)
+    monkeypatch.setattr(mokd, "powers", lambda g, *a: (torch.full((len(g),), 2.0), torch.full((len(g),), -1.0)))
+    best, highest, negative = mokd.search(x, hsic.same_class(y), y >= 0, mokd.Options())
+    assert best.tolist() == [0.001] * 3 and highest.tolist() == [2.0] * 3 and negative.tolist() == [15] * 3
 
 
 def test_too_small_a_task_is_refused():
