@@ -1,0 +1,162 @@
+"""plan.yaml: every run is valid, has cells of its own, and these and every printed number are in some table; claims;
+figures."""
+
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import claims
+import data
+import figures
+import plan as plans
+import runs
+import tables
+import train
+
+PLAN = plans.load_plan()
+PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+
+
+def resolved(job, scale):
+    assert job.script == "train.py"
+    s = runs.parse(train.Settings, "", job.command(scale)[1:])
+    s.check_values()
+    s.resolve()
+    s.check_values()
+    return s
+
+
+def shown(view, where, key):
+    """Whether a table shows a cell: it is selected, and its row and column are named (or all are)."""
+    order = view.get("order", {})
+    axes = {view["rows"]: order.get("rows"), view["columns"]: order.get("columns")}
+    picked = all(key[k] in (v if isinstance(v, list) else [v]) for k, v in where.items())
+    return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
+
+
+@pytest.mark.parametrize("scale", runs.SCALES)
+def test_every_run_is_valid_and_has_cells_of_its_own(scale):
+    cells = Counter()
+    for job in plans.jobs(PLAN, scale):
+        s = resolved(job, scale)
+        for m in s.method:
+            for seed in s.seeds:
+                cells[s.table, s.dataset, s.setting, s.label(m), seed] += 1
+    assert max(cells.values()) == 1
+
+
+def test_a_run_by_hand_enters_no_table():
+    own = train.Settings().table
+    for view in PLAN["tables"]:
+        where = view.get("where", {})["table"]
+        assert own != where and own not in where
+
+
+def test_every_run_of_scale_paper_stands_in_a_table():
+    views = [v for v in PLAN["tables"] if v.get("scale", "paper") == "paper"]
+    for job in plans.jobs(PLAN, "paper"):
+        s = resolved(job, "paper")
+        for m in s.method:
+            key = {"table": s.table, "dataset": data.KINDS[s.dataset].title, "setting": s.setting, "method": s.label(m)}
+            found = [v for v in views if shown(v, v.get("where", {}), key)]
+            assert found, f"{job.name}, {key['method']} is in no table"
+
+
+def test_every_known_printed_number_is_shown():
+    hidden = []
+    for row in PRINTED[PRINTED["value"].notna()].to_dict("records"):
+        found = False
+        for view in PLAN["tables"]:
+            where = view.get("printed", view.get("where", {}))
+            axis = {view["rows"]: "rows", view["columns"]: "columns"}
+            metrics = view.get("order", {}).get(axis["metric"])
+            found = found or (metrics is None or row["metric"] in metrics) and shown(view, where, row)
+        hidden += [] if found else [(row["table"], row["dataset"], row["setting"], row["method"], row["metric"])]
+    assert not hidden, f"{len(hidden)} printed numbers in no table, the first {hidden[0]}"
+
+
+def test_the_main_table_is_the_posters():
+    main = PRINTED[PRINTED["table"] == "main"]
+    assert len(main) == 108 and main["value"].notna().all() and main["std"].notna().all()
+    cell = main[(main["dataset"] == "CIFAR-10") & (main["method"] == "PART (s=1)") & (main["metric"] == "natural")]
+    assert cell["value"].tolist() == [83.42]
+
+
+def frame(cells, table="main", dataset="Glyphs on texture", setting="eps=8/255"):
+    base = {"table": table, "dataset": dataset, "setting": setting}
+    rows = [
+        {**base, "method": m, "metric": k, "seed": i, "value": v}
+        for (m, k), vs in cells.items()
+        for i, v in enumerate(vs)
+    ]
+    return pd.DataFrame(rows)
+
+
+def verdict(claim, cells, **where):
+    return next(c.check for c in claims.CLAIMS if c.id == claim)(frame(cells, **where))[0]
+
+
+@pytest.mark.parametrize(
+    ("claim", "holds", "fails"),
+    [
+        ("1", {("PART", "natural"): [91.0, 93.0], ("AT", "natural"): [91.0, 91.0]}, 91.01),
+        ("2", {("PART", "pgd"): [68.0, 68.0], ("AT", "pgd"): [70.0, 70.0]}, 70.01),
+        ("3", {("PART", "mask_inside"): [40.0, 41.0], ("PART", "mask_inside_shuffled"): [39.0, 39.0]}, None),
+        ("6", {("PART", "train_cpu_seconds_epoch"): [1.15], ("AT", "train_cpu_seconds_epoch"): [1.0]}, 0.99),
+    ],
+)
+def test_claims_on_both_sides_of_the_bar(claim, holds, fails):
+    assert verdict(claim, holds) is True
+    other = list(holds)[1]
+    worse = {**holds, other: [fails] * len(holds[other]) if fails else [39.0, 41.0]}
+    assert verdict(claim, worse) is False
+    assert verdict(claim, {list(holds)[0]: [1.0]}) is None
+
+
+@pytest.mark.parametrize(("claim", "base"), [("4", "PART shuffled"), ("5", "AT mean budget")])
+def test_controls_need_both_accuracies(claim, base):
+    cells = {("PART", "natural"): [90.0], (base, "natural"): [89.0], ("PART", "pgd"): [70.0], (base, "pgd"): [70.5]}
+    assert verdict(claim, cells) is True
+    assert verdict(claim, {**cells, (base, "pgd"): [70.6]}) is False
+    assert verdict(claim, {**cells, (base, "natural"): [89.6]}) is False
+    cells.pop((base, "pgd"))
+    assert verdict(claim, cells) is None
+
+
+def test_a_claim_over_nine_cells_holds_only_when_all_are_measured():
+    def rows(gap, sets=claims.PAPER_SETS):
+        return pd.concat(
+            [
+                frame({(b, "natural"): [80.0], (f"{o} (s=1)", "natural"): [80.0 + gap]}, dataset=d)
+                for d in sets
+                for b, o in claims.PAIRS
+            ]
+        )
+
+    check = next(c.check for c in claims.CLAIMS if c.id == "A")
+    assert check(rows(0.5))[0] is True and check(rows(-0.1))[0] is False
+    assert check(rows(0.5, ["CIFAR-10"]))[0] is None and check(rows(-0.5, ["SVHN"]))[0] is False
+    figure = {("AT low upper-left", k): [50.0] for k in ("natural", "pgd")}
+    figure |= {("AT low lower-right", k): [49.0] for k in ("natural", "pgd")}
+    assert verdict("E", figure, table="figure1") is True
+
+
+def test_figures_are_drawn_and_arms_can_be_told_apart(tmp_path):
+    g = np.random.default_rng(0)
+
+    def pack(*shape):
+        return g.integers(0, 256, shape, dtype=np.uint8).tobytes().hex()
+
+    maps = {"cam": pack(2, 8, 8), "mask": pack(2, 8, 8), "shape": [2, 8, 8]}
+    gallery = {"images": pack(2, 8, 8, 3), "shape": [2, 8, 8, 3], "epochs": [3], "maps": [maps]}
+    curve = {f"curve_{k}": [1.0, None, 3.0] for k in ("probe_natural", "probe_pgd", "budget")}
+    metrics = {"natural": 80.0, "pgd": 40.0, "gallery": gallery, **curve}
+    base = {"table": "main", "dataset": "D", "setting": "eps=8/255", "seed": 0, "metrics": metrics}
+    names = ["AT", "PART", "PART shuffled", "AT mean budget"]
+    out = figures.draw([{**base, "method": m} for m in names], tmp_path, "smoke")
+    assert len(out) == 3 and all(p.stat().st_size > 5000 for p, _ in out)
+    figure, _ = figures.course([{**base, "method": m} for m in names], "here")
+    lines = figure.axes[0].get_legend_handles_labels()[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)

@@ -1,0 +1,259 @@
+"""The loop: arms fork from one warm-up, eps_low = eps is AT bit for bit, masks belong to their images."""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import baselines
+import eval as evaluation
+import pixel_reweighting as pr
+import runs
+import train
+from trainer import Trainer
+
+HERE = Path(train.__file__).parent
+CPU = torch.device("cpu")
+TINY = ["--epochs", "3", "--warmup", "1", "--train-limit", "90", "--batch", "30", "--steps", "2", "--probe", "20"]
+TINY += ["--probe-steps", "1", "--test-steps", "2", "--eval-limit", "40", "--device", "cpu"]
+
+
+def parsed(*args):
+    s = runs.parse(train.Settings, "", [*TINY, *args])
+    s.check_values()
+    s.resolve()
+    return s
+
+
+def run_main(monkeypatch, *args):
+    gc.collect()  # a traceback may still hold the run before, and with it the lock of its folder
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    train.main()
+
+
+TIMES = ("train_seconds", "train_cpu_seconds", "curve_train_seconds")
+
+
+def lines(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+def trained(arm, *args):
+    """A trainer after warm-up and arm, without a run folder, and the budgets it used."""
+    s = parsed("--method", arm, *args)
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    boxes, box = [], t.box
+
+    def spy(*a):
+        boxes.append(box(*a))
+        return boxes[-1]
+
+    t.box = spy
+    for p in train.phases(s):
+        while t.epoch < p.last:
+            train.train_epoch(t, p, lambda: None)
+            t.epoch, t.batch = t.epoch + 1, 0
+    return t, boxes
+
+
+def state(t):
+    return torch.cat([v.flatten().float() for v in t.model.state_dict().values()])
+
+
+PAIRS = [("at", "part"), ("trades", "part-t"), ("mart", "part-m"), ("at", "part-shuffled"), ("at", "at-mean")]
+
+
+@pytest.mark.parametrize("base,ours", PAIRS)
+@pytest.mark.parametrize("model", ["small", "resnet18-tiny"])
+def test_equal_budgets_give_the_base_method_bit_for_bit(base, ours, model):
+    args = ["--model", model, "--eps", "8/255"]
+    a, _ = trained(base, *args)
+    b, boxes = trained(ours, *args, "--eps-low", "8/255")
+    assert torch.equal(state(a), state(b)) and isinstance(boxes[-1], torch.Tensor)
+    c, _ = trained(ours, *args, "--eps-low", "2/255")
+    assert not torch.equal(state(a), state(c))
+
+
+def test_mma_inside_and_awp_reduce_to_the_base_as_well():
+    for extra in (["--attack", "mma"], ["--awp"], ["--mask-order", "released"], ["--refresh", "0"]):
+        a, _ = trained("at", *extra)
+        b, _ = trained("part", *extra, "--eps-low", "8/255")
+        assert torch.equal(state(a), state(b)), extra
+        assert not torch.equal(state(a), state(trained("at")[0])) or extra[0] in ("--mask-order", "--refresh")
+
+
+def test_controls_spend_the_budget_of_the_masks():
+    """On the first batch after the warm-up, where all arms hold the same network."""
+    found = {m: trained(m, "--eps-low", "6/255")[1][3] for m in ("part", "part-shuffled", "part-inverted", "at-mean")}
+    part = found["part"]
+    assert part.shape == (30, 1, 16, 16)
+    assert (255 * part).unique().tolist() == pytest.approx([6.0, 8.0])
+    assert not torch.equal(found["part-shuffled"], part)
+    assert sorted(e.sum().item() for e in found["part-shuffled"]) == sorted(e.sum().item() for e in part)
+    torch.testing.assert_close(found["part-inverted"] + part, torch.full_like(part, 14 / 255))
+    assert found["at-mean"].shape == (1, 1, 1, 1) and found["at-mean"].item() == pytest.approx(part.mean().item())
+
+
+def test_masks_belong_to_their_images():
+    """aligned: the mask of the very tensor that is attacked; released: of other images, though as many."""
+    for order in ("aligned", "released"):
+        s = parsed("--mask-order", order)
+        t = Trainer(s, CPU)
+        t.fresh(0)
+        t.epoch = s.warmup
+        t.begin_epoch(True)
+        x, _ = next(t.train.epoch(t.key(0), 0, t.crops))
+        t.model.eval()
+        own = pr.budget(pr.mask(pr.activation_map(t.viewer, x), (16, 16)), s.eps, s.eps_low)
+        e = t.box("cam", x, 0)
+        assert torch.equal(e, own) == (order == "aligned")
+        assert torch.equal(e, t.box("cam", x, 0))  # and the same each time
+
+
+def test_released_masks_are_those_of_the_refresh_epoch():
+    s = parsed("--mask-order", "released", "--refresh", "2", "--epochs", "6")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    seen = []
+    for t.epoch in range(1, 5):
+        t.begin_epoch(True)
+        x, _ = next(t.train.epoch(t.key(0), 0, t.crops))
+        t.model.eval()
+        seen.append(t.box("cam", x, 0))
+        with torch.no_grad():  # a step of training
+            for p in t.model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)]
+    assert same == [False, True, False]  # refreshed in the first, second and fourth epoch after the warm-up
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 2])
+def test_the_looking_network_is_refreshed_when_it_should(refresh):
+    s = parsed("--refresh", str(refresh), "--epochs", "6")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    ids = []
+    for t.epoch in range(1, 6):
+        t.begin_epoch(True)
+        ids.append(id(t.viewer))
+        ids[-1] = None if t.viewer is None else t.looked
+    assert ids == {0: [None] * 5, 1: [1, 2, 3, 4, 5], 2: [1, 2, 2, 4, 4]}[refresh]
+
+
+def test_learning_rates_at_the_drops():
+    def rates(counter):
+        s = parsed("--lr-counter", counter, "--lr-drops", "2", "4", "--epochs", "6", "--warmup", "2", "--lr", "1")
+        t = Trainer(s, CPU)
+        t.fresh(0)
+        out = []
+        for t.epoch in range(6):
+            t.begin_epoch(False)
+            out.append(round(t.optimizer.param_groups[0]["lr"], 6))
+        return out
+
+    assert rates("released") == [1, 1, 1, 0.1, 0.1, 0.01]
+    assert rates("total") == [1, 0.1, 0.1, 0.01, 0.01, 0.01]
+    s = runs.parse(train.Settings, "", ["--dataset", "cifar10"])
+    s.resolve()
+    assert (s.epochs, s.warmup, s.lr, s.steps, s.batch, s.model) == (80, 20, 0.01, 10, 128, "resnet18")
+    assert s.eps_low == pytest.approx(7 / 255) and s.step == pytest.approx(2 / 255) and s.eps_ramp == 0
+    s = runs.parse(train.Settings, "", ["--dataset", "svhn"])
+    s.resolve()
+    assert s.step == s.test_step == pytest.approx(1 / 255) and s.weight_decay == 3.5e-3
+
+
+def test_attack_and_maps_leave_running_statistics_alone():
+    s = parsed("--model", "resnet18-tiny", "--lr", "0", "--weight-decay", "0")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    t.epoch = 1
+    before = {k: v.clone() for k, v in t.model.named_buffers()}
+    t.begin_epoch(True)
+    x, y = next(t.train.epoch(t.key(0), 0, t.crops))
+    t.model.eval()
+    e = t.box("cam", x, 0)
+    delta = baselines.perturb(s, "at", t.forward, x, y, e, t.noise)
+    assert all(torch.equal(v, before[k]) for k, v in t.model.named_buffers())
+    assert (delta.abs() <= e).all()
+
+
+def test_the_ramp_grows_inside_the_warm_up_only():
+    t, boxes = trained("at", "--warmup", "2", "--eps-ramp", "2")
+    assert [round(255 * e, 3) for e in boxes] == [4.0] * 3 + [8.0] * 6
+
+
+def test_all_arms_fork_from_one_warm_up_and_two_runs_are_equal(tmp_path, monkeypatch, capsys):
+    """Order of --method and the presence of other arms change no arm."""
+    run_main(monkeypatch, *TINY, "--method", "at", "part", "fat", "--out", str(tmp_path / "a"))
+    run_main(monkeypatch, *TINY, "--method", "part", "--out", str(tmp_path / "b"))
+    a, b = (runs.read_tensors(tmp_path / k / "seed0" / "model-part.safetensors")[0] for k in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    rows = lines(tmp_path / "a" / "seed0" / "metrics.jsonl")
+    assert [(r["phase"], r["epoch"]) for r in rows] == [("warmup-at", 1)] + [
+        (m, e) for m in ("at", "part", "fat") for e in (2, 3)
+    ]
+    assert [r["step"] for r in rows] == list(range(1, 8))
+    text = capsys.readouterr().out
+    assert "PART" in text and "against AT" in text
+    assert not list((tmp_path / "a" / "checkpoint").iterdir())
+    record = runs.read_record(tmp_path / "a" / "seed0" / "record-part.json")
+    assert record["method"] == "PART" and 6 < record["metrics"]["budget"] < 8
+    images = runs.read_tensors(tmp_path / "a" / "seed0" / "images-part.safetensors")[0]
+    assert 100 * images["pgd"].double().mean().item() == pytest.approx(record["metrics"]["pgd"])
+
+
+EVERY = ["at", "part", "trades", "part-t", "mart", "part-m", "fat", "at-lower-right", "part-m-inverted", "trades-mean"]
+
+
+@pytest.mark.parametrize("awp", [False, True])
+def test_every_method_trains_on_real_architectures_at_tiny_size(tmp_path, monkeypatch, awp):
+    args = ["--model", "wrn-10-1", "--cam", "layercam", "--mask-rule", "jet-rgb", "--awp-warmup", "1", "--lr", "0.01"]
+    args += ["--awp"] if awp else []
+    run_main(monkeypatch, *TINY, "--method", *EVERY, *args, "--out", str(tmp_path / "r"))
+    for m in EVERY:
+        r = runs.read_record(tmp_path / "r" / "seed0" / f"record-{m}.json")
+        assert (
+            r["method"] == baselines.ARMS[m].label + "-AWP" * awp
+            and 0 <= r["metrics"]["mma"] <= r["metrics"]["natural"]
+        )
+
+
+def test_bf16_and_other_options_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "LONGER", (2, 3))
+    args = ["--precision", "bf16", "--mask-rule", "topfrac", "--cam", "xgradcam", "--cam-layer", "1", "--gallery", "2"]
+    args += ["--gallery-epochs", "2", "3", "--adaptive", "--autoattack", "apgd-ce", "--model", "resnet18-tiny"]
+    run_main(monkeypatch, *TINY, *args, "--eval-limit", "8", "--out", str(tmp_path / "r"))
+    m = runs.read_record(tmp_path / "r" / "seed0" / "record-part.json")["metrics"]
+    assert m["gallery"]["epochs"] == [2, 3] and m["gallery"]["shape"] == [2, 16, 16, 3]
+    assert m["union"] <= min(m[k] for k in ("pgd", "mma", "autoattack", "pgd3", "mma3", "aware_mma"))
+
+
+def test_check_fails_when_part_gains_nothing(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, *TINY, "--eps-low", "8/255", "--check", "--out", str(tmp_path / "r"))
+    assert stop.value.code == 1
+    base = {"natural": 50.0, "pgd": 30.0}
+    rows = [{"method": "AT", "metrics": base}, {"method": "PART", "metrics": {"natural": 51.0, "pgd": 28.0}}]
+    assert train.verdict(rows)
+    rows.append({"method": "PART shuffled", "metrics": {"natural": 0.0, "pgd": 0.0}})  # no part of it
+    assert train.verdict(rows)
+    rows[1]["metrics"]["pgd"] = 27.9
+    assert not train.verdict(rows)
+
+
+def test_evaluation_does_not_touch_training(monkeypatch):
+    a, _ = trained("part")
+    s = parsed("--method", "part")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    for p in train.phases(s):
+        while t.epoch < p.last:
+            train.train_epoch(t, p, lambda: None)
+            evaluation.attack_all(t.model, t.test, t.probe, 0.1, 0.01, 2, 0)
+            t.epoch, t.batch = t.epoch + 1, 0
+    assert torch.equal(state(a), state(t))
