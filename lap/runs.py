@@ -232,6 +232,7 @@ class Run:
         part: int = 0,
     ):
         self.out, self.started, self.before = Path(out), time.perf_counter(), 0.0
+        self._writers: dict = {}  # TensorBoard's, one a seed
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings)))
         self.out.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.out / f".lock{part or ''}", "w")  # noqa: SIM115 (held until the process ends)
@@ -279,16 +280,19 @@ class Run:
         path = self.folder(seed) / "metrics.jsonl"
         old = path.read_text().splitlines() if path.exists() else []
         if keep_to is not None:
-            old = [line for line in old if line.endswith("}") and json.loads(line).get("step", math.inf) <= keep_to]
+            old = [line for line in old if _step(line) <= keep_to]
         write_text(path, "".join(f"{line}\n" for line in [*old, *(json.dumps(line) for line in lines)]))
-        if lines:
+        if lines or keep_to is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            with SummaryWriter(str(path.parent), purge_step=None if keep_to is None else keep_to + 1) as writer:
-                for line in lines:
-                    for key, value in line.items():
-                        if key != "step" and isinstance(value, int | float):
-                            writer.add_scalar(key, value, line["step"])
+            if seed not in self._writers or keep_to is not None:
+                purge = None if keep_to is None else keep_to + 1
+                self._writers[seed] = SummaryWriter(str(path.parent), purge_step=purge)
+            for line in lines:
+                for key, value in line.items():
+                    if key != "step" and isinstance(value, int | float):
+                        self._writers[seed].add_scalar(key, value, line["step"])
+            self._writers[seed].flush()
 
     def record(
         self, seed: int, *, seconds: float, data: dict, metrics: dict, where: dict, device, suffix: str = ""
@@ -311,6 +315,14 @@ class Run:
         records = [read_record(path) for path in paths]
         write_text(self.out / "records.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
         return records
+
+
+def _step(line: str) -> float:
+    """Step of a line of metrics.jsonl; inf for one that is damaged, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def check_record(record: Any, place: str) -> dict:

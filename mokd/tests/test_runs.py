@@ -159,10 +159,13 @@ def test_log_drops_lines_after_the_checkpoint(tmp_path):
     run = runs.Run(tmp_path / "r", Settings())
     run.log(0, [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.25}])
     path = tmp_path / "r" / "seed0" / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 4, "lo')  # a line the kill cut off
+    # Lines that are damaged or without a step, and one that a kill cut off.
+    path.write_text(path.read_text() + '{"step": 2, "loss"}\n{"loss": 1.0}\n[2]\n{"step": 4, "lo')
     run.log(0, [{"step": 3, "loss": 9.0}], keep_to=2)
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5, 9.0]
-    assert list(path.parent.glob("events.out.tfevents*"))
+    run.log(0, [{"step": 4, "loss": 8.0}])
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5, 9.0, 8.0]
+    assert len(list(path.parent.glob("events.out.tfevents*"))) == 2, "a file of TensorBoard's a start, not a call"
 
 
 def test_data_dir_order(monkeypatch):
