@@ -13,7 +13,7 @@ UV_VERSION   := 0.13.9
 RUFF_VERSION := 0.17.6
 
 # Files that are byte for byte the same in several folders; `make lint` compares them wherever the folder is there.
-TWINS_all = runs.py plan.py tables.py Snakefile pyproject.toml tests/test_runs.py tests/test_tables.py: $(FOLDERS)
+TWINS_all = runs.py plan.py tables.py differences.py Snakefile pyproject.toml tests/test_runs.py tests/test_tables.py: $(FOLDERS)
 TWINS_attacks = attacks.py models.py data.py: aaer lap
 TWINS_readers = readers.py generated.py: aaer lap part
 

@@ -25,6 +25,7 @@ class Job:
     seeds: tuple[int, ...]
     needs: tuple[str, ...]
     hours: float
+    gb: float  # left on disk by a seed, in 1e9 bytes
 
     def command(self, scale: str) -> list[str]:
         words = [self.script, "--out", f"runs/{scale}/{self.name}", "--scale", scale, "--seeds", *map(str, self.seeds)]
@@ -61,9 +62,8 @@ def jobs(plan: dict, scale: str, only: str = "*") -> list[Job]:
                 continue
             needs = tuple(n.format(**args) for n in entry.get("needs", []))
             needs = tuple(n for n in needs if n in plan.get("data", {}))
-            out.append(
-                Job(name, entry.get("script", "train.py"), args, tuple(entry["seeds"]), needs, entry.get("hours", 0.0))
-            )
+            cost = entry.get("hours", 0.0), entry.get("gb", plan.get("gb", {}).get(scale, 0.0))
+            out.append(Job(name, entry.get("script", "train.py"), args, tuple(entry["seeds"]), needs, *cost))
     names = [job.name for job in out]
     twice = {n for n in names if names.count(n) > 1}
     if twice:
@@ -107,10 +107,17 @@ def main() -> None:
             print("    python " + shlex.join(job.command(settings.scale)))
     hours = sum(job.hours for job in todo)
     print(f"\n{len(todo)} runs, {sum(len(j.seeds) for j in todo)} records, about {hours:.2f} hours on one device")
-    for need in sorted({n for job in todo for n in job.needs}):
-        item = plan["data"][need]
-        here = "present" if (folder / item["path"]).exists() else "MISSING"
-        print(f"  {here:8s} {need:24s} {folder / item['path']}  <- {item['origin']}")
+    needed = {n: plan["data"][n] for job in todo for n in job.needs}
+    gone = {n for n, item in needed.items() if not (folder / item["path"]).exists()}
+    for need, item in sorted(needed.items()):
+        size = f"{item['gb']:8.2f} GB" if "gb" in item else "    size ?"
+        here = "MISSING" if need in gone else "present"
+        print(f"  {here:8s} {need:24s} {size}  {folder / item['path']}  <- {item['origin']}")
+    left = sum(job.gb * len(job.seeds) for job in todo)
+    missing = sum(needed[n].get("gb", 0.0) for n in gone)
+    unknown = sum("gb" not in needed[n] for n in gone)
+    more = f" and {unknown} of unknown size" if unknown else ""
+    print(f"disk: about {left:.1f} GB for the runs, {missing:.1f} GB for missing data{more}")
 
 
 if __name__ == "__main__":

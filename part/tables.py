@@ -328,6 +328,7 @@ def provenance(found: list[dict]) -> list[str]:
 def page(root: Path, scale: str) -> dict:
     """Write the page of a scale (RESULTS.md, for smoke runs/smoke/RESULTS.md) and summary.json; returns the latter."""
     import claims
+    import differences
     import figures
 
     description, printed = plans.load_plan(root / "plan.yaml"), read_printed(root / "paper.csv")
@@ -374,6 +375,8 @@ def page(root: Path, scale: str) -> dict:
             report["figures"].append({"path": path.relative_to(root).as_posix(), "caption": caption, "scale": s})
             link = Path(os.path.relpath(path, target.parent)).as_posix()
             lines += [f"![{caption}]({link})", "", f"*{caption}*", ""]
+    report["differences"] = differences.described(description, frames)
+    lines += differences.markdown(report["differences"])
     lines += ["## Where the numbers come from", ""]
     for s in shown:
         lines += [f"Scale {s}:", "", *(provenance(found[s]) if found[s] else ["* no records here"]), ""]

@@ -273,17 +273,18 @@ def section(folder: str, heading: str) -> str:
     return without_links(found[1].strip()) if found else ""
 
 
-def differences(folders: list[str]) -> str:
+def differences(folders: list[str], reports: dict[str, dict | None]) -> str:
     """Where paper, released code and this code differ, with the switches, paper by paper."""
     lines = ["# Paper, released code and this code", ""]
-    lines += [
-        "Out of the folders' READMEs: what decides a number although the paper does not say it, the options that "
-    ]
-    lines += ["choose between the paper's and the released code's behaviour, and what is ours.", ""]
+    lines += ["What decides a number although the paper does not say it: findings, the switch that chooses and, where "]
+    lines += ["records tell, its effect (mean over seeds of paired differences); then the folders' own words.", ""]
     for folder in folders:
+        found = (reports[folder] or {}).get("differences", [])
+        table = ["| finding | switch | effect of the switch |", "|---|---|---|"]
+        table += [f"| {d['finding']} | {d['switch']} | {d['effect']} |" for d in found]
         parts = [section(folder, h) for h in ("(?:Implementation d|D)etails that matter", "Deviations and open points")]
-        if any(parts):
-            lines += [f"## {folder}", "", *(p for part in parts for p in (part, ""))]
+        if found or any(parts):
+            lines += [f"## {folder}", "", *(table if found else []), "", *(p for part in parts for p in (part, ""))]
     return "\n".join(lines)
 
 
@@ -310,7 +311,7 @@ def main() -> None:
             (here / "readme.md").write_text(without_links(readme.read_text(encoding="utf-8")), encoding="utf-8")
             pages.append({"README": f"{folder}/readme.md"})
         nav.append({folder: pages})
-    (docs / "differences.md").write_text(differences(folders), encoding="utf-8")
+    (docs / "differences.md").write_text(differences(folders, reports), encoding="utf-8")
     nav.insert(1, {"Differences": "differences.md"})
     (docs / "index.md").write_text(front(folders, reports), encoding="utf-8")
     shutil.copy(HERE / "style.css", docs / "style.css")
