@@ -3,8 +3,8 @@
 The box is `e`: a number, a budget per pixel that broadcasts to the images, or (pgd, mma) a function that makes one out
 of the images as they are before a step, for an attacker who knows the masks. Gradients are taken with respect to the
 input alone (`torch.autograd.grad`): no weight gradient is computed and no `.grad` is touched. Passes over the network,
-a forward (F) and an input backward (b): pgd, fat n steps: nF nb; trades: (n+1)F nb; mma with k targets: 1F and nF nb of
-k times the batch, 1F of it to choose.
+a forward (F) and an input backward (b): pgd, fat n steps: nF nb; trades, fat up the divergence: (n+1)F nb; mma with k
+targets: 1F and nF nb of k times the batch, 1F of it to choose.
 """
 
 from collections.abc import Callable
@@ -56,17 +56,35 @@ def trades(forward: Forward, x: Tensor, start: Tensor, step: float, e: Tensor | 
 
 
 def fat(
-    forward: Forward, x: Tensor, y: Tensor, start: Tensor, step: float, e: Tensor | float, steps: int, tau: int
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    step: float,
+    e: Tensor | float,
+    steps: int,
+    tau: int,
+    kl: bool = False,
 ) -> Tensor:
-    """Friendly attack: PGD in which a sample stops `tau` steps after it was first misclassified (0: at once; it then
-    keeps the point at which it was). tau = steps is PGD."""
+    """Friendly attack: PGD (`kl`: the attack of TRADES) in which a sample stops at the (tau + 1)-th point at which it
+    is misclassified and keeps that point; tau = steps never stops. The start is clamped into the box and the image."""
+    p = None
+    if kl:
+        with torch.no_grad():
+            p = forward(x).softmax(1)
+
+    def loss(z: Tensor) -> Tensor:
+        if p is None:
+            return F.cross_entropy(z, y, reduction="sum")
+        return F.kl_div(z.log_softmax(1), p, reduction="sum")
+
     delta, left = project(x, start, e), torch.full((len(x),), tau, device=x.device)
     moving = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(steps):
         at = (x + delta).detach().requires_grad_(True)
         with torch.enable_grad():
             z = forward(at)
-            (g,) = torch.autograd.grad(F.cross_entropy(z, y, reduction="sum"), at)
+            (g,) = torch.autograd.grad(loss(z), at)
         wrong = z.detach().argmax(1) != y
         moving = moving & ~(wrong & (left == 0))
         left = left - (wrong & moving).long()

@@ -21,7 +21,7 @@ QUADRANTS = ("upper-left", "upper-right", "lower-left", "lower-right")
 @dataclass(frozen=True)
 class Arm:
     base: str
-    """at, trades, mart or fat: attack and loss."""
+    """at, trades, mart, fat or fat-trades: attack and loss."""
     region: str
     """Where the budget is eps: everywhere, cam (PART), a control of it (shuffled, inverted, mean), or all but a
     quadrant."""
@@ -39,14 +39,31 @@ def _arms() -> dict[str, Arm]:
         out[f"{base}-mean"] = Arm(base, "mean", f"{base.upper()} mean budget")
     for q in QUADRANTS:
         out[f"at-{q}"] = Arm("at", q, f"AT low {q}")
-    return out | {"fat": Arm("fat", "everywhere", "FAT")}
+    out["fat"] = Arm("fat", "everywhere", "FAT")
+    out["fat-trades"] = Arm("fat-trades", "everywhere", "FAT for TRADES")
+    return out
 
 
 ARMS = _arms()
-WARMUP = {"at": "at", "fat": "at", "trades": "trades", "mart": "mart"}  # which base method warms an arm up
+# Which base method warms an arm up, and the attack and loss of which it has.
+WARMUP = {"at": "at", "fat": "at", "trades": "trades", "mart": "mart", "fat-trades": "trades"}
+# Epochs after which the friendly attack goes one misclassified point further (published code).
+TAU_EPOCHS = {"fat": (50, 90), "fat-trades": (30, 50, 70)}
 
 
 # ------------------------------------------------------------------------------------------------------ inner attacks
+
+
+def start(s, base: str, x: Tensor, generator: torch.Generator, u: float = 1.0) -> Tensor:
+    """Start noise of images x [B, C, H, W]: U(-u eps, u eps), or 0.001 N(0, 1) for TRADES and MART."""
+    if WARMUP[base] == "at":
+        return attacks.uniform(x, u * s.eps, generator)
+    return attacks.normal(x, 0.001, generator)
+
+
+def tau(s, base: str, epoch: int) -> int:
+    """Misclassified points that the friendly attack passes in `epoch` (from 0, warm-up included)."""
+    return sum(epoch >= last for last in TAU_EPOCHS.get(base, ())) if s.tau == -1 else s.tau
 
 
 def perturb(
@@ -56,21 +73,19 @@ def perturb(
     x: Tensor,
     y: Tensor,
     e: attacks.Box,
-    generator: torch.Generator,
+    start: Tensor,
     u: float = 1.0,
+    epoch: int = 0,
 ) -> Tensor:
-    """delta of the training images x [B, C, H, W] in the box e; the start noise has the full eps, or 0.001 N(0, 1) for
-    TRADES and MART. u scales noise and step. The network is in eval mode."""
+    """delta of the training images x [B, C, H, W] in the box e, from `start`. u scales the step. The network is in eval
+    mode."""
     step = u * s.step
-    if base in ("trades", "mart"):
-        start = attacks.normal(x, 0.001, generator)
-        if base == "trades":
-            return attacks.trades(forward, x, start, step, e, s.steps)
-        return attacks.pgd(forward, x, y, start, step, e, s.steps)
-    start = attacks.uniform(x, u * s.eps, generator)
-    if base == "fat":
-        return attacks.fat(forward, x, y, start, step, e, s.steps, s.tau)
-    if s.attack == "mma":
+    if base in TAU_EPOCHS:
+        kl = base == "fat-trades"
+        return attacks.fat(forward, x, y, start, step, e, s.steps, tau(s, base, epoch), kl)
+    if base == "trades":
+        return attacks.trades(forward, x, start, step, e, s.steps)
+    if base == "at" and s.attack == "mma":
         return attacks.mma(forward, x, y, start, step, e, s.steps, s.targets)
     return attacks.pgd(forward, x, y, start, step, e, s.steps)
 
@@ -97,12 +112,12 @@ def mart_loss(z: Tensor, z_adv: Tensor, y: Tensor, beta: float) -> Tensor:
 def loss(s, base: str, forward: attacks.Forward, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(training loss, logits at x_adv); the network is in train mode. AT and FAT see x_adv only; TRADES and MART both,
     natural images first."""
-    if base in ("at", "fat"):
+    if WARMUP[base] == "at":
         z = forward(x_adv)
         return F.cross_entropy(z, y), z
     natural = forward(x)
     z = forward(x_adv)
-    return (trades_loss if base == "trades" else mart_loss)(natural, z, y, s.beta), z
+    return (mart_loss if base == "mart" else trades_loss)(natural, z, y, s.beta), z
 
 
 # ----------------------------------------------------------------------------------------------------------------- AWP
@@ -110,17 +125,28 @@ def loss(s, base: str, forward: attacks.Forward, x: Tensor, x_adv: Tensor, y: Te
 
 def awp_gamma(base: str) -> float:
     """Relative size of the weights' perturbation: 0.01 for AT and FAT, 0.005 for TRADES (published) and MART (ours)."""
-    return 0.01 if base in ("at", "fat") else 0.005
+    return 0.01 if WARMUP[base] == "at" else 0.005
+
+
+def awp_wait(s, base: str) -> int:
+    """Epochs before AWP sets in."""
+    return (10 if WARMUP[base] == "trades" else 0) if s.awp_warmup == -1 else s.awp_warmup
 
 
 @contextmanager
-def perturbed_weights(model: nn.Module, gamma: float, objective: Callable[[], Tensor]) -> Iterator[None]:
+def perturbed_weights(
+    model: nn.Module,
+    gamma: float,
+    objective: Callable[[], Tensor],
+    average: Callable[[list[Tensor]], list[Tensor]] = list,
+) -> Iterator[None]:
     """Adversarial weight perturbation: inside, each weight tensor w of two or more dimensions is moved to
     w + gamma |w| g/|g|, g the gradient of objective() with respect to w; afterwards the same move is taken back,
-    whatever the optimiser did in between. Running statistics are not touched by the look that finds g."""
+    whatever the optimiser did in between. Running statistics are not touched by the look that finds g; `average` takes
+    the mean of g over processes."""
     weights = [p for n, p in model.named_parameters() if p.ndim > 1 and "weight" in n]
     state = [b.clone() for b in model.buffers()]
-    grads = torch.autograd.grad(objective(), weights)
+    grads = average(torch.autograd.grad(objective(), weights))
     with torch.no_grad():
         for b, old in zip(model.buffers(), state, strict=True):
             b.copy_(old)

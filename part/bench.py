@@ -105,14 +105,21 @@ def main() -> None:
         times = [[seconds(f) for f in functions] for _ in range(b.repeats + 1)][1:]
         return [min(t) for t in zip(*times, strict=True)]
 
-    torch.manual_seed(0)
-    net = models.build(b.maps_model, 10, 3).to(device, memory_format=torch.channels_last).eval()
-    x = data.to_input(pictures[: b.images // 2]).to(device)
-    differ = (plain_masks(net, x) != pr.mask(pr.activation_map(net, x), (side, side), "jet-rgb")).float().mean()
-    one, batch = race(lambda: plain_masks(net, x), lambda: pr.mask(pr.activation_map(net, x), (side, side), "jet-rgb"))
     print(f"{device}, {torch.get_num_threads()} threads, images {side}x{side}")
-    print(f"masks, {b.maps_model}: {100 * float(differ):.3f} % of {len(x)} masks' entries differ")
-    print(f"  one at a time {len(x) / one:9.0f} images/s, batch {len(x) / batch:9.0f} images/s: {one / batch:.0f} x")
+    for maps_model in dict.fromkeys((b.maps_model, name)):
+        for size in dict.fromkeys((8, side)):  # one at a time pays for calls, a batch for arithmetic
+            torch.manual_seed(0)
+            net = models.build(maps_model, 10, 3).to(device, memory_format=torch.channels_last).eval()
+            x = data.to_input(pictures[: b.images // 2, :size, :size].contiguous()).to(device)
+
+            def batch(net=net, x=x, size=size) -> Tensor:
+                return pr.mask(pr.activation_map(net, x), (size, size), "jet-rgb")
+
+            differ = 100 * float((plain_masks(net, x) != batch()).float().mean())
+            slow, quick = race(lambda net=net, x=x: plain_masks(net, x), batch)
+            n = len(x)
+            print(f"masks, {maps_model}, {n} images {size}x{size}: {differ:.3f} % of the masks' entries differ")
+            print(f"  one at a time {n / slow:9.0f} images/s, batch {n / quick:9.0f} images/s: {slow / quick:.0f} x")
 
     net = models.build(name, 10, 3).to(device, memory_format=torch.channels_last).eval()
     x, y = data.to_input(pictures[:100]).to(device), part.y[:100].to(device)

@@ -138,6 +138,11 @@ def corrupted(folder: Path, name: str, severity: int) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
+def share(total: int, rank: int, world: int) -> slice:
+    """The rows of a batch of `total` images that belong to process `rank` of `world`."""
+    return slice(total * rank // world, total * (rank + 1) // world)
+
+
 def crop_and_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Random crop of the zero-padded images and random mirror, x uint8 [B, H, W, C] at once."""
     if not pad and not flip:

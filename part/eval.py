@@ -73,45 +73,58 @@ def attack_all(
     seed: int,
     names: tuple[str, ...] = ("pgd", "mma"),
     box: attacks.Box | None = None,
+    world=None,
 ) -> dict[str, Tensor]:
     """For `natural` and each attack of `names`: which of the test images `index` are classified correctly, bool [n].
 
     One uniform start in the image, the same for every network of a seed; `box` replaces eps. float32; the network is
-    put in eval mode and back, and no generator of a training run is touched. UserError when an output is not finite:
-    argmax of NaN is a class like any other, and such a network would get an accuracy.
+    put in eval mode and back, and no generator of a training run is touched. Several processes (`world`: the Trainer)
+    share each batch out, with the same answer. UserError when an output is not finite: argmax of NaN is a class like
+    any other, and such a network would get an accuracy.
     """
     training = model.training
     model.eval()
     generator = torch.Generator(batches.device).manual_seed(1_000_000_007 + seed * 1009)
-    found: dict[str, list[Tensor]] = {k: [] for k in ("natural", *names)}
-    odd = torch.zeros((), dtype=torch.long, device=batches.device)
-    e = eps if box is None else box
+    keys = ("natural", *names)
+    right = torch.zeros(len(keys) + 1, len(index), dtype=torch.int32, device=batches.device)  # the last: not finite
+    e, done = eps if box is None else box, 0
     for x, y in batches.in_order(index):
         start = pr.project(x, attacks.uniform(x, eps, generator), eps)
+        rows = slice(None) if world is None else world.rows(len(x))
+        here, done = torch.arange(done, done + len(x), device=batches.device)[rows], done + len(x)
+        x, y, start = x[rows], y[rows], start[rows]
+        if not len(x):
+            continue
         z = model(x)
-        odd += (~torch.isfinite(z).all(1)).sum()
-        found["natural"].append(z.argmax(1) == y)
-        for name in names:
+        right[-1, here] = (~torch.isfinite(z).all(1)).int()
+        right[0, here] = (z.argmax(1) == y).int()
+        for k, name in enumerate(names, 1):
             attack = {"pgd": attacks.pgd, "mma": attacks.mma}[name]
             delta = attack(model, x, y, start, step, e, steps)
-            found[name].append(model((x + delta).clamp(0, 1)).argmax(1) == y)
+            right[k, here] = (model((x + delta).clamp(0, 1)).argmax(1) == y).int()
     model.train(training)
-    if int(odd):
-        raise UserError(
-            f"the network's outputs are not finite on {int(odd)} of {len(index)} test images; train it again"
-        )
-    return {k: torch.cat(v).cpu() for k, v in found.items()}
+    right = (right if world is None else world.reduce(right)).cpu()
+    odd = int(right[-1].sum())
+    if odd:
+        raise UserError(f"the network's outputs are not finite on {odd} of {len(index)} test images; train it again")
+    return {k: v.bool() for k, v in zip(keys, right[:-1], strict=True)}
 
 
-def auto_attack(model: torch.nn.Module, batches: Batches, index: Tensor, eps: float, version: str, seed: int) -> Tensor:
-    """Which images withstand AutoAttack, bool [n]."""
+def auto_attack(
+    model: torch.nn.Module, batches: Batches, index: Tensor, eps: float, version: str, seed: int, world=None
+) -> Tensor:
+    """Which images withstand AutoAttack, bool [n]. Several processes share each batch out; the random parts of the
+    attack then differ from those of one process."""
     model.eval()
-    out = []
+    right, done = torch.zeros(len(index), dtype=torch.int32, device=batches.device), 0
     for x, y in batches.in_order(index):
-        adversarial = attacks.auto_attack(model, x, y, eps, batches.batch, seed, version)
-        with torch.no_grad():
-            out.append(model(adversarial).argmax(1) == y)
-    return torch.cat(out).cpu()
+        rows = slice(None) if world is None else world.rows(len(x))
+        here, done = torch.arange(done, done + len(x), device=batches.device)[rows], done + len(x)
+        if len(here):
+            adversarial = attacks.auto_attack(model, x[rows], y[rows], eps, batches.batch, seed, version)
+            with torch.no_grad():
+                right[here] = (model(adversarial).argmax(1) == y[rows]).int()
+    return (right if world is None else world.reduce(right)).bool().cpu()
 
 
 def adaptive(
@@ -123,6 +136,7 @@ def adaptive(
     seed: int,
     budget: Callable[[Tensor], Tensor],
     steps: Iterable[int] = (),
+    world=None,
 ) -> dict[str, Tensor]:
     """Attacks on a network that was trained with masks (our protocol; the paper's is not known): PGD and MMA at uniform
     eps with more and more steps, both in the box `budget(images)` of the victim's own maps made anew at every step, and
@@ -130,9 +144,9 @@ def adaptive(
     out: dict[str, Tensor] = {}
     steps = tuple(steps) or LONGER
     for n in steps:
-        found = attack_all(model, batches, index, eps, step, n, seed)
+        found = attack_all(model, batches, index, eps, step, n, seed, world=world)
         out |= {f"{k}{n}": v for k, v in found.items() if k != "natural"}
-    found = attack_all(model, batches, index, eps, step, min(steps), seed, box=budget)
+    found = attack_all(model, batches, index, eps, step, min(steps), seed, box=budget, world=world)
     out |= {f"aware_{k}": v for k, v in found.items() if k != "natural"}
     return out | {"union": torch.stack(list(out.values())).all(0)}
 
@@ -201,7 +215,7 @@ def show(records: Iterable[dict]) -> None:
     seeds = sorted({r["seed"] for r in rows})
     print(f"accuracy in per cent, mean over seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}")
     for a in arms:
-        line = f"  {a:22s}" + "  ".join(f"{SHOWN[k]} {means[a][k]:6.2f}" for k in keys)
+        line = f"  {a:{max(22, *map(len, arms)) + 1}s}" + "  ".join(f"{SHOWN[k]} {means[a][k]:6.2f}" for k in keys)
         if a != arms[0]:
             line += f"   against {arms[0]}: " + "  ".join(f"{means[a][k] - means[arms[0]][k]:+.2f}" for k in keys)
         print(line)
@@ -216,7 +230,7 @@ def main() -> None:
     if min(e.steps, e.limit) < 0 or e.batch < 1 or not 0 <= e.eps <= 1:
         raise UserError("--steps and --limit must not be negative, --batch at least 1, --eps in [0, 1]")
     folder, only = Path(e.run), None
-    if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
+    if folder.name.startswith("seed") and not (folder / "settings.json").is_file():
         folder, only = folder.parent, folder.name
     stored = runs.read_json(folder / "settings.json")
     try:
@@ -240,11 +254,11 @@ def main() -> None:
         for arm in [e.arm] if e.arm else s.method:
             where = folder / f"seed{seed}"
             t.load_weights(where / f"model-{arm}.safetensors")
-            found = attack_all(t.model, t.test, index, eps, s.test_step, steps, seed)
+            found = attack_all(t.model, t.test, index, eps, s.test_step, steps, seed, world=t)
             if e.autoattack:
-                found["autoattack"] = auto_attack(t.model, t.test, index, eps, e.autoattack, seed)
+                found["autoattack"] = auto_attack(t.model, t.test, index, eps, e.autoattack, seed, t)
             if e.adaptive:
-                more = adaptive(t.model, t.test, index, eps, s.test_step, seed, t.own_budget)
+                more = adaptive(t.model, t.test, index, eps, s.test_step, seed, t.own_budget, world=t)
                 strongest = [more["union"], *(found[k] for k in ("pgd", "mma", "autoattack") if k in found)]
                 found |= more | {"union": torch.stack(strongest).all(0)}
             metrics = percent(found)
@@ -252,6 +266,8 @@ def main() -> None:
                 metrics |= corruption_accuracy(t.model, runs.data_dir(e.data_dir), e.batch, t.device)
             rows.append({"seed": seed, "arm": arm, "method": s.label(arm), "metrics": metrics})
             rows[-1]["images"] = found
+    if t.rank:
+        return
     print(
         f"{folder}: eps {255 * eps:g}/255 at every pixel, {steps} steps of {255 * s.test_step:g}/255, "
         f"{len(index)} images"

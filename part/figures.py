@@ -10,6 +10,7 @@ import numpy as np
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 COLOURS = ("#555555", "#c1272d", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c564b", "#bcbd22", "#17becf")
+MARKS = "os^Dv<>PX*"  # lines that lie on one another
 
 
 def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
@@ -65,15 +66,16 @@ def course(rows: list[dict], place: str):
         ("budget", "mean budget (1/255)"),
     )
     for axis, (key, title) in zip(axes, panels, strict=True):
-        for colour, m in zip(COLOURS, arms(rows), strict=False):
+        for colour, mark, m in zip(COLOURS, MARKS, arms(rows), strict=False):
             curves = [r["metrics"][f"curve_{key}"] for r in rows if r["method"] == m]
             n = min(map(len, curves))
             mean = np.mean([[np.nan if v is None else v for v in c[:n]] for c in curves], 0)
-            axis.plot(1 + np.arange(n), mean, color=colour, lw=2, ls="-" if "PART" in m else "--", label=m)
+            look = {"color": colour, "ls": "-" if "PART" in m else "--"}
+            axis.plot(1 + np.arange(n), mean, **look, lw=2, marker=mark, ms=5, fillstyle="none", label=m)
         axis.set(title=title, xlabel="epoch after the warm-up")
-    axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(place)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
     return figure, (
         f"{place}: accuracy on a fixed part of the test images and mean training budget after each epoch, mean over "
         f"{len({r['seed'] for r in rows})} seeds. The arms fork from one warm-up."

@@ -50,16 +50,17 @@ class Settings:
     """Step of the inner attack; -1: 2/255, SVHN 1/255 (paper), scaled with eps above 8/255."""
     targets: int = 3
     """mma: wrong classes pursued (paper: 3)."""
-    tau: int = 0
-    """fat: steps after the first misclassification; the published schedule over epochs is not built."""
+    tau: int = -1
+    """fat, fat-trades: misclassified points passed before an image stops; -1: grows by one after epochs 50 and 90, for
+    fat-trades 30, 50 and 70 (published code)."""
     beta: Number = 6.0
     """Weight of the second term of TRADES and MART (released code: 6)."""
     awp: bool = False
     """Adversarial weight perturbation around the loss of every arm."""
     awp_gamma: Number = -1.0
-    """Relative size of the weights' move; -1: 0.01 for AT and FAT, 0.005 for TRADES (published) and MART."""
+    """Relative size of the weights' move; -1: 0.01 for AT and FAT, 0.005 for TRADES (published) and the others."""
     awp_warmup: int = -1
-    """Epochs without awp; -1: 0, for TRADES 10 (published)."""
+    """Epochs without awp; -1: 0, for TRADES and FAT for TRADES 10 (published)."""
 
     epochs: int = 0
     """Passes over the data, warm-up included; 0: 80 (released code), on the small sets 11."""
@@ -68,7 +69,7 @@ class Settings:
     eps_ramp: int = -1
     """Epochs of the warm-up over which eps and step grow from 0; -1: 0 (released code), on the small sets 4."""
     batch: int = 0
-    """Images a step; a smaller last batch is kept; 0: 128 (released code), on the small sets 25."""
+    """Images a step over all processes; a smaller last batch is kept; 0: 128 (released code), on the small sets 25."""
     lr: Number = -1.0
     """Learning rate; -1: 0.01 (released code), on the small sets 0.05."""
     lr_drops: tuple[int, ...] = ()
@@ -83,6 +84,8 @@ class Settings:
     """Forward and backward pass of training; losses, masks and evaluation stay in fp32."""
     compile: bool = False
     """torch.compile the network."""
+    sync_bn: bool = False
+    """Batch statistics over all processes (CUDA only); off: each process its own (as in the released code)."""
 
     train_limit: int = 0
     """Keep a fixed random subset of the training images; 0: all."""
@@ -109,7 +112,7 @@ class Settings:
     gallery: int = 0
     """Test images kept in the record with their maps and masks, for the pictures."""
     gallery_epochs: tuple[int, ...] = ()
-    """Epochs whose maps are kept; empty: the last."""
+    """Epochs after the warm-up (which counts) whose maps are kept; empty: the last."""
     checkpoint_steps: int = 0
     """Steps between checkpoints inside an epoch; 0: only at its end."""
 
@@ -143,7 +146,7 @@ class Settings:
         at_least = {
             "steps": 0,
             "targets": 1,
-            "tau": 0,
+            "tau": -1,
             "beta": 0,
             "epochs": 0,
             "batch": 0,
@@ -199,6 +202,11 @@ class Settings:
         if self.eps_ramp > self.warmup:
             raise UserError(
                 f"--eps-ramp {self.eps_ramp} must end within --warmup {self.warmup}: all arms train at full eps"
+            )
+        outside = [e for e in self.gallery_epochs if not self.warmup < e <= self.epochs]
+        if outside or self.gallery_epochs and not self.gallery:
+            raise UserError(
+                f"--gallery-epochs are epochs of the arms, {self.warmup + 1} to {self.epochs}, with --gallery images"
             )
         if self.warmup >= self.epochs:
             raise UserError(f"--warmup {self.warmup} leaves no epoch of --epochs {self.epochs} to the arms")

@@ -5,12 +5,14 @@ each.
     python train.py --method at part part-shuffled at-mean --seeds 0 1 2
     python train.py --dataset cifar10 --method at part --download --precision bf16
     python train.py --dataset svhn --method trades part-t --awp
+    accelerate launch train.py --dataset cifar10 --method at part --precision bf16      # several GPUs on one run
 
 All arms of a seed start from the same warm-up and see the same images, crops and start noise in the same order. The run
 lands in runs/<scale>/<name>/, a record an arm and seed, and goes on from its last checkpoint when started again.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -60,11 +62,6 @@ def phases(s: Settings) -> list[Phase]:
     return out
 
 
-def awp_on(s: Settings, base: str, epoch: int) -> bool:
-    wait = (10 if base == "trades" else 0) if s.awp_warmup == -1 else s.awp_warmup
-    return s.awp and epoch >= wait
-
-
 def train_epoch(t: Trainer, p: Phase, save) -> None:
     """One epoch from batch t.batch on. Nothing here waits for the device; `save` is called between checkpoints."""
     s = t.s
@@ -73,23 +70,30 @@ def train_epoch(t: Trainer, p: Phase, save) -> None:
     gamma = baselines.awp_gamma(p.base) if s.awp_gamma == -1 else s.awp_gamma
     for x, y in t.train.epoch(t.key(0), t.batch, t.crops):
         t.model.eval()  # maps and attack: batch statistics stay as they are
-        e = t.box(p.region, x, t.batch)
-        delta = baselines.perturb(s, p.base, t.forward, x, y, e, t.noise, t.ramp())
+        e, total, rows = t.box(p.region, x, t.batch), len(x), t.rows(len(x))
+        start = baselines.start(s, p.base, x, t.noise, t.ramp())[rows]
+        x, y = x[rows], y[rows]
+        delta = baselines.perturb(s, p.base, t.forward, x, y, e, start, t.ramp(), t.epoch)
         x_adv = (x + delta).clamp(0, 1)
         t.model.train()
 
-        def objective(x=x, x_adv=x_adv, y=y):
-            return baselines.loss(s, p.base, t.forward, x, x_adv, y)
+        weight = t.weight(total)
+
+        def objective(forward, x=x, x_adv=x_adv, y=y, weight=weight):
+            loss, z = baselines.loss(s, p.base, forward, x, x_adv, y)
+            return weight * loss, z
 
         moved = contextlib.nullcontext()
-        if awp_on(s, p.base, t.epoch):
-            moved = baselines.perturbed_weights(t.model, gamma, lambda f=objective: f()[0])
+        if s.awp and t.epoch >= baselines.awp_wait(s, p.base):
+            look = functools.partial(objective, t.forward)
+            moved = baselines.perturbed_weights(t.model, gamma, lambda f=look: f()[0], t.average)
         with moved:
-            loss, z = objective()
+            loss, z = objective(t.learn)
             t.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             t.optimizer.step()
-        observe(t, y, z.detach(), loss.detach(), e)
+        t.share_statistics()
+        observe(t, y, z.detach(), loss.detach(), e, total)
         t.batch += 1
         if s.checkpoint_steps and t.batch % s.checkpoint_steps == 0 and t.batch < len(t.train):
             save()
@@ -103,14 +107,14 @@ def read_curve(path: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); delete the run folder and train again") from None
 
 
-def train(t: Trainer, p: Phase, seed: int, out: Path, run: runs.Run, start: Path | None) -> float:
+def train(t: Trainer, p: Phase, seed: int, out: Path, run: runs.Run | None, start: Path | None) -> float:
     """The epochs of one phase of one seed, from the checkpoint `start` of its warm-up (None: from new weights); returns
-    the seconds spent on it so far, earlier starts included."""
+    the seconds spent on it so far, earlier starts included. `run` is None in all processes but the first."""
     s, path = t.s, out / "checkpoint" / f"seed{seed}-{p.name}.safetensors"
     t.fresh(seed)
     if path.is_file():
         t.load(path)
-        if p.first <= t.epoch < p.last:
+        if p.first <= t.epoch < p.last and run:
             print(f"resuming {out}, seed {seed}, {p.name}, at epoch {t.epoch}, batch {t.batch}")
     elif start is not None:
         t.load(start)
@@ -124,14 +128,17 @@ def train(t: Trainer, p: Phase, seed: int, out: Path, run: runs.Run, start: Path
         )
     if t.epoch == p.last and path.is_file():
         return t.before  # complete; later phases may have logged since
-    run.log(seed, [], keep_to=p.offset + done)
+    t.wait()  # all have read the curve
+    if run:
+        run.log(seed, [], keep_to=p.offset + done)
     started = time.perf_counter()
 
     def save() -> None:
         broken(t)  # raises; the last good checkpoint stays
         t.save(path, t.before + time.perf_counter() - started)
 
-    bar = tqdm(range(t.epoch, p.last), f"{p.name} seed {seed}", p.last - p.first, initial=done, disable=None)
+    hide = None if run else True
+    bar = tqdm(range(t.epoch, p.last), f"{p.name} seed {seed}", p.last - p.first, initial=done, disable=hide)
     for _ in bar:
         clock, cpu = time.perf_counter(), time.process_time()
         whole = t.batch == 0
@@ -147,7 +154,8 @@ def train(t: Trainer, p: Phase, seed: int, out: Path, run: runs.Run, start: Path
         t.curve.append(row)
         t.epoch, t.batch = t.epoch + 1, 0
         t.sums.zero_()
-        run.log(seed, [row])
+        if run:
+            run.log(seed, [row])
         bar.set_postfix(natural=f"{row['probe_natural']:.0f}%", pgd=f"{row['probe_pgd']:.0f}%")
         t.save(path, t.before + time.perf_counter() - started)
     if p.first == p.last:  # no warm-up: the arms still fork from one checkpoint
@@ -174,13 +182,14 @@ def evaluate(t: Trainer, p: Phase, out: Path) -> dict:
     """Metrics of the last weights of an arm; every image's outcome goes to images-<arm>.safetensors."""
     s = t.s
     index = evaluation.order(len(t.test.part), min(s.eval_limit, len(t.test.part)))
-    found = evaluation.attack_all(t.model, t.test, index, s.test_eps, s.test_step, s.test_steps, t.seed)
+    found = evaluation.attack_all(t.model, t.test, index, s.test_eps, s.test_step, s.test_steps, t.seed, world=t)
     if s.autoattack:
-        found["autoattack"] = evaluation.auto_attack(t.model, t.test, index, s.test_eps, s.autoattack, t.seed)
+        found["autoattack"] = evaluation.auto_attack(t.model, t.test, index, s.test_eps, s.autoattack, t.seed, t)
     if s.adaptive:
-        more = evaluation.adaptive(t.model, t.test, index, s.test_eps, s.test_step, t.seed, t.own_budget)
+        more = evaluation.adaptive(t.model, t.test, index, s.test_eps, s.test_step, t.seed, t.own_budget, world=t)
         found |= more | {"union": torch.stack([v for k, v in (found | more).items() if k != "natural"]).all(0)}
-    runs.write_tensors(out / f"seed{t.seed}" / f"images-{p.name}.safetensors", {**found, "index": index})
+    if t.rank == 0:
+        runs.write_tensors(out / f"seed{t.seed}" / f"images-{p.name}.safetensors", {**found, "index": index})
     metrics = evaluation.percent(found)
     if s.corruptions:
         metrics |= evaluation.corruption_accuracy(t.model, runs.data_dir(s.data_dir), s.test_batch, t.device)
@@ -236,59 +245,65 @@ def main() -> None:
     s.resolve()
     s.check_values()  # eps_low against its default
     device = runs.device(s.device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise UserError(
-            "train.py runs on one device; give the runs of plan.yaml a GPU each: make reproduce-part GPUS=4"
-        )
     torch.set_float32_matmul_precision("high")
-    out = Path(s.out)
+    out, lead = Path(s.out), not dist.is_initialized() or dist.get_rank() == 0
     if s.dry_run:
-        print(describe(Trainer(s, device)))
+        text = describe(Trainer(s, device))
+        print(text) if lead else None
         return
-    run = runs.Run(out, s, ignore=IGNORE)
-    if run.complete:
-        print(f"{out} is complete; delete it to run again")
-        records = [runs.read_record(out / f"seed{k}" / f"record-{m}.json") for k in s.seeds for m in s.method]
+    run = runs.Run(out, s, ignore=IGNORE) if lead else None
+    if (out / "records.jsonl").is_file():
+        if run:
+            print(f"{out} is complete; delete it to run again")
     else:
         t = Trainer(s, device)
-        print(describe(t))
-        records = [r for seed in s.seeds for r in train_seed(t, seed, out, run)]
-        run.finish()
+        print(describe(t)) if run else None
+        for seed in s.seeds:
+            train_seed(t, seed, out, run)
+        run.finish() if run else None
+    if not run:
+        return
+    records = [runs.read_record(out / f"seed{k}" / f"record-{m}.json") for k in s.seeds for m in s.method]
     evaluation.show(records)
     print(f"records in {out}")
     if s.check and not verdict(records, s.label("part"), s.label("at")):
         sys.exit(1)
 
 
-def train_seed(t: Trainer, seed: int, out: Path, run: runs.Run) -> list[dict]:
-    """All phases of a seed, in the order of phases(); the records in the order of --method."""
-    s, records, warm, start = t.s, {}, 0.0, None
+def train_seed(t: Trainer, seed: int, out: Path, run: runs.Run | None) -> None:
+    """All phases of a seed, in the order of phases(). The first process writes; what the others decide by files that it
+    writes or deletes, they decide between two waits."""
+    s, warm, start = t.s, 0.0, None
     torch.backends.cudnn.benchmark = True
     todo = {m for m in s.method if not (out / f"seed{seed}" / f"record-{m}.json").is_file()}
+    t.wait()
     for p in phases(s):
-        path = out / f"seed{seed}" / f"record-{p.name}.json"
+        checkpoint = out / "checkpoint" / f"seed{seed}-{p.name}.safetensors"
         if p.name not in ARMS:
-            start, warm = out / "checkpoint" / f"seed{seed}-{p.name}.safetensors", 0.0
+            start, warm = checkpoint, 0.0
             if any(WARMUP[ARMS[m].base] == p.base for m in todo):
                 warm = train(t, p, seed, out, run, None)
-        elif path.is_file():
-            records[p.name] = runs.read_record(path)
-            (out / "checkpoint" / f"seed{seed}-{p.name}.safetensors").unlink(missing_ok=True)  # killed before it went
+        elif p.name not in todo:
+            if run:
+                runs.read_record(out / f"seed{seed}" / f"record-{p.name}.json")  # a damaged one is told now
+                checkpoint.unlink(missing_ok=True)  # killed before it went
         else:
             seconds = warm + train(t, p, seed, out, run, start)
             clock = time.perf_counter()
             metrics = evaluate(t, p, out)
+            if not run:
+                continue
             meta = {"model": s.model, "arm": p.name}
             runs.write_tensors(run.folder(seed) / f"model-{p.name}.safetensors", t.model.state_dict(), meta)
             where = {"table": s.table, "dataset": t.data.kind.title, "setting": s.setting, "method": s.label(p.name)}
             more = {"data": t.data.about(), "where": {**where, "scale": s.scale}, "device": t.device}
             seconds += time.perf_counter() - clock
-            records[p.name] = run.record(seed, seconds=seconds, metrics=metrics, suffix=f"-{p.name}", **more)
-            # model-<arm>.safetensors stays
-            (out / "checkpoint" / f"seed{seed}-{p.name}.safetensors").unlink(missing_ok=True)
-    for path in (out / "checkpoint").glob(f"seed{seed}-warmup-*.safetensors"):
-        path.unlink()
-    return [records[m] for m in s.method]
+            run.record(seed, seconds=seconds, metrics=metrics, suffix=f"-{p.name}", **more)
+            checkpoint.unlink(missing_ok=True)  # model-<arm>.safetensors stays
+    if run:
+        for path in (out / "checkpoint").glob(f"seed{seed}-warmup-*.safetensors"):
+            path.unlink()
+    t.wait()
 
 
 if __name__ == "__main__":

@@ -109,9 +109,27 @@ def test_the_rivals_of_ties_and_of_two_classes():
     assert attacks.rivals(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), 3).tolist() == [[0]]
 
 
-def friend(net, x, y, start, e, step, steps, tau):
+def test_of_tied_targets_the_one_of_largest_logit_counts():
+    """Both rivals end on the edge of the image with the same margin; the second had the larger logit at x."""
+
+    def forward(at):
+        flat = at.flatten(1)
+        return torch.stack([0 * flat[:, 0], flat[:, 0], flat[:, 1]], 1)
+
+    x = torch.tensor([[[[0.9, 0.95]]]])
+    delta = attacks.mma(forward, x, torch.tensor([0]), torch.zeros_like(x), 0.2, 0.2, 1, 2)
+    torch.testing.assert_close(delta, torch.tensor([[[[0.0, 0.05]]]]))
+
+
+def friend(net, x, y, start, e, step, steps, tau, kl=False):
     """The friendly attack on one image, with a counter."""
     delta, left = pr.project(x, start, e), tau
+    with torch.no_grad():
+        p = net(x).softmax(1)
+
+    def loss(z):
+        return (p * (p.log() - z.log_softmax(1))).sum() if kl else F.cross_entropy(z, y)
+
     for _ in range(steps):
         at = (x + delta).requires_grad_(True)
         z = net(at)
@@ -119,23 +137,27 @@ def friend(net, x, y, start, e, step, steps, tau):
             if left == 0:
                 return delta
             left -= 1
-        (g,) = torch.autograd.grad(F.cross_entropy(z, y), at)
+        (g,) = torch.autograd.grad(loss(z), at)
         delta = pr.project(x, delta + step * g.sign(), e)
     return delta
 
 
+@pytest.mark.parametrize("kl", [False, True])
 @pytest.mark.parametrize("tau", [0, 1, 3])
-def test_the_friendly_attack_stops_image_by_image(case, tau):
+def test_the_friendly_attack_stops_image_by_image(case, tau, kl):
     net, x, _, start, e = case
     with torch.no_grad():
         y = net(x).argmax(1)
     y[3:] = (y[3:] + 1) % 5  # misclassified from the start
-    ours = attacks.fat(net, x, y, start, 0.01, e, 8, tau)
+    ours = attacks.fat(net, x, y, start, 0.01, e, 8, tau, kl)
     for i in range(5):
         p = slice(i, i + 1)
-        torch.testing.assert_close(ours[p], friend(net, x[p], y[p], start[p], e[p], 0.01, 8, tau), atol=1e-9, rtol=0)
-    full = attacks.pgd(net, x, y, pr.project(x, start, e), 0.01, e, 8)
-    assert torch.equal(attacks.fat(net, x, y, start, 0.01, e, 8, 8), full)
+        torch.testing.assert_close(
+            ours[p], friend(net, x[p], y[p], start[p], e[p], 0.01, 8, tau, kl), atol=1e-9, rtol=0
+        )
+    begin = pr.project(x, start, e)
+    full = attacks.trades(net, x, begin, 0.01, e, 8) if kl else attacks.pgd(net, x, y, begin, 0.01, e, 8)
+    assert torch.equal(attacks.fat(net, x, y, start, 0.01, e, 8, 8, kl), full)
     assert tau or not torch.equal(ours, full)
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import attacks
 import baselines
 import models
+import train
 
 
 def softmax(row):
@@ -86,10 +88,56 @@ def test_awp_moves_each_weight_by_gamma_and_takes_the_move_back():
         torch.testing.assert_close(net.state_dict()[k], wanted, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("base", baselines.WARMUP)
+def test_every_base_has_its_own_attack_and_loss(base):
+    torch.manual_seed(0)
+    net = models.build("resnet18-tiny", 4, 3).eval()
+    x, y = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
+    s = train.Settings(step=0.03, steps=3, beta=2.0, tau=1)
+    start, e = 0.05 * torch.randn_like(x), torch.full((6, 1, 8, 8), 0.05)
+    attack = {
+        "at": lambda: attacks.pgd(net, x, y, start, 0.03, e, 3),
+        "mart": lambda: attacks.pgd(net, x, y, start, 0.03, e, 3),
+        "trades": lambda: attacks.trades(net, x, start, 0.03, e, 3),
+        "fat": lambda: attacks.fat(net, x, y, start, 0.03, e, 3, 1),
+        "fat-trades": lambda: attacks.fat(net, x, y, start, 0.03, e, 3, 1, kl=True),
+    }
+    found = {b: attack[b]() for b in attack}
+    assert torch.equal(baselines.perturb(s, base, net, x, y, e, start), found[base])
+    assert not any(torch.equal(found[base], found[b]) for b in found if {b, base} != {"at", "mart"} and b != base)
+    s.attack = "mma"
+    wanted = attacks.mma(net, x, y, start, 0.03, e, 3) if base == "at" else found[base]
+    assert torch.equal(baselines.perturb(s, base, net, x, y, e, start), wanted)
+    x_adv, seen = x + found[base], []
+    loss, z = baselines.loss(s, base, lambda v: seen.append(v) or net(v), x, x_adv, y)
+    natural, adversarial = net(x), net(x_adv)
+    assert torch.equal(z, adversarial) and torch.equal(seen[-1], x_adv) and torch.equal(seen[0], x) == (len(seen) == 2)
+    both = {"mart": baselines.mart_loss, "trades": baselines.trades_loss, "fat-trades": baselines.trades_loss}
+    wanted = both[base](natural, adversarial, y, 2.0) if base in both else F.cross_entropy(adversarial, y)
+    assert torch.equal(loss, wanted)
+
+
+@pytest.mark.parametrize("base", baselines.WARMUP)
+def test_the_start_is_uniform_at_eps_or_a_tiny_normal(base):
+    s = train.Settings()
+    v = baselines.start(s, base, torch.zeros(50, 3, 16, 16), torch.Generator().manual_seed(0), 0.5)
+    if base in ("at", "fat"):
+        assert 0.999 < v.abs().max() / (0.5 * s.eps) <= 1 and v.std() / (0.5 * s.eps) == pytest.approx(
+            3**-0.5, rel=0.02
+        )
+    else:
+        assert v.std() == pytest.approx(0.001, rel=0.02) and v.abs().max() > 0.0035
+
+
 def test_every_arm_has_its_own_label_and_a_warm_up():
     labels = [a.label for a in baselines.ARMS.values()]
     assert len(set(labels)) == len(labels) and {"AT", "PART", "TRADES", "PART-T", "MART", "PART-M", "FAT"} <= set(
         labels
     )
     assert all(a.base in baselines.WARMUP for a in baselines.ARMS.values())
-    assert [baselines.awp_gamma(b) for b in ("at", "fat", "trades", "mart")] == [0.01, 0.01, 0.005, 0.005]
+    bases = ("at", "fat", "trades", "mart", "fat-trades")
+    assert [baselines.awp_gamma(b) for b in bases] == [0.01, 0.01, 0.005, 0.005, 0.005]
+    s = train.Settings()
+    assert [baselines.awp_wait(s, b) for b in bases] == [0, 0, 10, 0, 10]
+    s.awp_warmup = 3
+    assert {baselines.awp_wait(s, b) for b in bases} == {3}

@@ -1,5 +1,7 @@
 """Data sets, batches, crops; readers on miniature archives."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import glyphs
 import models
 import readers
 import runs
+import train
 
 CPU = torch.device("cpu")
 
@@ -177,10 +180,42 @@ def test_an_incomplete_or_damaged_cifar_c_is_told(tmp_path):
         data.corrupted(tmp_path, "snow", 1)
 
 
-@pytest.mark.realdata
-def test_the_jpeg_copy_of_cifar10():
+def there(name):
     folder = runs.data_dir("")
-    if not (folder / "cifar10").exists():
-        pytest.skip(f"no CIFAR-10 in {folder}")
+    if not (folder / name).exists():
+        pytest.skip(f"no {name} in {folder}")
+    return folder
+
+
+@pytest.mark.realdata
+def test_the_jpeg_copy_of_cifar10_and_an_arm_on_it(tmp_path, monkeypatch):
+    folder = there("cifar10")
     d = data.load("cifar10", folder)
     assert len(d.train) == 50_000 and d.train.y.bincount().tolist() == [5000] * 10 and d.kind.pad == 4
+    assert len(d.test) == 10_000 and d.test.y.bincount().tolist() == [1000] * 10 and d.size == (32, 32)
+    assert 0.46 < d.train.x[::25].float().mean() / 255 < 0.49  # published mean 0.473
+    args = [
+        "--dataset",
+        "cifar10",
+        "--model",
+        "resnet18-tiny",
+        "--epochs",
+        "3",
+        "--warmup",
+        "1",
+        "--train-limit",
+        "256",
+    ]
+    args += ["--steps", "2", "--eval-limit", "20", "--test-steps", "2", "--probe", "20", "--probe-steps", "1"]
+    args += ["--method", "part", "part-m", "--mask-rule", "jet-rgb", "--mask-order", "released", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *args, "--out", str(tmp_path / "r")])
+    train.main()
+    r = runs.read_record(tmp_path / "r" / "seed0" / "record-part.json")
+    assert r["data"]["variant"] == d.variant and r["data"]["sha256"] == d.sha256 and 7 < r["metrics"]["budget"] < 8
+
+
+@pytest.mark.realdata
+def test_mnist():
+    d = data.load("mnist", there("mnist"))
+    assert len(d.train) == 60_000 and len(d.test) == 10_000 and d.size == (28, 28) and d.channels == 1
+    assert d.test.y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -53,7 +53,11 @@ def told(capsys, monkeypatch, main, args):
         (["--eps-ramp", "2"], "--eps-ramp 2 must end within --warmup 1"),
         (["--lr-drops", "0"], "--lr-drops"),
         (["--refresh", "-1"], "--refresh must be at least 0"),
-        (["--tau", "-1"], "--tau must be at least 0"),
+        (["--tau", "-2"], "--tau must be at least 0"),
+        (["--gallery", "2", "--gallery-epochs", "1"], "--gallery-epochs are epochs of the arms, 2 to 3"),
+        (["--gallery", "2", "--gallery-epochs", "4"], "--gallery-epochs are epochs of the arms, 2 to 3"),
+        (["--gallery-epochs", "3"], "with --gallery images"),
+        (["--sync-bn"], "--sync-bn needs CUDA"),
         (["--check", "--method", "part"], "--check compares the arms at and part"),
         (["--corruptions"], "--corruptions is for --dataset cifar10"),
         (["--seeds", "-1"], "--seeds"),
@@ -117,6 +121,9 @@ def test_evaluation_errors(done, capsys, monkeypatch):
         return told(capsys, monkeypatch, evaluation.main, ["--run", done, "--device", "cpu", *args])
 
     assert "no file" in told(capsys, monkeypatch, evaluation.main, ["--run", done.parent / "x" / "y"])
+    assert f"no file {done}/nosuch/settings.json" in told(
+        capsys, monkeypatch, evaluation.main, ["--run", done / "nosuch"]
+    )
     assert "has no seed7" in told(capsys, monkeypatch, evaluation.main, ["--run", done / "seed7", "--device", "cpu"])
     assert "--eps in [0, 1]" in says("--eps", "2")
     assert "has no arm fat; its arms are at, part" in says("--arm", "fat")

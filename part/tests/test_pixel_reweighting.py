@@ -196,6 +196,11 @@ def test_the_score_rule_by_hand():
         assert m[i].flatten().tolist() == [(v - mean) / std > 1 for v in values]
 
 
+def test_the_score_divides_by_the_standard_deviation_of_all_pixels():
+    """Not by that of a sample: with four pixels the two tell the first apart (1.05 and 0.91)."""
+    assert pr.mask(torch.tensor([[[1.0, 0.95], [0.0, 0.0]]]), (2, 2)).flatten().tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("share", [0.01, 0.2, 1.0])
 def test_a_fixed_share_is_exact_even_with_ties(share):
     l = torch.zeros(3, 4, 4)
@@ -241,3 +246,11 @@ def test_the_features_and_the_rest_make_the_network():
             last = net.features(x, len(net.stages) - 1)
             closed = torch.allclose(F.linear(last.mean((2, 3)), net.linear.weight, net.linear.bias), net(x), atol=1e-6)
         assert closed == net.pooled
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet18", 11_173_962), ("wrn-34-10", 46_160_474)])
+def test_the_papers_networks_have_their_size(name, count):
+    """Shortcuts, batch norms and widths: the public counts of these two on ten classes."""
+    with torch.device("meta"):
+        net = models.build(name, 10, 3)
+    assert sum(p.numel() for p in net.parameters()) == count

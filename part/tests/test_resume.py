@@ -1,5 +1,6 @@
 """A run that is cut goes on exactly and tells of what is damaged."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 import torch
 from test_train import HERE, TINY, lines, run_main
 
+import data
 import runs
 import train
-from trainer import Trainer
+from trainer import CROPS, Trainer
 
 ARGS = ["--method", "at", "part", "--model", "resnet18-tiny", "--checkpoint-steps", "1", "--refresh", "2"]
 ARGS += ["--lr-drops", "2"]  # the last epoch has another rate
@@ -57,6 +59,30 @@ def test_resume_is_exact(tmp_path, monkeypatch, whole, at):
         run_main(monkeypatch, *args)
     run_main(monkeypatch, *args)
     same_runs(whole, tmp_path / "b", (0, 1))
+
+
+def test_crops_go_on_where_they_were_cut(tmp_path):
+    """The glyphs are not augmented, so the runs above do not tell."""
+    s = runs.parse(train.Settings, "", TINY)
+    s.resolve()
+    kind = dataclasses.replace(data.KINDS["glyphs"], pad=2, flip=True)
+    sets = dataclasses.replace(data.load("glyphs", tmp_path, train_limit=90), kind=kind)
+    one, two = (Trainer(s, torch.device("cpu"), sets) for _ in range(2))
+    for t in (one, two):
+        t.fresh(0)
+        t.begin_epoch(False)
+    batches = one.train.epoch(one.key(0), 0, one.crops)
+    next(batches)
+    one.batch = 1
+    one.save(tmp_path / "c", 0.0)
+    wanted, _ = next(batches)
+    two.fresh(0)
+    two.load(tmp_path / "c")
+    two.begin_epoch(False)
+    found, _ = next(two.train.epoch(two.key(0), two.batch, two.crops))
+    assert torch.equal(found, wanted)
+    fresh = torch.Generator().manual_seed(one.key(CROPS))
+    assert not torch.equal(next(two.train.epoch(two.key(0), 1, fresh))[0], wanted)
 
 
 def test_cut_between_two_arms_and_in_the_evaluation(tmp_path, monkeypatch, whole):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import baselines
+import data
 import eval as evaluation
 import pixel_reweighting as pr
 import runs
@@ -99,6 +100,37 @@ def test_controls_spend_the_budget_of_the_masks():
     assert found["at-mean"].shape == (1, 1, 1, 1) and found["at-mean"].item() == pytest.approx(part.mean().item())
 
 
+def test_the_highest_seed_has_its_batches_too():
+    """The seed of a batch's crops and of a shuffle is made of seed, epoch and number: it must stay a 64-bit number."""
+    for extra in (["--method", "part-shuffled"], ["--method", "part", "--mask-order", "released"]):
+        s = parsed(*extra)
+        t = Trainer(s, CPU)
+        t.fresh(2**31 - 1)
+        t.epoch = s.warmup
+        t.begin_epoch(True)
+        x, _ = next(t.train.epoch(t.key(0), 0, t.crops))
+        t.model.eval()
+        assert t.box("shuffled", x, 2).shape == (30, 1, 16, 16)
+
+
+def test_tau_grows_as_published():
+    s = parsed("--method", "fat", "fat-trades", "--dataset", "digits")
+    assert [baselines.tau(s, "fat", e) for e in (0, 49, 50, 89, 90)] == [0, 0, 1, 1, 2]
+    assert [baselines.tau(s, "fat-trades", e) for e in (0, 29, 30, 50, 70)] == [0, 0, 1, 2, 3]
+    s.tau = 4
+    assert baselines.tau(s, "fat", 0) == 4
+    a, _ = trained("fat", "--tau", "2")  # as many as there are steps: no image ever stops
+    b, _ = trained("fat", "--tau", "9")
+    c, _ = trained("fat")
+    assert torch.equal(state(a), state(b)) and not torch.equal(state(a), state(c))
+    seen, fat = [], baselines.attacks.fat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "TAU_EPOCHS", {"fat": (1, 2)})
+        patch.setattr(baselines.attacks, "fat", lambda *a: seen.append(a[7]) or fat(*a))
+        trained("fat")
+    assert seen == [0] * 0 + [1] * 3 + [2] * 3  # of three epochs the first is warm-up by AT
+
+
 def test_masks_belong_to_their_images():
     """aligned: the mask of the very tensor that is attacked; released: of other images, though as many."""
     for order in ("aligned", "released"):
@@ -177,9 +209,103 @@ def test_attack_and_maps_leave_running_statistics_alone():
     x, y = next(t.train.epoch(t.key(0), 0, t.crops))
     t.model.eval()
     e = t.box("cam", x, 0)
-    delta = baselines.perturb(s, "at", t.forward, x, y, e, t.noise)
+    delta = baselines.perturb(s, "at", t.forward, x, y, e, baselines.start(s, "at", x, t.noise))
     assert all(torch.equal(v, before[k]) for k, v in t.model.named_buffers())
     assert (delta.abs() <= e).all()
+
+
+@pytest.mark.parametrize("arm", ["part", "part-m"])
+def test_the_loop_looks_and_attacks_in_eval_mode_and_learns_in_train_mode(monkeypatch, arm):
+    """Mode of the network at each call, the images and the weights that the loss sees."""
+    s = parsed("--method", arm, "--model", "resnet18-tiny", "--awp", "--awp-warmup", "2")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    calls, last = [], {}
+    perturb, loss, box = baselines.perturb, baselines.loss, t.box
+
+    def spy(name, f):
+        def inner(*a):
+            calls.append((name, t.model.training))
+            out = f(*a)
+            last[name] = a, out
+            return out
+
+        return inner
+
+    monkeypatch.setattr(baselines, "perturb", spy("perturb", perturb))
+    monkeypatch.setattr(baselines, "loss", spy("loss", loss))
+    t.box = spy("box", box)
+    for p in train.phases(s):
+        while t.epoch < p.last:
+            train.train_epoch(t, p, lambda: None)
+            t.epoch, t.batch = t.epoch + 1, 0
+            if t.epoch == 2:
+                assert set(calls) == {("box", False), ("perturb", False), ("loss", True)} and len(calls) == 6 * 3
+                calls.clear()
+    assert [c for c in calls if c[0] == "loss"] == [("loss", True)] * 2 * 3  # AWP looks once more
+    (_, _, forward, x, x_adv, _), _ = last["loss"]
+    delta = last["perturb"][1]
+    assert torch.equal(x_adv, (x + delta).clamp(0, 1)) and delta.abs().max() > 0 and forward == t.learn
+
+
+def test_the_box_of_an_attacker_who_knows_the_masks():
+    """Of the trained network's own maps of these images, around the radius of the evaluation."""
+    s = parsed("--eps-low", "2/255", "--test-eps", "16/255")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    t.model.eval()
+    x, _ = next(t.test.in_order(torch.arange(6)))
+    m = pr.mask(pr.activation_map(t.model, x), (16, 16))
+    e = 255 * t.own_budget(x)
+    torch.testing.assert_close(e, torch.where(m, 16.0, 4.0))
+    assert m.any() and not m.all() and not torch.equal(m, m.flip(0))
+
+
+def test_the_evaluation_against_a_loop_over_batches():
+    """One start of its own stream for both attacks, clamped into the image; all images, in the order of the index."""
+    s = parsed("--model", "resnet18-tiny", "--test-batch", "4")
+    t = Trainer(s, CPU)
+    t.fresh(0)
+    index = torch.tensor([5, 0, 9, 2, 7, 1])
+    found = evaluation.attack_all(t.model, t.test, index, 0.2, 0.05, 3, 3)
+    t.model.eval()
+    g, wanted = torch.Generator().manual_seed(1_000_000_007 + 3 * 1009), {"natural": [], "pgd": [], "mma": []}
+    for p in index.split(4):
+        x, y = data.to_input(t.data.test.x[p]), t.data.test.y[p]
+        start = (x + baselines.attacks.uniform(x, 0.2, g)).clamp(0, 1) - x
+        for name in wanted:
+            attack = {"pgd": baselines.attacks.pgd, "mma": baselines.attacks.mma}.get(name)
+            delta = attack(t.model, x, y, start, 0.05, 0.2, 3) if attack else torch.zeros_like(x)
+            with torch.no_grad():
+                wanted[name] += (t.model((x + delta).clamp(0, 1)).argmax(1) == y).tolist()
+    assert {k: v.tolist() for k, v in found.items()} == wanted
+
+
+def test_the_start_of_the_evaluation_is_drawn(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation.attacks, "pgd", lambda f, x, y, start, *a: seen.append(start) or start)
+    t = Trainer(parsed(), CPU)
+    t.fresh(0)
+    evaluation.attack_all(t.model, t.test, torch.arange(20), 0.2, 0.05, 1, 0, ("pgd",))
+    assert 0.19 < seen[0].abs().max() <= 0.2 + 1e-6 and seen[0].unique().numel() > 1000
+
+
+def test_the_share_of_masks_on_objects_by_hand():
+    t = Trainer(parsed("--test-batch", "50"), CPU)
+    t.fresh(0)
+    t.model.eval()
+    index = torch.arange(50)
+    found = evaluation.masks_on_objects(t, index)
+    hit, other, size = 0, 0, 0
+    there = [i for i in range(50) if t.data.test.inside[i].any()]
+    m = [pr.mask(pr.activation_map(t.model, data.to_input(t.data.test.x[i : i + 1])), (16, 16))[0, 0] for i in there]
+    for k, i in enumerate(there):
+        hit += int((m[k] & t.data.test.inside[i]).sum())
+        other += int((m[k - 1] & t.data.test.inside[i]).sum())
+        size += int(m[k].sum())
+    assert found["mask_inside"] == pytest.approx(100 * hit / size, abs=0.2)
+    assert found["mask_inside_shuffled"] == pytest.approx(100 * other / size, abs=0.2)
+    assert abs(hit - other) > 0.01 * size and found["box_share"] == pytest.approx(100 * 49 / 256)
 
 
 def test_the_ramp_grows_inside_the_warm_up_only():
@@ -207,7 +333,8 @@ def test_all_arms_fork_from_one_warm_up_and_two_runs_are_equal(tmp_path, monkeyp
     assert 100 * images["pgd"].double().mean().item() == pytest.approx(record["metrics"]["pgd"])
 
 
-EVERY = ["at", "part", "trades", "part-t", "mart", "part-m", "fat", "at-lower-right", "part-m-inverted", "trades-mean"]
+EVERY = ["at", "part", "trades", "part-t", "mart", "part-m", "fat", "fat-trades"]
+EVERY += ["at-lower-right", "part-m-inverted", "trades-mean"]
 
 
 @pytest.mark.parametrize("awp", [False, True])
