@@ -223,6 +223,7 @@ lint: .tools/ruff-$(RUFF_VERSION)
 ## report                    site/index.html: results, figures, claims, every run and its command, as pages
 report: .tools/site/.stamp
 	.tools/site/bin/python .ci/site/build.py site $(FOLDERS)
+	.tools/site/bin/python .ci/site/links.py site
 	echo "report: site/index.html"
 
 .tools/site/.stamp: .ci/site/requirements.txt | python-ok $(UV_TOOL)

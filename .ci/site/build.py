@@ -77,14 +77,22 @@ def number(value: float, std: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
-def cell_html(table: dict, cell: dict) -> str:
+def planned_at(table: dict, report: dict) -> str:
+    """Place on the runs page where the runs behind a table begin; empty if the plan names none."""
+    names = table["where"].get("table", [])
+    names = names if isinstance(names, list) else [names]
+    here = {r["table"] for r in report["runs"].get(table["scale"], {}).values()}
+    return next((anchor(f"table-{table['scale']}-{n}") for n in names if n in here), "")
+
+
+def cell_html(table: dict, cell: dict, planned: str) -> str:
     digits, lines = table["digits"], []
     if "measured" in cell:
         text = number(cell["measured"], cell.get("std"), digits)
         lines.append(f'<a href="runs.html#{anchor(cell["runs"][0])}">{text}</a>' if cell["runs"] else text)
         lines[-1] += f" <small>n={cell['n']}</small>"
     else:
-        lines.append("not run")
+        lines.append(f'<a href="runs.html#{planned}">not run</a>' if planned else "not run")
     if "printed" in cell:
         gap = f" ({cell['measured'] - cell['printed']:+.{digits}f})" if "measured" in cell else ""
         lines.append(f"<small>printed {number(cell['printed'], cell.get('printed_std'), digits)}{gap}</small>")
@@ -95,10 +103,11 @@ def cell_html(table: dict, cell: dict) -> str:
     return f'<td class="{kind(table, cell)}">{"<br>".join(lines)}</td>'
 
 
-def table_html(table: dict) -> str:
+def table_html(table: dict, report: dict) -> str:
+    planned = planned_at(table, report)
     head = "".join(f"<th>{md(c)}</th>" for c in table["columns"])
     rows = "".join(
-        f"<tr><th>{md(r)}</th>{''.join(cell_html(table, c) for c in cells)}</tr>\n"
+        f"<tr><th>{md(r)}</th>{''.join(cell_html(table, c, planned) for c in cells)}</tr>\n"
         for r, cells in zip(table["rows"], table["cells"], strict=True)
     )
     wrap = '<div class="md-typeset__scrollwrap"><div class="md-typeset__table">'
@@ -163,7 +172,7 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
         for t in tables:
             own = f" Tolerance {t['tolerance']:g}." if t["tolerance"] is not None else ""
             lines += [f"### {t['title']}", "", t["note"] + own, ""]
-            lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t), ""]
+            lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t, report), ""]
         for f in (f for f in report["figures"] if f["scale"] == scale):
             lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
     return "\n".join(lines)
@@ -189,7 +198,11 @@ def runs_page(folder: str, report: dict, docs: Path) -> str:
             f"{done} of {len(runs)} runs have records; the others: about {hours:.1f} hours.",
             "",
         ]
+        begun = set()
         for name, r in runs.items():
+            if r["table"] not in begun:  # where a table's cells without a record lead
+                begun.add(r["table"])
+                lines += [f'<a id="{anchor("table-" + scale + "-" + r["table"])}"></a>', ""]
             lines += [f"### {name} {{ #{anchor(name)} }}", "", "```sh", r["command"], "```", ""]
             state = (
                 f"{r['records']} records, {r['seconds']:.0f} s"
