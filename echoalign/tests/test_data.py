@@ -1,0 +1,202 @@
+"""Readers on small hand-made folders, splits, features, judge."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import settings
+from PIL import Image
+
+import classes
+import features
+import prepare
+import readers
+from runs import UserError, data_dir
+
+CPU = torch.device("cpu")
+
+
+def test_the_wheel_sets_split_by_seed(tmp_path):
+    d = readers.load("mnist5k", tmp_path, seed=0)
+    assert [len(p) for p in (d.pre, d.train, d.test)] == [2000, 2200, 800] and d.size == 16 and d.channels == 1
+    assert torch.bincount(d.train.y).tolist() == [220] * 10
+    other = readers.load("mnist5k", tmp_path, seed=1)
+    assert d.sha256 == other.sha256 and not torch.equal(d.train.x, other.train.x)
+    rows = {bytes(v.numpy().tobytes()) for p in (d.pre, d.test) for v in p.x}
+    assert sum(v.numpy().tobytes() in rows for v in d.train.x) < 5  # disjoint but for equal pictures
+
+
+def test_stratified_parts_are_disjoint_and_complete():
+    y = np.repeat(np.arange(3), 10)
+    a, b = readers.stratified(y, (4, 6), 0)
+    assert sorted([*a, *b]) == list(range(30)) and np.bincount(y[a]).tolist() == [4, 4, 4]
+    with pytest.raises(UserError, match="lower --pretrain"):
+        readers.stratified(y, (11,), 0)
+
+
+def cifar(folder, n=20):
+    root = folder / "cifar10" / "cifar-10-batches-py"
+    root.mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    for name in [f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"]:
+        raw = {"data": rng.randint(0, 256, (n, 3072)).astype(np.uint8), "labels": (np.arange(n) % 10).tolist()}
+        (root / name).write_bytes(pickle.dumps(raw))
+    return root
+
+
+def test_cifar10_in_its_own_order(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
+    cifar(tmp_path)
+    d = readers.load("cifar10", tmp_path, seed=0, pretrain=20)
+    assert (len(d.pre), len(d.train), len(d.test), d.variant) == (20, 80, 20, "paper")
+    d = readers.load("cifar10", tmp_path, seed=0, train_limit=7)
+    assert len(d.train) == 7 and d.train.x.shape[1:] == (32, 32, 3)
+    with pytest.raises(UserError, match="--train-limit 101"):
+        readers.load("cifar10", tmp_path, seed=0, train_limit=101)
+
+
+def test_mnist_idx_files(tmp_path):
+    (tmp_path / "mnist").mkdir()
+    for stem, n in (("train", 60000), ("t10k", 10000)):
+        x, y = bytes(16) + bytes(n * 784), bytes(8) + bytes(k % 10 for k in range(n))
+        (tmp_path / "mnist" / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(x, 1))
+        (tmp_path / "mnist" / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(y, 1))
+    d = readers.load("mnist", tmp_path, seed=0, pretrain=100)
+    assert (len(d.pre), len(d.train), len(d.test)) == (100, 59900, 10000)
+    path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        readers.load("mnist", tmp_path, seed=0)
+
+
+def picture(path, value, size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def test_animal10n_and_clothing1m(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "HERE", tmp_path)
+    for k in range(10):
+        picture(tmp_path / "animal10n" / "training" / f"{k}_{k:05d}.jpg", 20 * k, (64, 64))
+        picture(tmp_path / "animal10n" / "testing" / f"{k}_{k:05d}.jpg", 20 * k, (64, 64))
+    d = readers.load("animal10n", tmp_path, seed=0)
+    assert not d.clean and d.train.y.tolist() == list(range(10)) and abs(int(d.train.x[5].float().mean()) - 100) < 3
+    for split in ("noisy", "clean_test"):
+        for k in range(14):
+            picture(tmp_path / "clothing1m" / split / str(k) / "a.jpg", 10 * k, (80, 60))
+    d = readers.load("clothing1m", tmp_path, seed=0)
+    assert d.train.x.shape == (14, 256, 256, 3) and d.train.y.tolist() == list(range(14))  # 10 after 9, not after 1
+    assert abs(int(d.train.x[12].float().mean()) - 120) < 3 and len(classes.names("clothing1m")) == 14
+    (tmp_path / "clothing1m" / "noisy" / "3" / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        readers.load("clothing1m", tmp_path, seed=0)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "clothing1m", "animal10n"])
+def test_missing_data_names_the_place(name, tmp_path):
+    with pytest.raises(UserError, match=f"is not in {tmp_path}: expected"):
+        readers.load(name, tmp_path, seed=0)
+
+
+@pytest.mark.realdata
+def test_real_cifar10_jpeg_copy():
+    if not (data_dir("") / "cifar10").exists():
+        pytest.skip("no cifar10 in the data folder")
+    d = readers.load("cifar10", data_dir(""), seed=0, pretrain=1000)
+    assert len(d.pre) == 1000 and len(d.train) == 49000 and d.variant in ("paper", "cifar10-jpeg75")
+    assert torch.bincount(d.pre.y).tolist() == [100] * 10
+
+
+def test_class_names():
+    assert len(classes.CIFAR100) == 100 and len(set(classes.names("cifar100"))) == 100
+    assert "stingray fish" in classes.names("cifar100") and classes.names("mnist5k")[3] == "handwritten digit three"
+
+
+# -------------------------------------------------------------------------------------------------- features and judge
+
+
+def test_pca_is_the_librarys_and_shrinks_large_images():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (30, 8, 8, 1), generator=g, dtype=torch.uint8)
+    pca = features.Pca(x, 5, 0)
+    flat = x.flatten(1).numpy() / 255
+    centred = flat - flat.mean(0)
+    _, _, v = np.linalg.svd(centred, full_matrices=False)
+    assert np.allclose(np.abs(pca(x).numpy()), np.abs(centred @ v[:5].T), atol=1e-8)
+    big = x.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert pca(big).shape == (30, 5)
+
+
+def test_nearest_against_loops_and_without_itself():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(0, 256, (20, 4, 4, 1), generator=g, dtype=torch.uint8), torch.arange(20)
+    assert features.nearest(x, y, x).tolist() == list(range(20))
+    found = features.nearest(x, y, x, torch.arange(20), chunk=7)
+    f = x.flatten(1).double()
+    for i in range(20):
+        far = ((f - f[i]) ** 2).sum(1)
+        far[i] = float("inf")
+        assert int(found[i]) == int(far.argmin())
+
+
+def test_edge_ssim():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (3, 16, 16, 1), generator=g, dtype=torch.uint8)
+    assert features.edge_ssim(x, x) == pytest.approx(1) and features.edge_ssim(x, 255 - x) == pytest.approx(1, abs=1e-6)
+    assert features.edge_ssim(x, x.flip(1)) < 0.9
+
+
+@pytest.fixture(scope="module")
+def clip():
+    import open_clip
+
+    name = "tiny-test"
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    open_clip.factory._MODEL_CONFIGS[name] = config
+    torch.manual_seed(0)
+    return features.Clip(name, "", CPU, batch=4)
+
+
+def test_clip_features_do_not_depend_on_the_batch_and_zero_shot(clip):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (6, 40, 32, 3), generator=g, dtype=torch.uint8)
+    f = clip(x)
+    assert f.shape == (6, 8) and torch.allclose(f[5:], clip(x[5:]), atol=1e-5)
+    p = clip.zero_shot(f, ["cat", "dog", "ship"])
+    assert p.shape == (6, 3) and torch.allclose(p.sum(1), torch.ones(6), atol=1e-5)
+    grey = clip(x[..., :1])
+    assert torch.allclose(grey, clip(x[..., :1].expand(-1, -1, -1, 3)), atol=1e-5)
+
+
+def test_clip_preprocessing_is_the_librarys(clip):
+    import open_clip
+
+    _, _, pre = open_clip.create_model_and_transforms("tiny-test")
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (1, 48, 40, 3), generator=g, dtype=torch.uint8)
+    with torch.no_grad():
+        expected = clip.net.encode_image(pre(Image.fromarray(x[0].numpy()))[None])
+    assert torch.allclose(clip(x), expected, atol=0.02 * float(expected.abs().max()))  # PIL rounds between two passes
+
+
+def test_a_whole_selection_with_clip(tmp_path, clip, monkeypatch):
+    monkeypatch.setattr(prepare.features, "Clip", lambda *args: clip)
+    s = settings("--features", "clip", "--train-limit", "60", "--cache", tmp_path)
+    p = prepare.Prepared(s, 0, CPU, show=False)
+    found = {name: (score, kept) for name, score, kept in p.scores()}
+    assert {"EchoSelect", "CLIP zero-shot", "CLIPCleaner"} <= set(found)
+    assert all(len(score) == 60 for score, _ in found.values())
+    assert "agreement_wrong" in p.edits()
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    again = prepare.Prepared(s, 0, CPU, show=False)
+    monkeypatch.setattr(type(clip), "__call__", lambda self, x: pytest.fail("features were computed again"))
+    assert torch.equal(again.similarity, p.similarity)

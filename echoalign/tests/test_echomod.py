@@ -1,0 +1,298 @@
+"""Editing: the sampler, the exact denoiser, the trained generators, the pass over shards, the check."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, records, same_runs, settings, start, told
+from torch import nn
+
+import echomod
+import generators
+import prepare
+import runs
+import train
+from runs import UserError
+
+CPU = torch.device("cpu")
+
+
+def toy(n=24, size=8, channels=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (n, size, size, channels), generator=g, dtype=torch.uint8)
+    return x, torch.arange(n) % 3
+
+
+def net(kind="concat", size=8, channels=1):
+    torch.manual_seed(1)
+    out = generators.NETS[kind](size, channels, 3, (8, 16), 1)
+    for p in out.parameters():  # the control's last layers start at zero
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return out
+
+
+def generator(kind, strength=0.5, **more):
+    if kind == "exact":
+        x, y = toy(60, seed=5)
+        return echomod.ExactDenoiser(x, y, strength, 5, more.get("sampler", "ddim"))
+    return generators.Trained(net(kind), {"generator": kind}, 3, CPU, strength=strength, steps=2, **more)
+
+
+KINDS = ["exact", "concat", "controlnet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strength_zero_returns_the_instance(kind):
+    x, y = toy()
+    out = generator(kind, 0.0).edit(x, y, list(range(len(x))))
+    assert torch.equal(out, x) and out.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_depends_on_label_seed_and_image_and_not_on_the_batch(kind):
+    g, (x, y) = generator(kind), toy()
+    seeds = [echomod.image_seed(0, i) for i in range(len(x))]
+    out = g.edit(x, y, seeds)
+    assert out.dtype == torch.uint8 and out.shape == x.shape and not torch.equal(out, x)
+    single = torch.cat([g.edit(x[i : i + 1], y[i : i + 1], seeds[i : i + 1]) for i in range(6)])
+    assert (single.int() - out[:6].int()).abs().max() <= 1  # rounding of another batch size
+    assert torch.equal(g.edit(x, y, seeds), out)
+    assert not torch.equal(g.edit(x, (y + 1) % 3, seeds), out)
+    assert not torch.equal(g.edit(x, y, [s + 1 for s in seeds]), out)
+
+
+def test_exact_denoiser_against_loops():
+    x, y = toy(6)
+    bank, labels = toy(12, seed=5)
+    g = echomod.ExactDenoiser(bank, labels, 0.3, 4)
+    out = g.edit(x, y, list(range(6)))
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    ts = sorted({round(t) for t in np.linspace(0, 299, 4)}, reverse=True)
+    for i in range(6):
+        b = bank[labels == y[i]].numpy().reshape(-1, 64) / 127.5 - 1
+        v = x[i].numpy().ravel() / 127.5 - 1
+        n = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(i)).numpy().ravel()
+        v = np.sqrt(a[ts[0]]) * v + np.sqrt(1 - a[ts[0]]) * n
+        for k, t in enumerate(ts):
+            far = -((v - np.sqrt(a[t]) * b) ** 2).sum(1) / (2 * (1 - a[t]))
+            w = np.exp(far - far.max())
+            clean = (w / w.sum()) @ b
+            eps = (v - np.sqrt(a[t]) * clean) / np.sqrt(1 - a[t])
+            nxt = a[ts[k + 1]] if k + 1 < len(ts) else 1.0
+            v = np.sqrt(nxt) * clean + np.sqrt(1 - nxt) * eps
+        expected = np.rint((np.clip(v, -1, 1) + 1) * 127.5)
+        assert np.abs(out[i].numpy().ravel() - expected).max() <= 1
+
+
+def test_timesteps():
+    assert echomod.timesteps(0.0, 10) == [] and echomod.timesteps(0.0004, 10) == []
+    assert echomod.timesteps(0.001, 10) == [0] and echomod.timesteps(1.0, 2) == [999, 0]
+    assert echomod.timesteps(0.1, 10)[0] == 99 and len(echomod.timesteps(0.1, 10)) == 10
+    assert echomod.timesteps(0.005, 50) == [4, 3, 2, 1, 0]
+
+
+def test_both_samplers_find_the_only_image():
+    """With one clean image of a class every sampler ends there, from any start."""
+    bank, y = toy(3, seed=5)
+    x, _ = toy(3)
+    for sampler in ("ddim", "dpm"):
+        out = echomod.ExactDenoiser(bank, y, 1.0, 20, sampler).edit(x, y, [1, 2, 3])
+        assert (out.int() - bank.int()).abs().max() <= 2, sampler
+
+
+def test_the_seed_of_an_image_depends_on_run_and_index():
+    found = {echomod.image_seed(s, i) for s in range(20) for i in range(50)}
+    assert len(found) == 1000 and all(0 <= v < 2**63 for v in found)
+
+
+def test_control_maps():
+    x = torch.zeros(1, 8, 8, 1, dtype=torch.uint8)
+    x[0, 2:5, 3:7] = 200
+    box = generators.control_map(x, "box")[0, 0]
+    assert box[2:5, 3:7].all() and box.sum() == 12
+    ink = generators.control_map(x, "ink")
+    assert (
+        ink.shape == (1, 1, 8, 8) and len(ink.unique()) < 17 and ink.mean().item() == pytest.approx(12 * 200 / 255 / 64)
+    )
+    assert not generators.control_map(x, "none").any()
+
+
+def test_control_reaches_the_network_and_can_end_early():
+    x, y = toy(4)
+    seeds = [1, 2, 3, 4]
+    for kind in ("concat", "controlnet"):
+        on, off = (generator(kind, control_scale=s, control_end=1.0).edit(x, y, seeds) for s in (1.0, 0.0))
+        none = generator(kind, control_scale=1.0, control_end=0.0).edit(x, y, seeds)
+        assert not torch.equal(on, off) and torch.equal(off, none)
+        assert torch.equal(generator(kind, control="none").edit(x, y, seeds), off) or kind == "controlnet"
+
+
+# ------------------------------------------------------------------------------------------------- training a generator
+
+
+def trained(folder, kind="concat", steps=6, every=2, **more):
+    x, y = toy()
+    told = {"seed": 0, "steps": steps, "batch": 8, "lr": 1e-3, "widths": (8, 16), "layers": 1, "control": "ink"}
+    return generators.train(kind, x, y, 3, folder, CPU, **{**told, "every": every, "show": False, **more})
+
+
+@pytest.mark.parametrize("kind", ["concat", "controlnet"])
+def test_a_generators_training_resumes_exactly(tmp_path, monkeypatch, kind):
+    whole, about = trained(tmp_path / "a", kind)
+    save = generators._save
+
+    def cut(path, step, *rest):
+        save(path, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generators, "_save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "b", kind)
+    monkeypatch.setattr(generators, "_save", save)
+    assert not list((tmp_path / "b").glob("*.safetensors"))
+    again, _ = trained(tmp_path / "b", kind)
+    for (k, v), w in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(v, w), k
+    third, _ = trained(tmp_path / "b", kind)  # read from the finished file
+    assert all(torch.equal(v, w) for v, w in zip(again.parameters(), third.parameters(), strict=True))
+    assert about["generator"] == kind and not list((tmp_path / "b").glob("*.checkpoint"))
+
+
+def test_generator_training_learns_and_tells_of_what_it_cannot(tmp_path):
+    x, y = toy()
+    with pytest.raises(UserError, match="give --pretrain"):
+        generators.train("concat", x[:0], y[:0], 3, tmp_path, CPU, seed=0, steps=1, batch=2, lr=1e-3, widths=(8,),
+                         layers=1, control="ink")  # fmt: skip
+    with pytest.raises(UserError, match="multiples of 8"):
+        trained(tmp_path, widths=(6, 12))
+    with pytest.raises(UserError, match="not finite"):
+        trained(tmp_path, lr=1e30)
+    final = tmp_path / "f"
+    trained(final)
+    path = next(final.glob("*.safetensors"))
+    runs.write_tensors(path, {"a": torch.zeros(1)})
+    with pytest.raises(UserError, match="another network"):
+        trained(final)
+
+
+# --------------------------------------------------------------------------------------------------- the pass, shards
+
+
+def run_pass(folder, g=None, told=None, **more):
+    x, y = toy(23)
+    return echomod.modify(
+        g or generator("exact"), x, y, 0, folder, told or {"a": 1}, shard=7, batch=3, show=False, **more
+    )
+
+
+def test_the_pass_goes_on_after_the_last_whole_shard(tmp_path):
+    whole = run_pass(tmp_path / "a")
+    count = [0]
+
+    class Stopped:
+        def edit(self, *args):
+            count[0] += 1
+            if count[0] > 4:  # inside the second shard
+                raise KeyboardInterrupt
+            return generator("exact").edit(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pass(tmp_path / "b", Stopped())
+    assert [p.name for p in sorted((tmp_path / "b").glob("shard*"))] == ["shard-00000.safetensors"]
+    stamp = (tmp_path / "b" / "shard-00000.safetensors").stat().st_mtime_ns
+    again = run_pass(tmp_path / "b")
+    assert torch.equal(again.full, whole.full) and len(again.full) == 23
+    assert (tmp_path / "b" / "shard-00000.safetensors").stat().st_mtime_ns == stamp
+    for a, b in zip(sorted((tmp_path / "a").glob("shard*")), sorted((tmp_path / "b").glob("shard*")), strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_processes_share_the_shards(tmp_path):
+    assert run_pass(tmp_path / "a", rank=1, world=2) is None
+    assert len(list((tmp_path / "a").glob("shard*"))) == 2
+    both = run_pass(tmp_path / "a", rank=0, world=2)
+    assert torch.equal(both.full, run_pass(tmp_path / "b").full)
+
+
+def test_foreign_and_broken_shards_are_told(tmp_path):
+    run_pass(tmp_path)
+    with pytest.raises(UserError, match="another generator or other labels"):
+        run_pass(tmp_path, told={"a": 2})
+    path = tmp_path / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="is damaged"):
+        run_pass(tmp_path)
+    runs.write_tensors(path, {"x": torch.zeros(1)})
+    with pytest.raises(UserError, match="not of this pass"):
+        run_pass(tmp_path)
+
+
+def test_black_images_are_made_again_then_marked(tmp_path):
+    class Black:
+        def edit(self, images, labels, seeds):
+            out = images.clone()
+            for k, s in enumerate(seeds):
+                if s == echomod.image_seed(0, 3) or labels[k] == 2:
+                    out[k] = 0
+            return out
+
+    m = run_pass(tmp_path, Black())
+    _, y = toy(23)
+    assert torch.equal(m.ok, y != 2) and m.full[3].any()
+
+
+def test_large_edits_are_also_kept_at_the_data_sets_size(tmp_path):
+    class Large:
+        def edit(self, images, labels, seeds):
+            return images.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+    m = run_pass(tmp_path, Large())
+    assert m.full.shape[1:] == (16, 16, 1) and m.small.shape[1:] == (8, 8, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the check
+
+
+class Ignores:
+    """A generator whose result has nothing to do with the label."""
+
+    def about(self):
+        return {"generator": "ignores"}
+
+    def edit(self, images, labels, seeds):
+        return torch.roll(images, 3, 0)
+
+
+class Returns(Ignores):
+    def edit(self, images, labels, seeds):
+        return images.clone()
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Ignores, "ignores the label"), (Returns, "returns the instance")])
+def test_a_generator_that_does_not_do_its_work_fails_its_check(tmp_path, monkeypatch, capsys, kind, words):
+    monkeypatch.setattr(prepare.Prepared, "generator", property(lambda self: kind()))
+    args = [*TINY, "--stage", "modify", "--check", "--out", tmp_path / "r", "--cache", tmp_path / "c"]
+    assert words in told(capsys, monkeypatch, train.main, args)
+
+
+def test_the_exact_generator_passes_its_check(tmp_path, monkeypatch, cache):
+    start(monkeypatch, *TINY, "--stage", "modify", "--check", "--out", tmp_path / "r", "--cache", cache)
+    p = prepare.Prepared(settings("--cache", cache), 0, CPU, show=False)
+    wrong = ~p.right
+    fits = (p.judge(p.modified.small, False) == p.y)[wrong].double().mean()
+    before = (p.judge(p.data.train.x, True) == p.y)[wrong].double().mean()
+    assert fits > 0.6 and before < 0.05
+    with pytest.raises(UserError, match="ignores the label"):
+        echomod.check(0.3, 0.5, 0.5)
+    echomod.check(float("nan"), 0.5, 0.5)  # no wrong label: nothing to say
+
+
+def test_a_run_with_a_trained_generator_end_to_end(tmp_path, monkeypatch, cache):
+    for kind in ("concat", "controlnet"):
+        args = [*TINY, "--generator", kind, "--generator-steps", "2", "--edit-steps", "2", "--widths", "8", "16"]
+        args += ["--methods", "echoalign", "--train-limit", "60", "--cache", cache]
+        start(monkeypatch, *args, "--out", tmp_path / kind)
+        assert "seed0/record-echoalign.json" in records(tmp_path / kind)
+    start(monkeypatch, *args, "--out", tmp_path / "again")
+    same_runs(tmp_path / "controlnet", tmp_path / "again")

@@ -1,0 +1,229 @@
+"""What the user can mend ends with exit code 2 and one line; eval.py on whole and broken runs."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import HERE, TINY, environment, start, told
+
+import bench
+import eval as evaluation
+import plan as plans
+import runs
+import train
+
+QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--rate", "1"], "--rate must lie in [0, 1), not 1"),
+        (["--rate", "nan"], "rate"),
+        (["--methods", "ce", "ce"], "--methods takes one or more different methods"),
+        (["--methods", "dividmix"], "methods"),
+        (["--label", "x"], "--label names the row of one method"),
+        (["--noise", "uniform"], "noise"),
+        (["--noise", "asymmetric"], "published mapping for cifar10 and cifar100, not for digits"),
+        (["--noise", "worse"], "--noise worse belongs to cifar10, not to digits"),
+        (["--dataset", "cifar11"], "dataset"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "CIFAR-10 is not in /nowhere: expected"),
+        (["--data-dir", "~nosuchuser/x"], "the home folder it names is not known"),
+        (["--strength", "1.5"], "--strength must lie in [0, 1]"),
+        (["--strength", "-0.5"], "--strength must lie in [0, 1]"),
+        (["--sampler", "unipc"], "belong to --generator sd"),
+        (["--generator", "sd", "--control", "ink"], "belong to the small networks"),
+        (["--threshold", "high"], "--threshold high is no cosine"),
+        (["--threshold", "2"], "--threshold 2 is no cosine"),
+        (["--threshold", "nan"], "--threshold nan is no cosine"),
+        (["--threshold", "1", "--methods", "selected-only"], "its selection keeps 0 samples"),
+        (["--milestones", "5", "3"], "--milestones must be rising"),
+        (["--prompt", "a photo"], "--prompt must contain {name}"),
+        (["--backbone-weights", "imagenet"], "add --download, or give a file"),
+        (["--batch", "1"], "--batch must be at least 2"),
+        (["--lr", "-1"], "--lr must be at least 0"),
+        (["--lr", "1e30"], "is not a finite number"),
+        (["--train-limit", "9999"], "more than the 800 training images"),
+        (["--seeds", "-1"], "--seeds"),
+        (["--seeds", "1", "1"], "--seeds"),
+        (["--widths", "12", "--generator", "concat"], "multiples of 8"),
+        (["--judge", "clip"], "--judge clip needs --features clip"),
+        (["--device", "gpu"], "--device gpu is unknown"),
+        (["--colour", "red"], "--colour"),
+        (["--stage", "edit"], "stage"),
+        (["--anchor-percentile", "101"], "--anchor-percentile must lie in [0, 100]"),
+    ],
+)
+def test_wrong_options_and_missing_data(capsys, monkeypatch, tmp_path, cache, args, words):
+    assert words in told(capsys, monkeypatch, train.main, [*QUICK, "--out", tmp_path / "r", "--cache", cache, *args])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_no_cuda(capsys, monkeypatch, tmp_path):
+    assert "no CUDA device" in told(capsys, monkeypatch, train.main, [*QUICK, "--out", tmp_path, "--device", "cuda"])
+
+
+def test_a_read_only_place_is_told(capsys, monkeypatch, cache):
+    line = told(capsys, monkeypatch, train.main, [*QUICK, "--cache", cache, "--out", "/proc/nothing/r"])
+    assert "choose another --out" in line
+
+
+@pytest.fixture
+def done(tmp_path, monkeypatch, cache):
+    start(monkeypatch, *QUICK, "--cache", cache, "--methods", "ce", "echoalign", "--out", tmp_path / "r")
+    return tmp_path / "r"
+
+
+def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, monkeypatch, cache):
+    args = [*QUICK, "--cache", cache, "--methods", "ce", "echoalign", "--out", done]
+    start(monkeypatch, *args)
+    assert "is complete" in capsys.readouterr().out
+    assert "other settings (lr: 0.1, now 0.2)" in told(capsys, monkeypatch, train.main, [*args, "--lr", "0.2"])
+    gc.collect()
+    held = runs.Run(done, train.Settings(), ignore=tuple(vars(train.Settings())))
+    assert "another process is writing" in told(capsys, monkeypatch, train.main, args)
+    assert held.out.exists()
+
+
+def test_evaluation_repeats_the_records(done, capsys, monkeypatch):
+    record = runs.read_record(done / "seed0" / "record-echoalign.json")
+    more = ["--taus", "0.5", "-1", "--official", "--write", "--device", "cpu"]
+    start(monkeypatch, "--run", done / "seed0", *more, main=evaluation.main)
+    text = capsys.readouterr().out
+    assert f"accuracy {record['metrics']['accuracy']:.2f} %" in text and "says otherwise" not in text
+    assert "tau -1.000: selected 80" in text
+    new = runs.read_record(done / "seed0" / "record-eval-echoalign.json")
+    assert new["table"] == "own-eval" and "accuracy_official" in new["metrics"]
+    start(monkeypatch, "--run", done, "--device", "cpu", main=evaluation.main)  # its own records do not disturb it
+
+
+def test_evaluation_survives_lost_pictures_and_metrics(done, monkeypatch, capsys):
+    (done / "seed0" / "metrics.jsonl").unlink()
+    (done / "seed0" / "edits.png").write_bytes(b"broken")
+    (done / "seed0" / "selection.csv").unlink()
+    start(monkeypatch, "--run", done, "--device", "cpu", main=evaluation.main)
+    assert "EchoAlign" in capsys.readouterr().out
+
+
+def test_damaged_runs(done, capsys, monkeypatch, cache):
+    def says(*args):
+        return told(capsys, monkeypatch, evaluation.main, ["--run", done, "--device", "cpu", *args])
+
+    assert "no file" in told(capsys, monkeypatch, evaluation.main, ["--run", done.parent / "x" / "y"])
+    assert "has no seed7" in told(capsys, monkeypatch, evaluation.main, ["--run", done / "seed7", "--device", "cpu"])
+    weights = done / "seed0" / "model-echoalign.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[: len(raw) // 2])
+    assert "is damaged" in says()
+    runs.write_tensors(weights, {"a": torch.zeros(1)})
+    assert "another network" in says()
+    tensors = runs.read_tensors(done / "seed0" / "model-ce.safetensors")[0]
+    runs.write_tensors(weights, {k: v * float("nan") if v.is_floating_point() else v for k, v in tensors.items()})
+    assert "not finite" in says()
+    for path in (done / "seed0").glob("model-*"):
+        path.unlink()
+    assert "train the run first" in says()
+    stored = json.loads((done / "settings.json").read_text())
+    (done / "settings.json").write_text(json.dumps({**stored, "colour": 1}))
+    assert "another version" in says()
+
+
+def test_a_broken_or_foreign_checkpoint_is_told(done, capsys, monkeypatch, cache):
+    (done / "records.jsonl").unlink()
+    (done / "seed0" / "record-ce.json").unlink()
+    path = done / "seed0" / "checkpoint" / "ce.safetensors"
+    args = [*QUICK, "--cache", cache, "--methods", "ce", "echoalign", "--out", done]
+    path.write_bytes(b"cut off")
+    assert "is damaged" in told(capsys, monkeypatch, train.main, args)
+    runs.write_tensors(path, {"net0.x": torch.zeros(1)}, {"epoch": "1", "seconds": "0", "curve": "[]", "phase": "main"})
+    assert "belongs to another run" in told(capsys, monkeypatch, train.main, args)
+
+
+def test_noise_of_a_set_that_has_its_own_and_single_classes(capsys, monkeypatch, tmp_path):
+    import numpy as np
+
+    import readers
+
+    x = np.zeros((20, 8, 8, 1), np.uint8)
+    x[:, 2:5, 2:5] = np.arange(20)[:, None, None, None]
+    one = (x, np.zeros(20, np.int64), x, np.zeros(20, np.int64)), "one class"
+    monkeypatch.setitem(readers.READERS, "mnist", lambda folder, download: one)
+    monkeypatch.setitem(readers.READERS, "animal10n", lambda folder, download: one)
+    args = [
+        "--dataset",
+        "mnist",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+        "--cache",
+        tmp_path / "c",
+        "--methods",
+        "ce",
+        "small-loss",
+    ]
+    start(monkeypatch, *args, "--small-loss-epochs", "1", "--out", tmp_path / "r")  # a single class trains
+    assert (tmp_path / "r" / "records.jsonl").is_file()
+    line = told(capsys, monkeypatch, train.main, [*args, "--methods", "echoalign", "--out", tmp_path / "q"])
+    assert "give --pretrain" in line
+    args[1] = "animal10n"
+    line = told(capsys, monkeypatch, train.main, [*args, "--model", "cnn", "--out", tmp_path / "s"])
+    assert "use --noise none" in line
+    args = [*args[:-2], "ce-clean", "--noise", "none", "--model", "cnn", "--out", tmp_path / "t"]
+    assert "true labels of Animal-10N are not known" in told(capsys, monkeypatch, train.main, args)
+
+
+def test_the_plan_names_real_options_and_every_table_can_be_made():
+    plan = plans.load_plan()
+    for scale in plan["scales"]:
+        for job in plans.jobs(plan, scale):
+            s = runs.parse(train.Settings, "", job.command(scale)[1:])
+            s.check_values()
+            s.resolve()
+    seen = {m for job in plans.jobs(plan, "paper") for m in job.args["methods"]}
+    assert seen == set(train.METHODS)  # no baseline is left out
+    shown = {r for view in plan["tables"] for r in view.get("order", {}).get("rows", [])}
+    assert {name for name, _ in train.METHODS.values()} <= shown
+
+
+def test_dry_run_and_published_thresholds(capsys, monkeypatch, tmp_path, cache):
+    start(monkeypatch, *QUICK, "--cache", cache, "--dry-run", "--out", tmp_path / "r")
+    assert "wrong labels, seed 0" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    for dataset, noise, tau in (
+        ("cifar10", "instance", "0.52"),
+        ("cifar10", "random1", "0.43"),
+        ("cifar10", "pair", "gmm"),
+    ):
+        s = train.Settings(dataset=dataset, noise=noise, generator="sd", features="clip")
+        s.resolve()
+        assert (s.threshold, s.model, s.epochs, s.finetune, s.milestones) == (tau, "resnet18", 200, 40, (100, 150))
+
+
+def test_commands_from_the_shell():
+    def shell(*args):
+        return subprocess.run(
+            [sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120, env=environment()
+        )
+
+    done = shell("train.py", "--help")
+    assert done.returncode == 0 and "--control-scale" in done.stdout
+    done = shell("train.py", "--rate", "9")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_bench_runs(monkeypatch, capsys):
+    start(monkeypatch, "--smoke", "--device", "cpu", main=bench.main)
+    text = capsys.readouterr().out
+    assert "one by one" in text and "similarity" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu(tmp_path, monkeypatch):
+    args = ["--dataset", "digits", "--epochs", "2", "--finetune", "1", "--device", "cuda", "--precision", "bf16"]
+    start(monkeypatch, *args, "--generator", "controlnet", "--generator-steps", "4", "--cache", tmp_path / "c",
+          "--methods", "echoalign", "dividemix", "--out", tmp_path / "r")  # fmt: skip
+    assert (tmp_path / "r" / "records.jsonl").is_file()
