@@ -1,0 +1,92 @@
+"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"copy": "#aaaaaa", "points": "#0072b2", "box": "#56b4e9", "points+box": "#009e73", "newest": "#e69f00"}
+COLOURS["full"] = "#c1272d"
+NAMES = {"points+box": "points + box", "newest": "+ CRSTM, newest only", "full": "full (CRSTM, all rounds)"}
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
+
+
+def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+    """-> [(path, caption)] of the figures the records allow."""
+    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    out = []
+    for name, function in (("rounds", rounds), ("frames", frames)):
+        found = function(records)
+        if found:
+            figure, caption = found
+            path = folder / f"{scale}-{name}.png"
+            figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            out.append((path, caption))
+    return out
+
+
+def main_rows(records: list[dict]) -> list[dict]:
+    return [r for r in records if r["table"] in ("drawn", "davis2016") and r["method"] in COLOURS]
+
+
+def rounds(records: list[dict]):
+    """J&F after each round, one panel a video."""
+    rows = main_rows(records)
+    sets = list(dict.fromkeys(r["dataset"] for r in rows))
+    if not sets:
+        return None
+    columns = min(4, len(sets))
+    height = -(-len(sets) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(3.1 * columns, 2.7 * height), squeeze=False, sharey=True)
+    for axis, d in zip(axes.flat, sets, strict=False):
+        for m, colour in COLOURS.items():
+            mine = [r["metrics"] for r in rows if r["dataset"] == d and r["method"] == m]
+            if mine:
+                n = sum(k.startswith("jf_") and k[3:].isdigit() for k in mine[0])
+                curve = np.array([[x[f"jf_{k}"] for k in range(1, n + 1)] for x in mine])
+                bars = curve.std(0) if len(curve) > 1 else None
+                axis.errorbar(
+                    range(1, n + 1),
+                    curve.mean(0),
+                    bars,
+                    marker="o",
+                    ms=3,
+                    capsize=2,
+                    color=colour,
+                    label=NAMES.get(m, m),
+                )
+        axis.set(title=d, xlabel="round", ylim=(0, 1.02))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in list(axes.flat)[len(sets) :]:
+        axis.set_visible(False)
+    for row in axes:
+        row[0].set_ylabel("J&F")
+    figure.tight_layout()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=3, bbox_to_anchor=(0.5, 0), frameon=False)
+    return figure, "J&F after each round; bars are one std over seeds where there are several."
+
+
+def frames(records: list[dict]):
+    """J of each frame after the first round, for the videos with the largest gap between points and full."""
+    rows = [r for r in main_rows(records) if r["seed"] == min(x["seed"] for x in main_rows(records))]
+    by = {(r["dataset"], r["method"]): r["metrics"] for r in rows}
+    sets = [d for d in dict.fromkeys(d for d, _ in by) if {(d, "points"), (d, "full")} <= by.keys()]
+    if not sets:
+        return None
+    sets = sorted(sets, key=lambda d: by[d, "points"]["jf_1"] - by[d, "full"]["jf_1"])[:4]
+    figure, axes = plt.subplots(1, len(sets), figsize=(3.4 * len(sets), 2.8), squeeze=False, sharey=True)
+    for axis, d in zip(axes[0], sets, strict=True):
+        for m in ("points", "points+box", "full"):
+            if (d, m) in by:
+                axis.plot(by[d, m]["curve_first"], color=COLOURS[m], label=NAMES.get(m, m), lw=1.5)
+        axis.set(title=d, xlabel="frame", ylim=(0, 1.02))
+    axes[0, 0].set_ylabel("J, round 1")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure, "J of each frame after the first round (first seed), where full gains most over points only."

@@ -1,0 +1,215 @@
+"""Train the tiny SAM that works without published weights; the paper's method itself trains nothing (see eval.py).
+
+    python train.py --steps 2000 --out runs/demo/tiny                # some minutes on a CPU
+    python eval.py --segmenter tiny --weights runs/demo/tiny/seed0/model.safetensors --videos plain
+
+Pictures are drawn: textured polygons over a textured background, one of them asked for by points, box or both. The
+same classes as SAM at size 256. A run goes on from its last checkpoint when started again, to the same bits.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import prompts
+import runs
+from prompts import Prompt
+from runs import Number, UserError
+from segmenters import Sam
+
+
+@dataclass
+class Settings:
+    steps: int = 2000
+    """Optimiser steps."""
+    batch: int = 8
+    """Pictures a step."""
+    lr: Number = 1e-3
+    """Peak learning rate of AdamW; linear warm-up over a twentieth of the steps, then a cosine to 0."""
+    weight_decay: Number = 0.01
+    """Of AdamW."""
+    clip: Number = 1.0
+    """Largest gradient norm."""
+    test: int = 100
+    """Held-out pictures of the final measurement."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the initial weights and of the pictures (streams of their own)."""
+    table: str = "own"
+    """Table of RESULTS.md the records belong to; runs started by hand stand in none."""
+    scale: str = "demo"
+    """smoke, demo or paper; goes into the record and the run folder, changes nothing else."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    out: str = ""
+    """Run folder."""
+    dry_run: bool = False
+    """Print what would be done."""
+
+    def check(self) -> None:
+        for key in ("steps", "batch", "test", "checkpoint_every", "log_every"):
+            if getattr(self, key) < 1:
+                raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(self, key)}")
+        if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
+            raise UserError("--lr and --clip must be above 0, --weight-decay must not be negative")
+        if self.scale not in runs.SCALES:
+            raise UserError(f"--scale {self.scale}: use one of {', '.join(runs.SCALES)}")
+
+
+def picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Prompt]:
+    """A frame of a procedural video (96, 160, 3), the mask of one of its objects, and a prompt for it."""
+    while True:
+        video = data.draw(data.DRAWN[int(rng.integers(len(data.DRAWN)))], int(rng.integers(2**31)), length=2)
+        t, o = int(rng.integers(2)), int(rng.choice(video.objects))
+        mask = video.truth[t] == o
+        box = prompts.box_of(mask)
+        if mask.sum() >= 25 and box is not None:
+            break
+    points = prompts.select(mask, 2, "random", rng)
+    wrong = prompts.select(~mask, 1, "random", rng)
+    both = np.concatenate([points, wrong]).astype(np.float32), np.array([1, 1, 0])
+    jitter = rng.uniform(-0.05, 0.05, 4) * np.tile(box[2:] - box[:2], 2)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return video.frames[t], mask, Prompt(*both)
+    box = (box + jitter).astype(np.float32)
+    return video.frames[t], mask, Prompt(box=box) if kind == 1 else Prompt(*both, box)
+
+
+def loss_of(logits: Tensor, quality: Tensor, truth: Tensor) -> Tensor:
+    """20 focal + dice + squared error of the predicted IoU (SAM's mixture), for (h, w) logits of one prompt."""
+    p = logits.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    focal = (cross * (1 - (p * truth + (1 - p) * (1 - truth))) ** 2 * (0.25 * truth + 0.75 * (1 - truth))).mean()
+    dice = 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
+    hard = logits.detach() > 0
+    iou = (hard & (truth > 0.5)).sum() / (hard | (truth > 0.5)).sum().clamp_min(1)
+    return 20 * focal + dice + (quality - iou) ** 2
+
+
+def forward(sam: Sam, given: list, device) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(logits, predicted IoU, truth) of pictures, on the low-resolution cells that hold the picture."""
+    features = sam.image_encoder(torch.cat([sam.pixels(frame, device) for frame, _, _ in given]))
+    out = []
+    for i, (frame, mask, prompt) in enumerate(given):
+        h, w = frame.shape[:2]
+        masks, quality = sam.predict(features[i : i + 1], None, [prompt], sam.size / max(h, w))
+        low = 4 * sam.cells / max(h, w)
+        rows, columns = round(h * low), round(w * low)
+        truth = torch.from_numpy(mask).to(device)[None, None].float()
+        truth = F.interpolate(truth, (rows, columns), mode="area")[0, 0]
+        out.append((masks[0, 0, :rows, :columns].float(), quality[0, 0].float(), truth))
+    return out
+
+
+def rate(step: int, s: Settings) -> float:
+    warm = max(1, s.steps // 20)
+    if step < warm:
+        return s.lr * (step + 1) / warm
+    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.steps - warm)))
+
+
+def fit(s: Settings, run: runs.Run, seed: int, device) -> None:
+    folder = run.folder(seed)
+    if (folder / "record.json").is_file():
+        return
+    torch.manual_seed(seed)
+    sam = Sam("tiny").to(device).train()
+    optimizer = torch.optim.AdamW(sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    first, path = 0, run.out / "checkpoint" / f"seed{seed}.pt"
+    if path.is_file():
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            sam.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, run.before = saved["step"], max(run.before, saved["seconds"])
+        except (RuntimeError, KeyError, EOFError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
+    run.log(seed, [], keep_to=first)
+    for step in tqdm(range(first, s.steps), f"tiny SAM, seed {seed}", disable=None):
+        rng = np.random.default_rng([seed, step])  # a stream a step, so that a resumed run sees the same pictures
+        given = [picture(rng) for _ in range(s.batch)]
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, s)
+        loss = torch.stack([loss_of(*x) for x in forward(sam, given, device)]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(sam.parameters(), s.clip)
+        optimizer.step()
+        done = step + 1
+        if done % s.log_every == 0 or done == s.steps:
+            if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+                raise UserError(f"the loss is not finite at step {done}; the last checkpoint stays, lower --lr")
+            run.log(seed, [{"step": done, "loss": round(loss.item(), 6), "lr": rate(step, s)}])
+        if done % s.checkpoint_every == 0 and done < s.steps:
+            save(path, sam, optimizer, done, run.seconds())
+    runs.write_tensors(folder / "model.safetensors", sam.state_dict(), {"segmenter": "tiny"})
+    metrics = measure(sam.eval(), s, seed, device)
+    where = {"table": s.table, "dataset": "drawn pictures", "setting": "one prompt", "method": "tiny", "scale": s.scale}
+    info = {"name": "drawn", "variant": "generated", "n": s.test, "sha256": ""}
+    run.record(seed, seconds=run.seconds(), data=info, metrics=metrics, where=where, device=device)
+    path.unlink(missing_ok=True)
+
+
+def save(path: Path, sam: Sam, optimizer, step: int, seconds: float) -> None:
+    """Checkpoint, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    state = {"model": sam.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+@torch.inference_mode()
+def measure(sam: Sam, s: Settings, seed: int, device) -> dict:
+    """Mean IoU on held-out pictures, by kind of prompt."""
+    rng = np.random.default_rng([seed, 2**31])
+    found: dict[str, list[float]] = {}
+    for _ in range(s.test):
+        given = picture(rng)
+        logits, quality, truth = forward(sam, [given], device)[0]
+        if not torch.isfinite(logits).all():
+            raise UserError("the network's masks are not finite; no record written")
+        a, b = logits > 0, truth > 0.5
+        iou = float((a & b).sum() / (a | b).sum().clamp_min(1))
+        p = given[2]
+        kind = "box" if not len(p.points) else "points" if p.box is None else "both"
+        found.setdefault(kind, []).append(iou)
+    every = [x for v in found.values() for x in v]
+    return {"iou": float(np.mean(every)), **{f"iou_{k}": float(np.mean(v)) for k, v in sorted(found.items())}}
+
+
+def main() -> None:
+    s = runs.parse(Settings, __doc__)
+    s.check()
+    s.out = s.out or f"runs/{s.scale}/{s.table}-tiny"
+    if s.dry_run:
+        count = sum(p.numel() for p in Sam("tiny").parameters())
+        print(f"{s.steps} steps of {s.batch} drawn pictures, {count:,} parameters, seeds {s.seeds}: {s.out}")
+        return
+    device = runs.device(s.device)
+    run = runs.Run(Path(s.out), s, ("out", "device", "dry_run"))
+    if run.complete:
+        print(f"{run.out} is complete; delete it to run again")
+    else:
+        for seed in s.seeds:
+            fit(s, run, seed, device)
+        run.finish()
+    for path in sorted(run.out.glob("seed*/record.json")):
+        r = runs.read_record(path)
+        print(f"seed {r['seed']}: " + ", ".join(f"{k} {v:.3f}" for k, v in r["metrics"].items()))
+    print(f"weights in {run.out}/seed*/model.safetensors")
+
+
+if __name__ == "__main__":
+    runs.command(main)
