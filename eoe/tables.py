@@ -226,7 +226,7 @@ def cells(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[list[
 
 
 def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str, int, int]:
-    """(markdown, cells measured, cells in all)."""
+    """(markdown, cells measured, cells in all), counted over the cells that paper.csv knows of: the paper's own."""
     rows, columns, grid = cells(view, frame, printed)
     labels, digits = view.get("labels", {}), view.get("digits", 2)
     beside = any(c.expected for c in grid.values())
@@ -242,7 +242,7 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     for r in rows:
         shown = [grid[r, c].text(digits, beside and r not in view.get("extra_rows", {}), seeds) for c in columns]
         lines.append(f"| {labels.get(r, r)} | " + " | ".join(shown) + " |")
-    own = [cell for (r, _), cell in grid.items() if r not in view.get("extra_rows", {})]
+    own = [cell for cell in grid.values() if cell.expected]
     return "\n".join(lines) + "\n", sum(len(c.values) > 0 for c in own), len(own)
 
 

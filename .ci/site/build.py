@@ -122,7 +122,9 @@ def md(text: str) -> str:
 
 
 def counts(report: dict, scale: str = "paper") -> dict[str, int]:
-    cells = [(t, c) for t in report["tables"] if t["scale"] == scale for row in t["cells"] for c in row]
+    cells = [
+        (t, c) for t in report["tables"] if t["scale"] == scale for row in t["cells"] for c in row if c["expected"]
+    ]
     kinds = [kind(t, c) for t, c in cells]
     out = {k: kinds.count(k) for k in ("agree", "outside", "alone", "missing")}
     return {**out, "cells": len(cells), "printed": sum("printed" in c for _, c in cells)}
@@ -321,7 +323,10 @@ def main() -> None:
             pages.append({"Runs": f"{folder}/runs.md"})
         readme = Path(folder, "README.md")
         if readme.is_file():
-            (here / "readme.md").write_text(without_links(readme.read_text(encoding="utf-8")), encoding="utf-8")
+            text = readme.read_text(encoding="utf-8")
+            for name in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)]+)\)", text):
+                shutil.copy(Path(folder, name), here / Path(name).name)
+            (here / "readme.md").write_text(without_links(text), encoding="utf-8")
             pages.append({"README": f"{folder}/readme.md"})
         nav.append({folder: pages})
     (docs / "differences.md").write_text(differences(folders, reports), encoding="utf-8")
