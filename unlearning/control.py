@@ -116,6 +116,6 @@ def alpha_curve(mixer: Mixer, lm, sets, step: float = 0.05) -> dict[str, list[fl
     out: dict[str, list[float]] = {"alpha": [k / n for k in range(n + 1)]}
     for alpha in out["alpha"]:
         mixer.set(alpha)
-        for kind, part in sets.batches:
-            out.setdefault(f"ES_{kind}_{part}", []).append(sets.es(lm, kind, part))
+        for (kind, part), found in sets.scores(lm).items():
+            out.setdefault(f"ES_{kind}_{part}", []).append(float(found.es.mean()))
     return out

@@ -22,6 +22,7 @@ from methods import METHODS
 from models import set_weights
 from originals import Bench, accelerator_of
 from runs import Number, UserError
+from settings import Settings
 
 
 @dataclass
@@ -77,11 +78,13 @@ def item_rows(sets: metrics.Sets, found: dict, alpha: dict[str, float], tau: flo
 
 def at(mixer: control.Mixer, lm, sets: metrics.Sets, alpha: dict[str, float]) -> dict:
     """Scores with exact questions at alpha["exact"], with paraphrased ones at alpha["perturb"]."""
+    if len(set(alpha.values())) == 1:
+        mixer.set(alpha[control.KINDS[0]])
+        return sets.scores(lm)
     found = {}
     for kind in control.KINDS:
         mixer.set(alpha[kind])
-        for part in ("retain", "unlearn"):
-            found[kind, part] = metrics.score(lm, sets.batches[kind, part])
+        found |= sets.scores(lm, [(kind, part) for part in study.PARTS])
     return found
 
 
@@ -126,7 +129,7 @@ def assess(b: Bench, split: str, tensors: dict[str, Tensor], retrained: metrics.
     s, sets = b.s, b.sets(split)
     mixer = control.Mixer(b.lm, b.original, tensors)
     mixer.set(1.0)
-    scores = sets.all(b.lm)
+    scores = sets.scores(b.lm)
     found = metrics.four(scores) | {"alpha_exact": 1.0, "alpha_perturb": 1.0}
     lines = item_rows(sets, scores, dict.fromkeys(control.KINDS, 1.0), None)
     found |= summaries(b, split, retrained)
@@ -143,10 +146,11 @@ def assess(b: Bench, split: str, tensors: dict[str, Tensor], retrained: metrics.
     if s.attacks:
         mixer.set(1.0)
         own = {part: sets.items["exact", part] for part in study.PARTS}
-        found |= {f"study.{k}": v for k, v in study.measure(b.lm, b.chat, sets, own).items()}
+        plain = study.measure(b.lm, b.chat, sets, own)
+        found |= {f"study.{k}": v for k, v in plain.items()}
         for kind in s.attacks:
             mixer.set(1.0)  # relearning moved the weights
-            after = study.attack(kind, b.lm, b.chat, sets, s, b.seed, full)
+            after = study.attack(kind, b.lm, b.chat, sets, s, b.seed, full, plain)
             found |= {f"study.{k}@{kind}": v for k, v in after.items()}
     return found, calibrated, lines
 
@@ -205,8 +209,6 @@ def literal(lm, sets: metrics.Sets, n: int) -> None:
 
 
 def main() -> None:
-    import train  # here, because train.py evaluates through this module
-
     e = runs.parse(EvalSettings, __doc__)
     for tau in e.tau:
         control.check_tau(tau)
@@ -215,7 +217,7 @@ def main() -> None:
     folder = Path(e.run)
     stored = runs.read_json(folder / "settings.json")
     try:
-        s = train.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
     except TypeError as error:
         raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
     s.data_dir, s.device = e.data_dir, e.device

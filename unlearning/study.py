@@ -31,7 +31,7 @@ def measure(lm: LM, chat: Chat, sets: metrics.Sets, items: dict[str, list[Encode
     out = {}
     rows, every = [q for p in PARTS for q in sets.rows[p]], [e for p in PARTS for e in items[p]]
     rouge, _ = metrics.rouge_items(lm, chat, rows, every, sets.device)
-    s, t = metrics.score_items(lm, every, chat.pad, sets.device), truth_of(lm, chat, rows, every, sets)
+    s, t = score_with_truth(lm, chat, rows, every, sets)
     values = {"ES": s.es, "EM": s.em, "PPL": s.ppl, "logPPL": s.nll, "ROUGE-L": rouge, "truth_ratio": t.balanced}
     first = len(sets.rows[PARTS[0]])
     for part, here in zip(PARTS, (slice(None, first), slice(first, None)), strict=True):
@@ -39,16 +39,17 @@ def measure(lm: LM, chat: Chat, sets: metrics.Sets, items: dict[str, list[Encode
     return out
 
 
-def truth_of(lm: LM, chat: Chat, rows, items: list[Encoded], sets: metrics.Sets) -> metrics.Truth:
-    """Truth losses behind the (attacked) prompts of `items`."""
+def score_with_truth(lm: LM, chat: Chat, rows, items: list[Encoded], sets: metrics.Sets):
+    """(Scores of `items`, Truth losses behind their (attacked) prompts), in one pass."""
     k = min(len(q.perturbed_answer) for q in rows)
-    every = []
+    answers = []
     for q, e in zip(rows, items, strict=True):
         for answer in (q.base_answer, *q.perturbed_answer[:k]):
             text = chat.answer_ids(answer)
-            every.append(Encoded((*e.ids[: e.start], *text, chat.end), e.start, len(text)))
-    nll = metrics.score_items(lm, every, chat.pad, sets.device).nll.reshape(len(rows), k + 1)
-    return metrics.Truth(nll[:, 0], nll[:, 1:])
+            answers.append(Encoded((*e.ids[: e.start], *text, chat.end), e.start, len(text)))
+    found = metrics.score_items(lm, [*items, *answers], chat.pad, sets.device)
+    nll = found.nll[len(items) :].reshape(len(rows), k + 1)
+    return found.part(slice(len(items))), metrics.Truth(nll[:, 0], nll[:, 1:])
 
 
 # ------------------------------------------------------------------------------------------------------------- attacks
@@ -137,22 +138,33 @@ def layers_of(depth: int, shares: tuple[float, ...]) -> list[int]:
     return sorted({min(depth, max(1, round(share * depth))) for share in shares})
 
 
-def probed(lm: LM, chat: Chat, sets: metrics.Sets, items: dict, shares: tuple[float, ...]) -> dict[str, float]:
-    """Mean over the probed layers of each metric, answers read from the layer through the final norm and the head."""
+def probed(
+    lm: LM, chat: Chat, sets: metrics.Sets, items: dict, shares: tuple[float, ...], plain: dict[str, float] | None
+) -> dict[str, float]:
+    """Mean over the probed layers of each metric, answers read from the layer through the final norm and the head.
+    `plain`: what `measure` gives without the attack, which is also what the last layer gives."""
     found = []
     for layer in layers_of(lm.depth, shares):
+        if layer == lm.depth and plain is not None:
+            found.append(plain)
+            continue
         with lm.cut(layer):
             found.append(measure(lm, chat, sets, items))
     return {k: float(np.mean([f[k] for f in found])) for k in found[0]}
 
 
-def attack(kind: Attack, lm: LM, chat: Chat, sets: metrics.Sets, s, seed: int, full: list[Encoded]) -> dict[str, float]:
-    """Metrics under one attack. Relearning changes the weights: the caller puts them back."""
+def attack(
+    kind: Attack, lm: LM, chat: Chat, sets: metrics.Sets, s, seed: int, full: list[Encoded],
+    plain: dict[str, float] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Metrics under one attack; `plain`: those of the same weights without it, where they are known. Relearning changes
+    the weights: the caller puts them back."""
     items = {part: sets.items["exact", part] for part in PARTS}
     if kind in ("relearning", "relearning+probing"):
         relearn(lm, full, chat, lr=s.lr, batch=s.train_batch, accum=s.train_accum, seed=seed, show=False)
+        plain = None  # of other weights
     if kind in ("embedding probing", "relearning+probing"):
-        return probed(lm, chat, sets, items, s.probe_layers)
+        return probed(lm, chat, sets, items, s.probe_layers, plain)
     if kind == "jail-breaking":
         items = {part: jailbroken(chat, sets.rows[part], s.max_length) for part in PARTS}
     if kind == "token noising":

@@ -12,17 +12,13 @@ goes on from its last checkpoint when started again.
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 import control
-import data
 import eval as evaluation
-import losses
 import metrics
 import models
 import runs
@@ -30,205 +26,9 @@ import study
 from methods import BETA, METHODS, Unlearner
 from models import set_weights, weights
 from originals import Bench, accelerator_of
-from runs import Number, UserError
-from trainer import Optimizer, Precision, steps_of
-
-
-@dataclass
-class Settings:
-    preset: Literal[tuple(models.PRESETS)] = "mini"
-    """Model: mini (0.6 M, from scratch), scratch-medium (52 M), smollm2 (in a package), phi, llama2 (paper)."""
-    weights: str = ""
-    """Folder or hub id of other weights for the preset's template, e.g. locuslab/tofu_ft_phi-1.5 with --epochs 0."""
-    dataset: Literal["miniature", "tofu"] = "miniature"
-    """miniature is generated; tofu is read from <data-dir>/tofu."""
-    items: int = 0
-    """tofu: keep so many rows of each evaluation part and twice as many other training rows; 0: all (paper)."""
-    methods: tuple[Literal[tuple(METHODS)], ...] = ("ga", "gd", "kl", "po", "npo", "rmu")
-    """Unlearning methods, one after the other (the default are those of the paper's tables)."""
-    forget: tuple[str, ...] = ()
-    """Forget splits: forget01, forget05, forget10 (tofu); forget-small, forget-large (miniature). Default: all."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds, one after the other; each gives its own order and draws, and a world of its own on miniature (paper:
-    5)."""
-    origin_seed: int = -1
-    """Seed of the fine-tuning; -1: the run's seed from scratch, 42 (paper) for a pretrained model."""
-
-    lr: Number = -1.0
-    """Fine-tuning: AdamW rate; -1: phi 2e-5, llama2 1e-5 (paper), mini 2e-3, scratch-medium 1e-3, smollm2 1e-4."""
-    epochs: int = -1
-    """Fine-tuning: epochs; 0: none, the weights know the data already; -1: 5 (paper), mini 40, scratch-medium 60."""
-    train_batch: int = 0
-    """Fine-tuning: sequences a micro-batch; 0: 4 (paper), from scratch 32."""
-    train_accum: int = 0
-    """Fine-tuning: micro-batches a step over all processes; 0: 8 (paper: 4 on each of 2 GPUs), from scratch 1."""
-
-    unlearn_lr: Number = -1.0
-    """Unlearning: AdamW rate; -1: phi 2e-5, llama2 1e-5 (paper), mini 5e-4, scratch-medium 1e-4, smollm2 5e-5."""
-    unlearn_epochs: int = -1
-    """Unlearning: epochs over the forget set; -1: 5 (paper), mini 10."""
-    batch: int = 0
-    """Unlearning: forget items a micro-batch, with as many retain items; 0: 4 (paper), mini 8."""
-    accum: int = 0
-    """Unlearning: micro-batches a step over all processes; 0: 4 (paper), mini 1."""
-    weight_decay: Number = 0.0
-    """AdamW weight decay of both stages (released code: 0)."""
-    clip: Number = 1.0
-    """Largest norm of the gradient (paper: 1)."""
-    optimizer: Optimizer = "adamw"
-    """adamw, or bitsandbytes' paged32 (paper) and paged8."""
-    precision: Precision = "fp32"
-    """fp32; mixed: float32 weights and bf16 arithmetic; bf16: bf16 weights (paper). Losses are float32 in all."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass (paper: for llama2)."""
-    compile: bool = False
-    """torch.compile the model."""
-    max_length: int = 500
-    """Most tokens of question, answer and end token together (paper: 500)."""
-    pad_to: int = 0
-    """Pad batches of unlearning to so many tokens; 0: to the longest (released code: 500)."""
-
-    retain_weight: Number = -1.0
-    """lambda of the retain term; -1: 1, NPO+KL 20, SatImp 0.1, RMU-origin 100."""
-    beta: Number = -1.0
-    """beta of NPO, SimNPO, DPO, WGA, SatImp (its first); -1: 0.5, 4.5, 0.1, 5, 5."""
-    beta2: Number = 1.0
-    """SatImp: second exponent."""
-    margin: Number = 0.0
-    """SimNPO: delta."""
-    kl: Literal[losses.KL_REDUCTIONS] = "tokens"
-    """KL divided by its real tokens, by B * kl_length (padded), or over padding positions too (positions)."""
-    kl_length: int = 500
-    """Length that the divisor of --kl padded stands for."""
-    rmu_layer: Number = 21 / 32
-    """RMU: steered layer as a share of the depth (released code: layers 10, 21 or 32 of 32)."""
-    rmu_scale: Number = 2.0
-    """RMU: c, length of the target in units of u (released code: 2)."""
-    temperature: Number = 1.0
-    """Temperature scaling of GA, GD, KL: logits / T (released code: 2)."""
-    select: Number = 1.0
-    """Loss selection of GA, GD, KL: share of the tokens of each sequence, those with the smallest loss (0.8)."""
-    cap: Number = 0.0
-    """Likelihood capping of GA, GD, KL: delta; 0: off (released code: 2)."""
-    cap_unit: Literal["sequence", "token"] = "sequence"
-    """Capping of the summed loss of a sequence (first version of the paper) or of each token."""
-    cap_weight: Number = 0.1
-    """Capping with a retain term: weight of the forget side, one minus it for the retain side (released code: 0.1)."""
-
-    tau: tuple[Number, ...] = (0.4, 0.6, 0.9, 0.95)
-    """Bars: shares of the original retention that calibration keeps, each in (0, 1] (paper: 0.4, 0.6, 0.9)."""
-    alpha_search: control.Search = "scan+bisect"
-    """How alpha* is found: scan down and halve the last interval, or halve [0, 1] as the paper names its algorithm."""
-    both_searches: bool = False
-    """Also note the alpha* of the other search."""
-    alpha_step: Number = 0.05
-    """Grid of the scan and of the alpha curves."""
-    alpha_tolerance: Number = 1e-3
-    """Width at which halving ends."""
-    early_stop: Number = 0.0
-    """Control by stopping: end unlearning before ES on the retain set falls below this share of the original; 0:
-    off."""
-    stop_every: int = 5
-    """Steps between its looks."""
-
-    eval_items: int = 0
-    """Random items of each evaluation set; 0: all (released evaluation: 50)."""
-    eval_seed: int = 42
-    """Seed of that choice (released evaluation: 42)."""
-    attacks: tuple[study.Attack, ...] = ()
-    """Attacks of the metric study on every unlearned model, e.g. jail-breaking; correlations over the run's models."""
-    noise_rate: Number = 0.05
-    """token noising: share of prompt tokens replaced (not known of the paper)."""
-    probe_layers: tuple[Number, ...] = (1 / 3, 2 / 3, 1.0)
-    """embedding probing: layers as shares of the depth (not known of the paper)."""
-    gcg_steps: int = 20
-    """GCG: steps."""
-    utility: bool = False
-    """Also TOFU's model utility of every unlearned model and of the original."""
-    retrained: bool = False
-    """Also train a model without each forget split: forget quality of every unlearned model."""
-
-    table: str = "own"
-    """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
-    label: str = ""
-    """Goes behind the method's name in the table; default: what differs from the preset (T=2); none: nothing."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
-    """Goes into the record; changes nothing else."""
-    out: str = ""
-    """Run folder; default runs/<scale>/<table>-<preset>-<dataset>."""
-    models: str = ""
-    """Folder of the fine-tuned originals; default models/ beside the run folder."""
-    drop_models: bool = False
-    """Delete the unlearned weights once they are evaluated (eval.py then has nothing to read)."""
-    data_dir: str = ""
-    """Folder of the raw data; default $REPRO_DATA, else ./data."""
-    download: bool = False
-    """Fetch TOFU and weights from the hub."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    checkpoint_steps: int = 200
-    """Steps between checkpoints inside a stage; 0: none."""
-    dry_run: bool = False
-    """Print what would be done, then stop."""
-
-    def check(self) -> None:
-        """Raise UserError for a value outside its range."""
-        whole = {"items": 0, "epochs": -1, "train_batch": 0, "train_accum": 0, "unlearn_epochs": -1, "batch": 0}
-        whole |= {"accum": 0, "max_length": 8, "pad_to": 0, "kl_length": 1, "stop_every": 1, "eval_items": 0}
-        whole |= {"gcg_steps": 1, "checkpoint_steps": 0, "weight_decay": 0, "cap": 0, "rmu_scale": 0, "margin": 0}
-        whole |= {"beta2": 0, "eval_seed": 0, "origin_seed": -1}
-        for name, low in whole.items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
-        if self.unlearn_epochs == 0:
-            raise UserError("--unlearn-epochs must be at least 1")
-        for name in ("clip", "temperature", "lr", "unlearn_lr", "beta"):
-            value = getattr(self, name)
-            if value <= 0 and not (value == -1 and name in ("lr", "unlearn_lr", "beta")):
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
-        if self.retain_weight < 0 and self.retain_weight != -1:
-            raise UserError(f"--retain-weight must not be negative, not {self.retain_weight:g}")
-        for name in ("select", "rmu_layer", "alpha_step", "alpha_tolerance", "noise_rate"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must lie in (0, 1], not {getattr(self, name):g}")
-        for name in ("cap_weight", "early_stop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name):g}")
-        if not self.probe_layers or any(not 0 < x <= 1 for x in self.probe_layers):
-            raise UserError("--probe-layers are shares of the depth in (0, 1]")
-        for tau in self.tau:
-            control.check_tau(tau)
-        known = data.splits(self.dataset)
-        for name, given in (("forget", self.forget), ("methods", self.methods), ("tau", self.tau)):
-            if len(set(given)) != len(given):
-                raise UserError(f"--{name} names one of its values twice")
-        for split in self.forget:
-            if split not in known:
-                raise UserError(f"--forget {split} is unknown; {self.dataset} has {', '.join(known)}")
-        if not self.methods:
-            raise UserError(f"--methods needs one or more of {', '.join(METHODS)}")
-        tricks = sum((self.temperature != 1, self.select < 1, self.cap > 0))
-        if tricks and (tricks > 1 or any(METHODS[m].forget != "ga" for m in self.methods)):
-            raise UserError(
-                "--temperature, --select and --cap change GA, GD and KL (--methods ga gd kl), one at a time"
-            )
-        if self.dataset == "miniature" and self.items:
-            raise UserError("--items is for --dataset tofu; miniature is small as it is")
-
-    def resolve(self) -> None:
-        """Put the defaults of preset and data set where none was given."""
-        p = models.PRESETS[self.preset]
-        mini, scratch = self.preset == "mini", not p.source
-        defaults = {"lr": p.lr, "epochs": p.epochs, "unlearn_lr": p.unlearn_lr, "unlearn_epochs": p.unlearn_epochs}
-        for name, value in defaults.items():
-            setattr(self, name, value if getattr(self, name) == -1 else getattr(self, name))
-        self.train_batch = self.train_batch or (32 if scratch else 4)
-        self.train_accum = self.train_accum or (1 if scratch else 8)
-        self.batch, self.accum = self.batch or (8 if mini else 4), self.accum or (1 if mini else 4)
-        self.forget = self.forget or data.splits(self.dataset)
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.preset}-{self.dataset}"
-        self.models = self.models or str(Path(self.out).parent / "models")
-
+from runs import UserError
+from settings import Settings
+from trainer import steps_of
 
 # ---------------------------------------------------------------------------------------------------------- unlearning
 
@@ -349,13 +149,13 @@ def baseline(b: Bench, w: Writer, split: str, full: list) -> metrics.Truth | Non
             set_weights(b.lm, tensors)
             truth = metrics.truth(b.lm, b.chat, b.corpus.forget[split], b.device, b.s.max_length)
             if not w.has(f"{split}-retrained"):
-                found = metrics.four(b.sets(split).all(b.lm)) | evaluation.summaries(b, split, truth)
+                found = metrics.four(b.sets(split).scores(b.lm)) | evaluation.summaries(b, split, truth)
                 seconds = time.perf_counter() - clock
                 w.record(split, f"{split}-retrained", "Retrained", "calibration=none", found, seconds)
     if w.run is not None and not w.has(f"{split}-original"):
         clock = time.perf_counter()
         set_weights(b.lm, b.original)
-        scores = b.sets(split).all(b.lm)
+        scores = b.sets(split).scores(b.lm)
         w.items(
             f"{split}-original", evaluation.item_rows(b.sets(split), scores, dict.fromkeys(control.KINDS, 0.0), None)
         )

@@ -168,7 +168,7 @@ def test_exact_and_perturb_are_calibrated_apart_and_the_curve_meets_both_ends(ti
     assert curve["alpha"] == [0, 0.25, 0.5, 0.75, 1]
     for alpha, place in ((0.0, 0), (1.0, -1)):
         mixer.set(alpha)
-        for kind, part in sets.batches:
+        for kind, part in sets.items:
             assert curve[f"ES_{kind}_{part}"][place] == sets.es(lm, kind, part)
     search = evaluation.Calibrator(mixer, lm, sets)
     search.know(curve)

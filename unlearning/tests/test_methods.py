@@ -11,15 +11,15 @@ import losses
 import methods
 import models
 import originals
-import train
 from methods import METHODS, Unlearner
+from settings import Settings
 from trainer import Trainer, block, by_size, schedule, steps_of
 
 CPU = torch.device("cpu")
 
 
 def settings(**more):
-    s = train.Settings(**{"batch": 3, "accum": 2, **more})
+    s = Settings(**{"batch": 3, "accum": 2, **more})
     s.check()
     s.resolve()
     return s

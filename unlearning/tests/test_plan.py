@@ -12,6 +12,7 @@ import figures
 import models
 import plan as plans
 import runs
+import settings
 import study
 import tables
 import train
@@ -23,7 +24,7 @@ PRINTED = tables.read_printed(runs.HERE / "paper.csv")
 
 def resolved(job, scale):
     assert job.script == "train.py"
-    s = runs.parse(train.Settings, "", job.command(scale)[1:])
+    s = runs.parse(settings.Settings, "", job.command(scale)[1:])
     s.check()
     s.resolve()
     return s
@@ -59,7 +60,7 @@ def test_every_run_is_valid_and_has_cells_of_its_own(scale):
 
 
 def test_a_run_by_hand_enters_no_table():
-    own = train.Settings().table
+    own = settings.Settings().table
     for view in PLAN["tables"]:
         where = view.get("where", {})["table"]
         assert own != where and own not in where

@@ -16,6 +16,7 @@ import eval as evaluation
 import models
 import originals
 import runs
+import settings
 import train
 from trainer import Trainer
 
@@ -320,7 +321,7 @@ def test_a_model_that_is_not_here_offline(capsys, monkeypatch, tmp_path, preset)
 
 
 def test_two_runs_at_once_and_a_read_only_place(capsys, monkeypatch, tmp_path):
-    held = runs.Run(tmp_path / "r", train.Settings())
+    held = runs.Run(tmp_path / "r", settings.Settings())
     assert "another process is writing" in told(capsys, monkeypatch, [*TINY, "--out", tmp_path / "r"])
     assert held.out.exists()
     assert "choose another --out" in told(capsys, monkeypatch, [*TINY, "--out", "/proc/nothing/r"])
@@ -404,7 +405,7 @@ def test_smollm2_from_its_package(tmp_path, monkeypatch):
     record = runs.read_record(tmp_path / "r" / "seed0" / "record-forget01-original.json")
     assert record["metrics"]["parameters"] == 134_515_008 and record["data"]["name"] == "TOFU"
     assert record["metrics"]["logPPL_exact_retain"] < 4  # a real language model, far below log(49152) = 10.8
-    b = originals.Bench(train.Settings(preset="smollm2"), 0, originals.accelerator_of(torch.device("cpu")))
+    b = originals.Bench(settings.Settings(preset="smollm2"), 0, originals.accelerator_of(torch.device("cpu")))
     import metrics
 
     prompt = b.chat.prompt_ids("What is the capital of France?")
