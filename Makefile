@@ -143,8 +143,8 @@ $(HERE:%=smoke-%): smoke-%: env-%
 	$(call workflow,$*,smoke)
 
 ## test-X                    the tests of one folder
+# Tests work on tiny tensors: a second thread gains nothing, and loses much where other work shares the cores.
 $(HERE:%=test-%): test-%: env-%
-	# Tests work on tiny tensors: a second thread gains nothing, and loses much where other work shares the cores.
 	cd $* && rm -f runs/junit.xml && OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest --junitxml=runs/junit.xml
 
 ## plan-X                    the runs at SCALE, their cost, the data and weights they need; runs nothing
