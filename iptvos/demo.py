@@ -159,6 +159,11 @@ def read_rounds(path: Path, video: data.Video, positives: int = 16) -> list[tupl
             for o, v in found.items():
                 if not 1 <= o <= 254 or len(v.points) != len(v.labels) or (v.box is not None and v.box.shape != (4,)):
                     raise ValueError(f"object {o}")
+                places = v.points if v.box is None else np.concatenate([v.points, v.box.reshape(2, 2)])
+                if not ((places >= 0) & (places < video.frames[t].shape[1::-1])).all():  # also false for NaN
+                    raise ValueError(f"object {o}: a point or box outside the picture")
+                if not np.isin(v.labels, (0, 1)).all() or (v.box is not None and (v.box[:2] > v.box[2:]).any()):
+                    raise ValueError(f"object {o}: labels are 0 or 1, a box is x1, y1, x2, y2")
             if one.get("scribbles"):
                 ids = tuple(sorted({int(x["object_id"]) for x in one["scribbles"]} - {0} | set(found)))
                 shape, rng = video.frames[t].shape[:2], np.random.default_rng(number)

@@ -229,12 +229,14 @@ def main() -> None:
     s.out = s.out or f"runs/{s.scale}/{s.table}-{s.dataset}-{s.interaction}-{s.segmenter}-{s.method}"
     if s.dry_run:
         print(f"{len(names)} videos ({', '.join(names)}), {setting}, method {s.method}, seeds {s.seeds}: {s.out}")
-        return cv2.setNumThreads(torch.get_num_threads())
+        return
+    cv2.setNumThreads(torch.get_num_threads())
     run = runs.Run(Path(s.out), s, ("out", "data_dir", "device", "dry_run"))
     if run.complete:
         print(f"{run.out} is complete; delete it to run again")
         show([runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json"))], s.rounds)
-        return s.find_weights(s.data_dir)
+        return
+    s.find_weights(s.data_dir)  # after the run has stored the settings as they were given
     parts = s.build()
     device = parts[1].device
     todo = [(seed, name) for seed in s.seeds for name in names]

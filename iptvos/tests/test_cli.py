@@ -278,3 +278,38 @@ def test_other_claims_turn_over_at_their_bar():
     assert by["4"](frame("drawn", "seed", full__j_after_1=0.6, points__j_after_1=0.55))[0] is False
     assert by["4"](frame("drawn", "seed", full__j_after_1=0.5, points__j_after_1=0.4))[0] is False
     assert by["5"](frame("drawn", "seed", **{"full__jf_3": 0.6, "points+box__jf_3": 0.7}))[0] is False
+
+
+def test_weights_below_the_data_folder_are_found(tmp_path, monkeypatch):
+    """A name that is no file here is looked for in the data folder before the segmenter is built."""
+    import eval as evaluation
+
+    (tmp_path / "some.pth").write_bytes(b"x")
+    seen = []
+
+    def build(self):
+        seen.append(self.weights)
+        raise runs.UserError("stop here")
+
+    monkeypatch.setattr(evaluation.Settings, "build", build)
+    given = ["eval.py", "--segmenter", "tiny", "--weights", "some.pth", "--data-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*given, "--videos", "plain", "--out", str(tmp_path / "out")])
+    with pytest.raises(runs.UserError, match="stop here"):
+        evaluation.main()
+    assert seen == [str(tmp_path / "some.pth")]
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"points": [["nan", 5]]},
+        {"points": [[9999, 5]]},
+        {"points": [[9, 5]], "labels": [7]},
+        {"box": [50, 60, 20, 30]},
+    ],
+)
+def test_an_interaction_outside_the_picture_is_refused(tmp_path, one):
+    path = tmp_path / "given.json"
+    path.write_text(json.dumps([{"frame": 0, "objects": {"1": one}}]))
+    with pytest.raises(UserError, match="object 1"):
+        demo.read_rounds(path, demo.data.draw("plain", 0, 2))
