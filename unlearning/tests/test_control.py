@@ -61,6 +61,18 @@ def test_float32_unlearned_weights_move_a_bf16_model_only_by_rounded_sums(tiny):
     assert all(torch.equal(v, torch.lerp(a[k], b[k], 0.25).bfloat16()) for k, v in models.weights(lm).items())
 
 
+def test_float32_unlearned_weights_are_not_rounded_before_they_are_mixed(tiny):
+    """1 + 0.55 steps of bf16 rounds up by itself; six tenths of it do not."""
+    lm, _ = tiny
+    lm = lm.bfloat16()
+    a = {k: torch.ones_like(v) for k, v in models.weights(lm).items()}
+    b = {k: v.float() + 0.55 * 2**-7 for k, v in a.items()}
+    control.Mixer(lm, a, b).set(0.6)
+    assert all(torch.equal(v, a[k]) for k, v in models.weights(lm).items())
+    control.Mixer(lm, a, b).set(1.0)
+    assert all((v == 1 + 2**-7).all() for v in models.weights(lm).values())
+
+
 def test_other_architectures_and_alphas_are_refused(tiny):
     lm, _ = tiny
     a, b = ends(lm)
@@ -117,6 +129,24 @@ def test_scan_finds_a_second_rise_that_bisection_misses():
 
     assert control.calibrate(g, 0.9).alpha == pytest.approx(0.91, abs=1.1e-3)
     assert control.calibrate(g, 0.9, "bisect").alpha == pytest.approx(0.3, abs=1.1e-3)
+
+
+@pytest.mark.parametrize("how", ["scan+bisect", "bisect"])
+def test_a_score_exactly_at_the_bar_passes(how):
+    """ES is a mean of few values: plateaus at the bar are common."""
+    g = lambda alpha: 1.0 if alpha <= 0.2 else 0.5 if alpha <= edge else 0.0  # noqa: E731
+    for edge in (0.63, 0.8):  # between two points of the grid, and on one
+        assert control.calibrate(g, 0.5, how).alpha == pytest.approx(edge, abs=1.1e-3)
+
+
+def test_the_scan_halves_only_the_interval_it_found():
+    """0.85 is the first point of the grid that passes; five halvings of (0.85, 0.9) reach the tolerance."""
+    found = control.calibrate(lambda a: float(a <= 0.87), 0.5, step=0.05, tolerance=2e-3)
+    assert 0.868 <= found.alpha <= 0.87
+    assert found.evaluations == len([0.0, 1.0, 0.95, 0.9, 0.85]) + 5
+    # With steps that do not divide 1 every point counts: 0.65, then 0.3, where alone the bar is kept.
+    alone = control.calibrate(lambda a: float(a == 0 or 0.28 <= a <= 0.32), 0.5, step=0.35, tolerance=1e-3)
+    assert alone.alpha == pytest.approx(0.32, abs=1.1e-3)
 
 
 def test_the_original_is_the_answer_when_nothing_else_passes():

@@ -33,6 +33,8 @@ def test_rows_of_the_miniature(corpus):
     for q in corpus.full:
         assert len(q.perturbed_answer) == 5 and q.paraphrased_answer not in q.perturbed_answer
         assert len(set(q.perturbed_answer)) == 5 and q.paraphrased_question != q.question
+    for q in (q for seed in range(20) for c in [data.miniature(seed)] for q in c.real_authors + c.world_facts):
+        assert q.answer not in q.perturbed_answer and len(q.perturbed_answer) >= 2
     answers = [len(q.answer.split()) for q in corpus.full]
     assert 7 <= min(answers) and max(answers) <= 16
     held_out = {q.paraphrased_question for q in corpus.full}
@@ -80,6 +82,10 @@ def test_items_reduce_every_part(tofu):
     c = data.load_tofu(tofu, items=60)
     assert [len(c.forget[k]) for k in data.FORGET] == [40, 60, 60]
     assert [q.question for q in c.full[-40:]] == [q.question for q in c.forget["forget01"]]
+    last = [
+        q.question for q in data.load_tofu(tofu).full[-60:]
+    ]  # the last rows of each split, so that splits are nested
+    assert [q.question for q in c.full[-60:]] == [q.question for q in c.forget["forget10"]] == last
 
 
 @pytest.mark.parametrize(

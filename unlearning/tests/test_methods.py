@@ -79,6 +79,18 @@ def test_retain_partners_are_new_each_epoch_and_from_the_training_part(tiny, cor
     assert partners[0] != partners[1] != partners[2]
 
 
+@pytest.mark.parametrize(("method", "stream"), [("gd", "retain"), ("po", "refusal")])
+def test_each_epoch_draws_partners_from_a_stream_of_its_own(tiny, corpus, method, stream):
+    u, _ = unlearner(tiny, corpus, method)
+    n, most = len(u.forget), len(u.retain) if stream == "retain" else u.per_question
+    table = [torch.randint(most, (n,), generator=data.generator(u.seed, stream, e)).tolist() for e in (0, 1)]
+    assert table[0] != table[1]
+    for step in (0, 4, 5):  # 6 items a step of 20: the fourth lies across two epochs
+        want = sorted(table[e][i] for e, i in block(step, u.size, n, u.seed, "order"))
+        forget, retain = u.draw(step)
+        assert want == sorted([r for part in forget for _, r in part] if stream == "refusal" else sum(retain, []))
+
+
 def test_refusals_stand_behind_their_question(tiny, corpus):
     u, _ = unlearner(tiny, corpus, "po")
     lm, chat = tiny
@@ -220,6 +232,33 @@ def test_tricks_reach_the_loss(tiny, corpus, knob):
     assert float(loss) == pytest.approx(total, rel=1e-5) and float(want) != pytest.approx(
         float(losses.ga(nll)), rel=1e-3
     )
+
+
+def test_simnpo_divides_by_the_length_of_the_answer(tiny, corpus):
+    """With a small beta, where the loss is not flat."""
+    u, _ = unlearner(tiny, corpus, "simnpo", beta=0.2)
+    pairs = u.draw(0)[0][0]
+    every = [nll_of(u.lm, u.forget[i]) for i, _ in pairs]
+    each = [torch.nn.functional.logsigmoid(0.2 * sum(row) / len(row)) for row in every]
+    assert float(u.forget_term(pairs)) == pytest.approx(float(-(2 / 0.2) * sum(each) / len(each)), rel=1e-5)
+
+
+def test_zero_is_a_value_and_minus_one_the_default(tiny, corpus):
+    u, _ = unlearner(tiny, corpus, "satimp", retain_weight=0.0)
+    assert u.weight == 0
+    loss, parts = u.micro(0, 0)
+    assert float(loss) == float(parts["forget"])
+    u, _ = unlearner(tiny, corpus, "satimp")
+    assert u.beta == 5 and u.weight == 0.1
+
+
+def test_rmu_origin_moves_three_blocks(tiny, corpus):
+    u, _ = unlearner(tiny, corpus, "rmu-origin")
+    u.layer = 7
+    names = {f"hf.model.layers.{k}.mlp.down_proj.weight" for k in range(10)}
+    assert {k for k in names if u.trained("rmu-origin")(k)} == {
+        f"hf.model.layers.{k}.mlp.down_proj.weight" for k in (4, 5, 6)
+    }
 
 
 def test_rmu_trains_what_its_loss_reaches(tiny, corpus):

@@ -138,6 +138,27 @@ def test_noise_hits_its_share_of_the_prompt_tokens(bench):
             moved = [k for k, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y]
             assert len(moved) <= high and all(0 < k < a.start for k in moved)
             assert rate < 1 or len(moved) >= low
+    # However small the rate, one token of each prompt is drawn anew (and seldom is the one that stood there).
+    drawn = [a.ids != b.ids for a, b in zip(full, study.noised(full, 1e-9, len(chat.tokenizer), 0), strict=True)]
+    assert np.mean(drawn) > 0.9
+
+
+def test_probed_layers_are_shares_of_the_depth():
+    assert study.layers_of(24, (1 / 3, 0.9, 1.0)) == [8, 22, 24] and study.layers_of(3, (0.01, 0.5, 0.6)) == [1, 2]
+
+
+def test_relearning_is_one_epoch_of_the_fine_tuning(bench, monkeypatch):
+    lm, chat, _, full = bench
+    seen = {}
+
+    class Spy(study.Trainer):
+        def __init__(self, *args, **more):
+            seen.update(more)
+            super().__init__(*args, **more)
+
+    monkeypatch.setattr(study, "Trainer", Spy)
+    study.relearn(lm, full, chat, lr=1e-3, batch=16, accum=2, seed=0, show=False)
+    assert seen == {"lr": 1e-3, "steps": len(full) // 32, "warmup": 1, "accum": 2, "alone": True}
 
 
 def test_the_first_gcg_step_follows_the_slope(bench):
@@ -152,3 +173,34 @@ def test_the_first_gcg_step_follows_the_slope(bench):
         for seed in range(4)
     ]
     assert np.mean(found[:4]) < np.mean(found[4:])  # the gradient's best tokens beat tokens drawn from all
+
+
+def test_a_line_an_item_names_the_question_that_was_asked(bench):
+    lm, chat, sets, _ = bench
+    scores = sets.scores(lm)
+    rows = evaluation.item_rows(sets, scores, {"exact": 0.25, "perturb": 0.5}, 0.9)
+    assert len(rows) == sum(map(len, sets.items.values()))
+    for row in rows:
+        q, s = sets.rows[row["part"]][row["item"]], scores[row["questions"], row["part"]]
+        exact = row["questions"] == "exact"
+        assert row["question"] == (q.question if exact else q.paraphrased_question) and row["answer"] == q.answer
+        assert row["alpha"] == (0.25 if exact else 0.5) and row["tau"] == 0.9
+        assert (row["es"], row["em"], row["nll"]) == tuple(x[row["item"]] for x in (s.es, s.em, s.nll))
+
+
+def test_jumps_and_rank_correlations_of_a_curve():
+    found = evaluation.monotone({"alpha": [0, 0.5, 1], "ES_exact_retain": [0.9, 0.2, 0.4], "ES_exact_unlearn": [0] * 3})
+    assert found == {"jump_exact_retain": pytest.approx(0.7), "spearman_exact_retain": pytest.approx(-0.5),
+                     "jump_exact_unlearn": 0}  # fmt: skip
+
+
+def test_both_searches_are_of_different_kinds(bench):
+    """On a curve with a dip they disagree."""
+    lm, _, sets, _ = bench
+    a = {k: v.clone() for k, v in weights(lm).items()}
+    found = evaluation.Calibrator(control.Mixer(lm, a, a), lm, sets)
+    for kind in control.KINDS:
+        found.curves[kind] = control.Curve(lambda alpha: 0.0 if 0.3 < alpha < 0.8 or alpha > 0.91 else 1.0)
+    for how, alpha, other in (("scan+bisect", 0.91, 0.3), ("bisect", 0.3, 0.91)):
+        m, _ = found(0.9, how, both=True)
+        assert (m["alpha_exact"], m["alpha_perturb_other"]) == pytest.approx((alpha, other), abs=1.1e-3)

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from trainer import Trainer
 HERE = runs.HERE
 TINY = ["--device", "cpu", "--epochs", "1", "--unlearn-epochs", "2", "--forget", "forget-small", "--eval-items", "3"]
 TINY += ["--alpha-step", "0.5", "--alpha-tolerance", "0.2", "--tau", "0.9"]
-LEARNED = ["5" if TINY[k - 1] == "--epochs" else a for k, a in enumerate(TINY)]  # ES between 0 and 1
+LEARNED = ["16" if TINY[k - 1] == "--epochs" else a for k, a in enumerate(TINY)]  # ES falls when unlearning
 
 
 def run_main(monkeypatch, *args, main=train.main):
@@ -68,7 +69,15 @@ def done(tmp_path_factory):
     """A finished run with two methods, utility and a retrained model."""
     out = tmp_path_factory.mktemp("done") / "r"
     with pytest.MonkeyPatch.context() as patch:
-        attacks = ["--attacks", "token noising", "embedding probing", "--utility", "--retrained", "--both-searches"]
+        attacks = [
+            "--attacks",
+            "relearning",
+            "token noising",
+            "embedding probing",
+            "--utility",
+            "--retrained",
+            "--both-searches",
+        ]
         run_main(patch, *LEARNED, "--methods", "ga", "npo-kl", "gd", *attacks, "--out", out)
     return out
 
@@ -81,11 +90,12 @@ def test_a_run_gives_every_record(done):
     want |= {(m, c) for m in labels for c in ("calibration=none", "calibration=UWC tau=0.9")}
     assert keys == want
     study = [r for r in records if r["setting"].startswith("attack=")]
-    assert len(study) == 2 * 6 and all(r["metrics"]["models"] == 3 for r in study)
+    assert len(study) == 3 * 6 and all(r["metrics"]["models"] == 3 for r in study)
     m = next(r for r in records if r["method"] == labels[0] and "none" in r["setting"])["metrics"]
     assert 0 <= m["forget_quality"] <= 1 and 0 <= m["model_utility"] <= 1
     original = next(r for r in records if r["method"] == "Original")["metrics"]
-    assert 0.05 < original["ES_exact_retain"] < 1  # else the tests below would compare zeros
+    # Else the tests below would compare equal numbers.
+    assert original["ES_exact_unlearn"] > m["ES_exact_unlearn"] + 0.2 and 0.1 < m["ES_perturb_retain"] < 0.9
     retrained = next(r for r in records if r["method"] == "Retrained")["metrics"]
     assert retrained["forget_quality"] == pytest.approx(1.0)
 
@@ -109,7 +119,7 @@ def test_a_run_leaves_items_curves_and_no_checkpoint(done):
 
 def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, monkeypatch):
     args = [*LEARNED, "--methods", "ga", "npo-kl", "gd", "--utility", "--retrained", "--both-searches", "--out", done]
-    args += ["--attacks", "token noising", "embedding probing"]
+    args += ["--attacks", "relearning", "token noising", "embedding probing"]
     run_main(monkeypatch, *args)
     assert "is complete" in capsys.readouterr().out
     line = told(capsys, monkeypatch, [*args, "--tau", "0.8"])
@@ -131,6 +141,32 @@ def test_evaluation_again_agrees_with_the_records(done, capsys, monkeypatch):
     assert "model utility at alpha 1" in capsys.readouterr().out
     new = runs.read_record(done / "seed0" / "record-eval-forget-small-gd-tau0.5.json")
     assert new["table"] == "own-eval" and "tau=0.5" in new["setting"]
+
+
+def test_an_attack_begins_with_the_unlearned_weights(done):
+    """Relearning, which comes first here, moves them."""
+    stored = runs.read_json(done / "settings.json")
+    s = settings.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    bench = evaluation.Bench(s, 0, evaluation.accelerator_of(torch.device("cpu")))
+    bench.set_original()
+    tensors, _ = runs.read_tensors(evaluation.unlearned_path(done / "seed0", "forget-small", "ga"))
+    evaluation.set_weights(bench.lm, tensors, "ga")
+    found = evaluation.study.attack("token noising", bench.lm, bench.chat, bench.sets("forget-small"), s, 0, [])
+    record = runs.read_record(done / "seed0" / "record-forget-small-ga-none.json")["metrics"]
+    assert found == pytest.approx({k: record[f"study.{k}@token noising"] for k in found}, rel=1e-6)
+    assert record["study.logPPL_unlearn@relearning"] != record["study.logPPL_unlearn"]
+
+
+def test_evaluation_again_names_a_record_that_was_changed(done, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "r"
+    shutil.copytree(done, copy)
+    shutil.copytree(done.parent / "models", tmp_path / "models")
+    path = copy / "seed0" / "record-forget-small-ga-tau0.9.json"
+    record = json.loads(path.read_text())
+    record["metrics"]["ES_exact_unlearn"] += 0.125
+    path.write_text(json.dumps(record))
+    run_main(monkeypatch, "--run", copy, "--device", "cpu", "--methods", "ga", main=evaluation.main)
+    assert "the record says otherwise, by up to 0.1250" in capsys.readouterr().out
 
 
 def test_evaluation_tells_what_is_wrong(done, tmp_path, capsys, monkeypatch):
