@@ -59,10 +59,12 @@ def to_images(signal: Tensor) -> Tensor:
 
 
 def timesteps(strength: float, steps: int) -> list[int]:
-    """At most `steps` descending steps from round(strength T) - 1 to 0; none for strength 0."""
+    """At most `steps` descending steps from round(strength T) - 1 to 0 (one step: the first); none for strength 0."""
     start = round(strength * STEPS) - 1
     if start < 0:
         return []
+    if steps == 1:
+        return [start]
     return sorted({round(t) for t in np.linspace(0, start, min(steps, start + 1))}, reverse=True)
 
 

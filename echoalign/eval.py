@@ -17,6 +17,7 @@ from torch import Tensor
 
 import runs
 from runs import Number, UserError
+from settings import METHODS, Settings
 
 
 @dataclass
@@ -162,8 +163,6 @@ def show(records: Iterable[dict]) -> None:
 
 def open_run(run: str, **changed):
     """(settings, folder, seeds asked for) of a run folder or of one seed's folder in it."""
-    from train import Settings
-
     folder, only = Path(run), None
     if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
         folder, only = folder.parent, folder.name
@@ -181,7 +180,7 @@ def open_run(run: str, **changed):
 
 def main() -> None:
     from prepare import Prepared
-    from train import METHODS, needs_edits, task_of
+    from train import needs_edits, task_of
 
     e = runs.parse(EvalSettings, __doc__)
     changed = {"data_dir": e.data_dir, "device": e.device, **({"cache": e.cache} if e.cache else {})}

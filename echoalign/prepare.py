@@ -78,7 +78,7 @@ class WarmUp(Learner):
 
 
 class Prepared:
-    """One seed of a setting. `s`: Settings of train.py. What is not asked for is not made."""
+    """One seed of a setting. `s`: Settings of settings.py. What is not asked for is not made."""
 
     def __init__(self, s, seed: int, device: torch.device, show: bool = True):
         self.s, self.seed, self.device, self.show = s, seed, device, show

@@ -76,7 +76,7 @@ class Phase:
 
 @dataclass
 class Learner:
-    """Base: one network, cross-entropy. `s`: Settings of train.py."""
+    """Base: one network, cross-entropy. `s`: Settings of settings.py."""
 
     s: object
     task: Task

@@ -11,6 +11,7 @@ import torch
 
 import runs
 import train
+from settings import Settings
 
 HERE = Path(train.__file__).parent
 TINY = ["--dataset", "digits", "--epochs", "3", "--finetune", "2", "--small-loss-epochs", "2", "--eval-last", "1"]
@@ -37,7 +38,7 @@ def start(monkeypatch, *args, main=train.main):
 
 
 def settings(*args):
-    s = runs.parse(train.Settings, "", [*TINY, *map(str, args)])
+    s = runs.parse(Settings, "", [*TINY, *map(str, args)])
     s.check_values()
     s.resolve()
     return s

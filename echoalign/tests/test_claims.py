@@ -101,3 +101,11 @@ def test_every_claim_is_tried_and_other_cells_do_not_count():
     for claim, rows, _ in CASES:
         assert CHECKS[claim](frame([(r[0], "elsewhere", *r[2:]) for r in rows]))[0] is None
         assert CHECKS[claim](frame([(r[0], r[1], "pair 0.45", *r[3:]) for r in rows]))[0] is None
+
+
+def test_margins_are_told():
+    rows = frame(accuracy(D, EchoAlign=90.15, CE=80, Modified_only=90))
+    rows.loc[(rows["method"] == "EchoAlign") & (rows["seed"] == 1), "value"] += 0.2
+    assert CHECKS["4"](rows)[1].endswith("EchoAlign - Modified-only +0.25 ± 0.10 points over 2 seeds")
+    assert CHECKS["5"](frame(shifted(71, 70, 2, 1)))[1].endswith("the second alone")
+    assert CHECKS["5"](frame(shifted(71, 70, 1, 2)))[1].endswith("neither")

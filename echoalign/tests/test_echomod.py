@@ -84,7 +84,77 @@ def test_exact_denoiser_against_loops():
         assert np.abs(out[i].numpy().ravel() - expected).max() <= 1
 
 
+def test_one_step_of_the_exact_denoiser_is_the_weighted_mean_of_its_class():
+    """A bank of like images at a high noise level: every weight counts."""
+    x, y = toy(6)
+    base, labels = toy(12, seed=5)
+    bank = (base[:1].float() * 0.5 + 0.02 * base.float() + 40).to(torch.uint8)
+    out = echomod.ExactDenoiser(bank, labels, 0.6, 1).edit(x, y, list(range(6)))
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[599]
+    soft = 0
+    for i in range(6):
+        b = bank[labels == y[i]].numpy().reshape(-1, 64) / 127.5 - 1
+        n = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(i)).numpy().ravel()
+        v = np.sqrt(a) * (x[i].numpy().ravel() / 127.5 - 1) + np.sqrt(1 - a) * n
+        w = np.exp(-((v - np.sqrt(a) * b) ** 2).sum(1) / (2 * (1 - a)))
+        w /= w.sum()
+        soft += 0.05 < w.min()
+        expected = np.rint((w @ b + 1) * 127.5)
+        assert np.abs(out[i].numpy().ravel() - expected).max() <= 1
+    assert soft >= 3  # else the nearest image alone would do
+    # The denoiser itself, at values where halving or doubling the variance tells.
+    bank = torch.stack([torch.zeros(8, 8, 1), torch.full((8, 8, 1), 255.0)]).to(torch.uint8)
+    g = echomod.ExactDenoiser(bank, torch.zeros(2).long(), 0.95, 1)
+    images = torch.full((40, 8, 8, 1), 128, dtype=torch.uint8)
+    found = g.edit(images, torch.zeros(40).long(), list(range(40))).float().mean((1, 2, 3))
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[949]
+    for i in range(40):
+        n = torch.randn((1, 8, 8), generator=torch.Generator().manual_seed(i)).double().numpy()
+        v = np.sqrt(a) * (128 / 127.5 - 1) + np.sqrt(1 - a) * n
+        w = 1 / (1 + np.exp(-2 * np.sqrt(a) * v.sum() / (1 - a)))
+        assert abs(float(found[i]) - 255 * w) <= 1
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_against_loops(clip):
+    g = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 1, 4, 4, generator=g) for _ in range(2))
+    seen = []
+
+    def predict(x, t, done):
+        seen.append((t, done))
+        return 0.3 * x + t / 1000 - 0.1
+
+    out = echomod.sdedit(predict, x0, noise, 0.5, 4, clip=clip)
+    a = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    ts = [499, 333, 166, 0]
+    assert seen == [(t, k / 4) for k, t in enumerate(ts)]
+    v = np.sqrt(a[499]) * x0.double().numpy() + np.sqrt(1 - a[499]) * noise.double().numpy()
+    for k, t in enumerate(ts):
+        e = 0.3 * v + t / 1000 - 0.1
+        clean = (v - np.sqrt(1 - a[t]) * e) / np.sqrt(a[t])
+        if clip:
+            clean = np.clip(clean, -1, 1)
+            e = (v - np.sqrt(a[t]) * clean) / np.sqrt(1 - a[t])
+        nxt = a[ts[k + 1]] if k < 3 else 1.0
+        v = np.sqrt(nxt) * clean + np.sqrt(1 - nxt) * e
+    assert np.abs(out.numpy() - v).max() < 1e-4
+    one = echomod.sdedit(lambda x, t, done: x / 2, x0, noise, 0.5, 1, clip=clip)  # one step begins at the top
+    v = np.sqrt(a[499]) * x0.double().numpy() + np.sqrt(1 - a[499]) * noise.double().numpy()
+    want = (v - np.sqrt(1 - a[499]) * v / 2) / np.sqrt(a[499])
+    assert np.abs(one.numpy() - (np.clip(want, -1, 1) if clip else want)).max() < 1e-4
+
+
+def test_pixels_are_rounded_to_the_nearest_value():
+    values = torch.tensor([0.0, 0.4, 0.6, 127.4, 127.6, 254.6, 255.0, 300.0, -9.0])
+    found = echomod.to_images((values / 127.5 - 1).view(1, 1, 3, 3)).flatten()
+    assert found.tolist() == [0, 0, 1, 127, 128, 255, 255, 255, 0]
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1)
+    assert torch.equal(echomod.to_images(echomod.to_signal(pixels)), pixels)
+
+
 def test_timesteps():
+    assert echomod.timesteps(0.5, 1) == [499]
     assert echomod.timesteps(0.0, 10) == [] and echomod.timesteps(0.0004, 10) == []
     assert echomod.timesteps(0.001, 10) == [0] and echomod.timesteps(1.0, 2) == [999, 0]
     assert echomod.timesteps(0.1, 10)[0] == 99 and len(echomod.timesteps(0.1, 10)) == 10
@@ -249,6 +319,16 @@ def test_large_edits_are_also_kept_at_the_data_sets_size(tmp_path):
 
     m = run_pass(tmp_path, Large())
     assert m.full.shape[1:] == (16, 16, 1) and m.small.shape[1:] == (8, 8, 1)
+
+
+def test_shrinking_smooths():
+    """Stripes of one pixel become grey, which taking every other pixel would not give."""
+    stripes = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 200
+    small = echomod.resize(stripes, 8)
+    assert small.shape == (2, 8, 8, 3) and 60 < small[:, :, 2:6].float().mean() < 140 and small.max() < 200
+    assert torch.equal(echomod.resize(stripes, 16), stripes)
+    assert torch.equal(echomod.resize(stripes[..., :1], 8)[..., 0], small[..., 0])
 
 
 # ---------------------------------------------------------------------------------------------------------- the check

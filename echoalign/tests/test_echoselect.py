@@ -101,6 +101,8 @@ def test_sweep_leaves_nan_out_and_quality():
     assert found["retained_99"] == 1 and max(found["curve_kept"]) == 2
     q = es.quality(torch.tensor([True, False, True]), right)
     assert q == {"selected": 2, "recall": 50.0, "precision": 50.0}
+    q = es.quality(torch.tensor([True, False, False]), right)
+    assert q == {"selected": 1, "recall": 50.0, "precision": 100.0}
     assert "precision" not in es.quality(torch.zeros(3).bool(), right)
 
 

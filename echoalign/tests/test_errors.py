@@ -14,6 +14,7 @@ import eval as evaluation
 import plan as plans
 import runs
 import train
+from settings import METHODS, Settings
 
 QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
 
@@ -83,7 +84,7 @@ def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, mo
     assert "is complete" in capsys.readouterr().out
     assert "other settings (lr: 0.1, now 0.2)" in told(capsys, monkeypatch, train.main, [*args, "--lr", "0.2"])
     gc.collect()
-    held = runs.Run(done, train.Settings(), ignore=tuple(vars(train.Settings())))
+    held = runs.Run(done, Settings(), ignore=tuple(vars(Settings())))
     assert "another process is writing" in told(capsys, monkeypatch, train.main, args)
     assert held.out.exists()
 
@@ -180,13 +181,13 @@ def test_the_plan_names_real_options_and_every_table_can_be_made():
     plan = plans.load_plan()
     for scale in plan["scales"]:
         for job in plans.jobs(plan, scale):
-            s = runs.parse(train.Settings, "", job.command(scale)[1:])
+            s = runs.parse(Settings, "", job.command(scale)[1:])
             s.check_values()
             s.resolve()
     seen = {m for job in plans.jobs(plan, "paper") for m in job.args["methods"]}
-    assert seen == set(train.METHODS)  # no baseline is left out
+    assert seen == set(METHODS)  # no baseline is left out
     shown = {r for view in plan["tables"] for r in view.get("order", {}).get("rows", [])}
-    assert {name for name, _ in train.METHODS.values()} <= shown
+    assert {name for name, _ in METHODS.values()} <= shown
 
 
 def test_dry_run_and_published_thresholds(capsys, monkeypatch, tmp_path, cache):
@@ -197,7 +198,7 @@ def test_dry_run_and_published_thresholds(capsys, monkeypatch, tmp_path, cache):
         ("cifar10", "random1", "0.43"),
         ("cifar10", "pair", "gmm"),
     ):
-        s = train.Settings(dataset=dataset, noise=noise, generator="sd", features="clip")
+        s = Settings(dataset=dataset, noise=noise, generator="sd", features="clip")
         s.resolve()
         assert (s.threshold, s.model, s.epochs, s.finetune, s.milestones) == (tau, "resnet18", 200, 40, (100, 150))
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import HERE, TINY, environment, same_runs, settings, start
 
 import runs
-import train
 import trainer
+from settings import METHODS
 
 CHECKED = ["echoalign", "t-revision", "ptd", "jocor", "elr", "dividemix", "promix"]
 MORE = [
@@ -121,6 +121,6 @@ def test_random_streams_are_separate():
 
 
 def test_every_method_has_a_row_and_settings_are_stored(tmp_path):
-    assert len({name for name, _ in train.METHODS.values()}) == len(train.METHODS)
+    assert len({name for name, _ in METHODS.values()}) == len(METHODS)
     s = settings()
     assert (s.val_fraction, s.model, s.epochs, s.milestones) == (0.0, "cnn", 3, (1, 2))
