@@ -5,6 +5,7 @@ YouTube-VOS val and MOSE val publish only the first masks of each object: masks 
 scored nor corrected by a robot, and asking for that is refused.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from runs import UserError
+from runs import UserError, read_json
 
 DRAWN = ("plain", "occluder", "distractor", "pair", "triple")
 READERS = ("davis2016", "davis2017", "youtube-vos", "mose")
@@ -39,6 +40,8 @@ class Video:
     hidden: tuple[int, int] | None = None
     """Procedural: first and last frame in which the occluder hides more than half of object 1."""
     variant: str = "paper"
+    sha256: str = ""
+    """Of the files that were read: of the hex digests of picture and mask, frame by frame; drawn: of the pixels."""
 
     @property
     def scored(self) -> bool:
@@ -76,12 +79,14 @@ def read_folder(name: str, images: Path, masks: Path | None, longest: int = 0, l
     )
     if not paths:
         raise UserError(f"{images} holds no pictures (.jpg, .png)")
-    frames, truth = [], []
+    frames, truth, digests = [], [], []
     for path in paths[: limit or None]:
         frame = read_image(path)
+        digests.append(file_digest(path))
         mask = None
         if masks is not None and (masks / f"{path.stem}.png").is_file():
             mask = read_mask(masks / f"{path.stem}.png")
+            digests.append(file_digest(masks / f"{path.stem}.png"))
             if mask.shape != frame.shape[:2]:
                 raise UserError(f"{masks / path.stem}.png is {mask.shape[::-1]}, its picture {frame.shape[1::-1]}")
         frames.append(shrunk(frame, longest))
@@ -89,7 +94,20 @@ def read_folder(name: str, images: Path, masks: Path | None, longest: int = 0, l
     odd = [p for p, f in zip(paths, frames, strict=False) if f.shape != frames[0].shape]
     if odd:
         raise UserError(f"{odd[0]} has another size than the first frame of {name}")
-    return finished(Video(name, frames, truth, ()))
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return finished(Video(name, frames, truth, (), variant=variant(longest, frames, len(paths)), sha256=digest))
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def variant(longest: int, frames: list[np.ndarray], whole: int, name: str = "paper") -> str:
+    """What of a video was used, for the record: `name`, unless it was cut or made smaller."""
+    parts = [f"first {len(frames)} frames"] if len(frames) < whole else []
+    if longest and max(frames[0].shape[:2]) == longest:
+        parts.append(f"long side {longest}")
+    return ", ".join(parts) or name
 
 
 def shrunk(image: np.ndarray, longest: int) -> np.ndarray:
@@ -127,20 +145,36 @@ def names_of(dataset: str, split: str, folder: Path) -> list[str]:
         for year in ("2017", "2016"):
             path = root / "ImageSets" / year / f"{split}.txt"
             if path.is_file():
-                return path.read_text().split()
+                found = path.read_text().split()
+                if not found:
+                    raise UserError(f"{path} names no video; fetch the data set again")
+                return found
         raise UserError(f"no {root}/ImageSets/2017/{split}.txt; splits of DAVIS are train and val")
     if (root / "meta.json").is_file():
         try:
-            return sorted(json.loads((root / "meta.json").read_text())["videos"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            found = sorted(json.loads((root / "meta.json").read_text())["videos"].keys())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(f"{root / 'meta.json'} is damaged; fetch the data set again") from None
-    return sorted(p.name for p in (root / "JPEGImages").iterdir() if p.is_dir())
+    else:
+        found = sorted(p.name for p in (root / "JPEGImages").iterdir() if p.is_dir())
+    if not found:
+        raise UserError(f"{root} holds no video; fetch the data set again")
+    return found
 
 
 def load(dataset: str, name: str, split: str, folder: Path, longest: int = 0, limit: int = 0, seed: int = 0) -> Video:
     """One video of a data set; `name` is its sequence, for procedural ones its kind."""
     if dataset == "drawn":
-        return draw(name, seed, length=limit or 40)
+        video = draw(name, seed, length=limit or 40)
+        if longest:
+            video.frames, video.truth = ([shrunk(x, longest) for x in many] for many in (video.frames, video.truth))
+            video.first, video.variant = {}, variant(longest, video.frames, 0, "generated")
+            finished(video)
+        digest = hashlib.sha256()
+        for frame, mask in zip(video.frames, video.truth, strict=True):
+            digest.update(frame.tobytes() + mask.tobytes())
+        video.sha256 = digest.hexdigest()
+        return video
     root = root_of(dataset, split, folder)
     sub = Path("480p") / name if dataset.startswith("davis") else Path(name)
     if not (root / "JPEGImages" / sub).is_dir():
@@ -153,9 +187,38 @@ def load(dataset: str, name: str, split: str, folder: Path, longest: int = 0, li
         finished(video)
     if not video.objects:
         raise UserError(f"{root / 'Annotations' / sub} has no mask of any object")
-    if longest and longest < 854:
-        video.variant = f"long side {longest}"
     return video
+
+
+def first_scribbles(dataset: str, name: str, split: str, folder: Path, number: int) -> tuple[int, list[dict]]:
+    """Frame and scribbles of a person, Scribbles/<video>/<number, three digits>.json: one list a frame, of which one is
+    not empty."""
+    path = root_of(dataset, split, folder) / "Scribbles" / name / f"{number:03d}.json"
+    if not path.is_file():
+        raise UserError(
+            f"no file {path}: set {number} of the first scribbles (DAVIS-2017-scribbles-trainval.zip, "
+            "davischallenge.org); --seeds says which sets, 1 to 3"
+        )
+    found = read_json(path)
+    try:
+        given = {t: lines for t, lines in enumerate(found["scribbles"]) if lines}
+        t = min(given)
+        lines = scribble_lines(given[t])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no scribbles as DAVIS writes them ({type(error).__name__}: {error})") from None
+    return t, lines
+
+
+def scribble_lines(given: list) -> list[dict]:
+    """Scribbles of one frame as they stand in a file, checked: [{"path": [(x, y) in 0..1], "object_id"}]; KeyError,
+    TypeError or ValueError for anything else."""
+    out = []
+    for s in given:
+        path, o = [(float(x), float(y)) for x, y in s["path"]], int(s["object_id"])
+        if not path or not np.isfinite(path).all() or not 0 <= o < VOID:
+            raise ValueError("a scribble without a path, not finite, or of an object that is not 0 to 254")
+        out.append({"path": path, "object_id": o})
+    return out
 
 
 def read_video(path: Path, longest: int = 0, limit: int = 0) -> Video:

@@ -29,6 +29,56 @@ from runs import UserError
 from session import Session
 
 WAYS = ("add", "remove", "box (two corners)")
+# Gradio tells of clicks in a picture, not of drags. This writes the two corners of a drag, in pixels of the frame, and
+# the time into the hidden text box #drag, shows a dashed frame meanwhile, and keeps the click at its end from counting.
+DRAG = """<style>#drag {display: none} #frame img {touch-action: none; -webkit-user-drag: none}</style>
+<script>
+(() => {
+  let start = null, dragged = false, band = null;
+  const picture = e => e.target.closest && e.target.closest("#frame") && document.querySelector("#frame img");
+  const place = (image, x, y) => {
+    const r = image.getBoundingClientRect(), w = image.naturalWidth, h = image.naturalHeight;
+    let s = Math.min(r.width / w, r.height / h);
+    if (getComputedStyle(image).objectFit === "scale-down") s = Math.min(s, 1);
+    const fit = (v, low, size, most) => Math.min(Math.max((v - low - size / 2) / s + most / 2, 0), most - 1);
+    return [fit(x, r.left, r.width, w), fit(y, r.top, r.height, h)];
+  };
+  const clear = () => { if (band) band.remove(); band = start = null; };
+  document.addEventListener("dragstart", e => { if (picture(e)) e.preventDefault(); }, true);
+  document.addEventListener("pointerdown", e => {
+    const image = picture(e);
+    dragged = false;
+    if (image && e.target === image && e.button === 0) start = {image, x: e.clientX, y: e.clientY};
+  }, true);
+  document.addEventListener("pointermove", e => {
+    if (!start || Math.hypot(e.clientX - start.x, e.clientY - start.y) < 6) return;
+    if (!band) {
+      band = document.body.appendChild(document.createElement("div"));
+      band.style.cssText = "position:fixed;border:2px dashed #fff;outline:1px dashed #000;z-index:999";
+      band.style.pointerEvents = "none";
+    }
+    band.style.left = Math.min(e.clientX, start.x) + "px"; band.style.top = Math.min(e.clientY, start.y) + "px";
+    band.style.width = Math.abs(e.clientX - start.x) + "px"; band.style.height = Math.abs(e.clientY - start.y) + "px";
+  }, true);
+  document.addEventListener("pointerup", e => {
+    if (start && band) {
+      dragged = true;
+      const box = [...place(start.image, start.x, start.y), ...place(start.image, e.clientX, e.clientY)];
+      const field = document.querySelector("#drag textarea, #drag input");
+      const kind = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
+      const text = [...box.map(v => v.toFixed(1)), Date.now()].join(" ");
+      Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(field, text);
+      field.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+    clear();
+  }, true);
+  document.addEventListener("pointercancel", clear, true);
+  document.addEventListener("click", e => {
+    if (dragged && picture(e)) { e.stopPropagation(); e.preventDefault(); }
+    dragged = false;
+  }, true);
+})();
+</script>"""
 
 
 @dataclass
@@ -88,6 +138,25 @@ class App:
             return
         one["points"].append([x, y])
         one["labels"].append(int(way == WAYS[0]))
+
+    def drag(self, t: int, o: int, text: str) -> str:
+        """A drag on the page, "x y x y time" in pixels of the frame, marks a box; what the status says of it."""
+        h, w = self.video.frames[t].shape[:2]
+        try:
+            x1, y1, x2, y2 = (float(v) for v in text.split()[:4])
+        except ValueError:
+            return "That was no box."
+        xs, ys = (
+            sorted((min(max(v, 0.0), w - 1.0)) for v in (x1, x2)),
+            sorted(min(max(v, 0.0), h - 1.0) for v in (y1, y2)),
+        )
+        if not all(a < b for a, b in (xs, ys)):
+            return "That box has no area."
+        self.corner = None
+        self.mark(t, o, WAYS[2], xs[0], ys[0])
+        self.mark(t, o, WAYS[2], xs[1], ys[1])
+        told = f"box {xs[0]:.0f} {ys[0]:.0f} to {xs[1]:.0f} {ys[1]:.0f}, object {o}"
+        return f"Frame {t}: {told}. Propagate when all is marked."
 
     def ready(self, t: int) -> dict[int, Interaction]:
         out = {}
@@ -165,9 +234,10 @@ def read_rounds(path: Path, video: data.Video, positives: int = 16) -> list[tupl
                 if not np.isin(v.labels, (0, 1)).all() or (v.box is not None and (v.box[:2] > v.box[2:]).any()):
                     raise ValueError(f"object {o}: labels are 0 or 1, a box is x1, y1, x2, y2")
             if one.get("scribbles"):
-                ids = tuple(sorted({int(x["object_id"]) for x in one["scribbles"]} - {0} | set(found)))
+                lines = data.scribble_lines(one["scribbles"])
+                ids = tuple(sorted({x["object_id"] for x in lines} - {0} | set(found)))
                 shape, rng = video.frames[t].shape[:2], np.random.default_rng(number)
-                found |= prompts.from_scribbles(one["scribbles"], shape, ids, positives, rng)
+                found |= prompts.from_scribbles(lines, shape, ids, positives, rng)
             if not found:
                 raise ValueError("no interaction")
             out.append((t, found))
@@ -187,6 +257,10 @@ def page(app: App):
     def click(t, o, way, event: gr.SelectData):
         app.mark(int(t), int(o), way, *(float(v) for v in event.index))
         return app.picture(int(t)), f"Frame {int(t)}: {way}, object {int(o)}. Propagate when all is marked."
+
+    def drag(text, t, o):
+        told = app.drag(int(t), int(o), text)
+        return app.picture(int(t)), told
 
     def go(t, progress=gr.Progress()):  # noqa: B008 (Gradio finds its progress bar by the default)
         said = app.propagate(int(t), lambda k, n: progress((k, n), desc="frames"))
@@ -211,12 +285,14 @@ def page(app: App):
 
     with gr.Blocks(title="I-PT") as blocks:
         gr.Markdown(
-            f"**{app.video.name}**: click on the object, propagate, go to a frame that is wrong, correct it, again."
+            f"**{app.video.name}**: click on the object or drag a box around it, propagate, go to a frame that is "
+            "wrong, correct it, again."
         )
         with gr.Row():
             with gr.Column(scale=3):
                 image = gr.Image(app.picture(0), interactive=False, show_label=False, elem_id="frame", format="png")
                 frame = gr.Slider(0, max(last, 1), 0, step=1, label="Frame", elem_id="slider")
+                box = gr.Textbox(elem_id="drag", show_label=False)
                 said = gr.Textbox(label="Status", value="Mark an object.", interactive=False, elem_id="status")
             with gr.Column(scale=1):
                 way = gr.Radio(list(WAYS), value=WAYS[0], label="A click means")
@@ -227,6 +303,7 @@ def page(app: App):
                 film, masks = gr.Video(label="Overlay", elem_id="film"), gr.File(label="COCO RLE")
         frame.change(lambda t: app.picture(int(min(t, last))), frame, image, show_progress="hidden")
         image.select(click, [frame, which, way], [image, said], show_progress="hidden")
+        box.change(drag, [box, frame, which], [image, said], show_progress="hidden")
         run.click(go, frame, [image, said])
         clear.click(undo, frame, [image, said])
         reset.click(again, frame, [image, said])
@@ -238,7 +315,8 @@ def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
     s.find_weights(s.data_dir)
-    video = data.read_video(Path(s.video).expanduser(), s.longest, s.limit) if s.video else data.draw("pair", 0)
+    video = data.read_video(Path(s.video).expanduser(), s.longest, s.limit) if s.video else None
+    video = video or data.load("drawn", "pair", "", Path(), s.longest)
     if s.interactions:
         rounds = read_rounds(Path(s.interactions), video)
         app = App(s, video)
@@ -251,7 +329,8 @@ def main() -> None:
             print(path)
         return
     try:
-        page(App(s, video)).launch(server_name=s.host, server_port=s.port, allowed_paths=[str(runs.HERE / "runs")])
+        files = [str(runs.HERE / "runs")]
+        page(App(s, video)).launch(server_name=s.host, server_port=s.port, allowed_paths=files, head=DRAG)
     except OSError as error:
         raise UserError(f"the page cannot use port {s.port} ({error}); choose another --port") from None
 

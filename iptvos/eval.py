@@ -9,6 +9,7 @@
 Nothing is trained. A video that is done is kept: the same command goes on where it was stopped.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,9 +124,11 @@ class Settings(Pipeline):
     videos: tuple[str, ...] = ()
     """Sequences; default: all of the split, or every kind of procedural video."""
     frames: int = 0
-    """Frames of a video that are used, from the first; 0: all (procedural: 40)."""
+    """Frames of a video that are used, from the first; 0: all. Procedural: its length, 0: 40."""
     interaction: str = "mask"
     """What the user gives: mask, scribble, click, box."""
+    human_scribbles: bool = False
+    """DAVIS: the first scribbles are a person's, out of Scribbles/<video>/; set 1 to 3 by --seeds 1 2 3."""
     clicks: int = 1
     """Clicks for each object and round."""
     rounds: int = 3
@@ -157,6 +160,8 @@ class Settings(Pipeline):
                 raise UserError(f"--{key} {getattr(self, key)}: use one of {', '.join(allowed)}")
         if self.rounds < 1 or self.clicks < 1 or self.frames < 0 or self.timeout <= 0:
             raise UserError("--rounds and --clicks must be at least 1, --frames not negative, --timeout above 0")
+        if self.human_scribbles and (self.interaction != "scribble" or not self.dataset.startswith("davis")):
+            raise UserError("--human-scribbles goes with --interaction scribble and a DAVIS data set")
         if len(set(self.videos)) != len(self.videos):
             raise UserError("--videos names a video twice")
         if self.dataset == "drawn":
@@ -165,8 +170,29 @@ class Settings(Pipeline):
                 raise UserError(f"no procedural video {odd[0]}; use one of {', '.join(data.DRAWN)}")
 
 
-def play(s: Settings, video: data.Video, seed: int, parts, progress=None) -> tuple[dict, list[np.ndarray]]:
-    """All rounds on one video: metrics and the last label maps."""
+def opening(s: Settings, video: data.Video, rng, lines: tuple[int, list[dict]] | None) -> dict[int, dict]:
+    """Round 1, interactions by frame: a person's scribbles; masks, each object's on the frame on which it first appears
+    (semi-supervised protocol; those that come later are absent there); else the robot's on the frame where the objects
+    are largest."""
+    if lines is not None:
+        t, drawn = lines
+        if t >= len(video.frames):
+            raise UserError(f"{video.name}: the scribbles are on frame {t}, only {len(video.frames)} frames are used")
+        return {t: prompts.from_scribbles(drawn, video.frames[t].shape[:2], video.objects, 16, rng)}
+    if s.interaction == "mask":
+        return {
+            t: robot.give("mask", video.truth[t], None, tuple(o for o in video.objects if video.first[o] >= t), rng)
+            for t in sorted(set(video.first.values()))
+        }
+    t = robot.first_frame(video.truth, video.objects)
+    return {t: robot.give(s.interaction, video.truth[t], None, video.objects, rng, s.clicks)}
+
+
+def play(
+    s: Settings, video: data.Video, seed: int, parts, progress=None, lines: tuple[int, list[dict]] | None = None
+) -> tuple[dict, list[np.ndarray]]:
+    """All rounds on one video: metrics and the last label maps. `lines`: frame and scribbles of a person to begin
+    with; that frame may come back, as in the DAVIS protocol."""
     method, segmenter, tracker, box_tracker = parts
     if not video.scored and len(video.frames) > 1:
         raise UserError(
@@ -175,44 +201,49 @@ def play(s: Settings, video: data.Video, seed: int, parts, progress=None) -> tup
         )
     session = Session(video.frames, video.objects, segmenter, tracker, box_tracker, method, seed)
     used: set[int] = set()
-    t = robot.first_frame(video.truth, video.objects, s.interaction)
-    labels, out = None, {}
+    labels, worst, out = None, None, {}
     curve: list[float] = []
+    seconds: list[float] = []
     chosen: list[int] = []
     decodes: list[int] = []
     for r in range(1, s.rounds + 1):
-        used.add(t)
-        chosen.append(t)
-        rng = np.random.default_rng([seed, r])
-        now = None if labels is None else labels[t]
-        given = robot.give(s.interaction, video.truth[t], now, video.objects, rng, s.clicks)
-        session.interact(t, given)
+        rng = np.random.default_rng([seed, r, 2**31])
+        if labels is None:
+            given = opening(s, video, rng, lines)
+        else:
+            given = {worst: robot.give(s.interaction, video.truth[worst], labels[worst], video.objects, rng, s.clicks)}
+        chosen += given
+        if r > 1 or lines is None:
+            used.add(min(given))  # of later first appearances in round 1 only the new objects were given
+        began = time.perf_counter()
+        for t, one in given.items():
+            session.interact(t, one)
         labels = session.labels()
+        seconds.append(time.perf_counter() - began)
         scores = metrics.score(labels, video.truth, video.objects)
         j, f = np.nanmean(scores, (0, 1))
         curve.append(float((j + f) / 2))
         decodes.append(session.decoded)
-        out |= {f"j_{r}": float(j), f"f_{r}": float(f), f"jf_{r}": curve[-1], f"seconds_{r}": session.seconds[-1]}
+        out |= {f"j_{r}": float(j), f"f_{r}": float(f), f"jf_{r}": curve[-1], f"seconds_{r}": seconds[-1]}
         if r == 1:
             inner = scores[1:-1] if len(scores) > 2 else scores
             out["jf_semi"] = float(np.nanmean(inner)) if np.isfinite(inner).any() else curve[-1]
             first = scores
         if video.hidden and len(scores) > video.hidden[1] + 1:
             out[f"j_after_{r}"] = float(np.nanmean(scores[video.hidden[1] + 1 :, 0, 0]))
-        following = robot.worst_frame(scores, used)
+        worst = robot.worst_frame(scores, used)
         if progress:
             progress(r, curve[-1])
-        if following is None and r < s.rounds:  # every frame was touched: the answer stays
+        if worst is None and r < s.rounds:  # every frame was touched: the answer stays
             for k in range(r + 1, s.rounds + 1):
                 out |= {f"{m}_{k}": out[f"{m}_{r}"] for m in ("j", "f", "jf")} | {f"seconds_{k}": 0.0}
                 curve.append(curve[-1])
             break
-        t = following
-    total = np.cumsum(session.seconds + [0.0] * (len(curve) - len(session.seconds))).tolist()
+    total = np.cumsum(seconds + [0.0] * (len(curve) - len(seconds))).tolist()
     timeout = s.timeout * len(video.objects)
     out |= {"auc": metrics.auc(total, curve, timeout), "jf_60s": metrics.at(total, curve, 60.0, timeout)}
     out |= {"frames": len(video.frames), "objects": len(video.objects), "decodes": decodes[-1]}
-    out["seconds_frame"] = float(sum(session.seconds) / max(decodes[-1], 1)) if decodes[-1] else 0.0
+    out["seconds_frame"] = float(sum(seconds) / max(decodes[-1], 1)) if decodes[-1] else 0.0
     out["seconds_encoding"] = session.encoding
     out["interacted"] = chosen
     out["curve_first"] = [round(float(x), 4) for x in np.nan_to_num(first[:, :, 0].mean(1), nan=-1)]
@@ -234,7 +265,7 @@ def main() -> None:
     run = runs.Run(Path(s.out), s, ("out", "data_dir", "device", "dry_run"))
     if run.complete:
         print(f"{run.out} is complete; delete it to run again")
-        show([runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json"))], s.rounds)
+        show([runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json"))], s)
         return
     s.find_weights(s.data_dir)  # after the run has stored the settings as they were given
     parts = s.build()
@@ -248,27 +279,37 @@ def main() -> None:
         bar.set_postfix_str(f"{name}, seed {seed}")
         began = run.seconds()
         video = data.load(s.dataset, name, s.split, folder, s.longest, s.frames, seed)
-        found, labels = play(s, video, seed, parts)
+        lines = data.first_scribbles(s.dataset, name, s.split, folder, seed) if s.human_scribbles else None
+        found, labels = play(s, video, seed, parts, lines=lines)
         if s.save_masks:
             export.png(run.folder(seed) / "masks" / name, labels)
-        info = {"name": name, "variant": video.variant, "n": len(video.frames), "sha256": ""}
+        info = {"name": name, "variant": video.variant, "n": len(video.frames), "sha256": video.sha256}
         where = {"table": s.table, "dataset": name, "setting": setting, "method": s.method, "scale": s.scale}
         run.record(
             seed, seconds=run.seconds() - began, data=info, metrics=found, where=where, device=device, suffix=f"-{name}"
         )
-    show(run.finish(), s.rounds)
+    show(run.finish(), s)
     print(f"records in {run.out}")
 
 
-def show(found: list[dict], rounds: int) -> None:
-    """A line a video and their mean, over seeds."""
+def show(found: list[dict], s: Settings) -> None:
+    """A line a video and their mean, over seeds, and the summary of the DAVIS protocol."""
+    need = [f"{k}_{r}" for k in ("jf", "seconds") for r in range(1, s.rounds + 1)] + ["seconds_frame", "objects"]
+    for r in found:
+        lost = [k for k in need if not isinstance(r["metrics"].get(k), int | float)]
+        if lost:
+            raise UserError(
+                f"the record of {r['dataset']}, seed {r['seed']} lacks {lost[0]}; delete {s.out} and run again"
+            )
     names = list(dict.fromkeys(r["dataset"] for r in found))
     for name in [*names, "mean"]:
         mine = [r["metrics"] for r in found if name in (r["dataset"], "mean")]
         if mine:
-            jf = "  ".join(f"{np.mean([m[f'jf_{k}'] for m in mine]):.3f}" for k in range(1, rounds + 1))
+            jf = "  ".join(f"{np.mean([m[f'jf_{k}'] for m in mine]):.3f}" for k in range(1, s.rounds + 1))
             slow = np.mean([m["seconds_frame"] for m in mine])
             print(f"{name:16s} J&F after each round  {jf}   {slow:.3f} s a frame and object")
+    area, sixty = metrics.summary([r["metrics"] for r in found], s.rounds, s.timeout)
+    print(f"all together, as DAVIS sums up: AUC-J&F {area:.3f}, J&F@60s {sixty:.3f}")
 
 
 if __name__ == "__main__":

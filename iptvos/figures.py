@@ -67,9 +67,19 @@ def rounds(records: list[dict]):
     for row in axes:
         row[0].set_ylabel("J&F")
     figure.tight_layout()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=3, bbox_to_anchor=(0.5, 0), frameon=False)
+    legend(figure, axes, 3)
     return figure, "J&F after each round; bars are one std over seeds where there are several."
+
+
+def legend(figure, axes, columns: int) -> None:
+    """Below the panels, every method that stands in any of them, in the order of the ladder."""
+    found = {}
+    for axis in axes.flat:
+        found |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = [NAMES.get(m, m) for m in COLOURS]
+    labels = sorted(found, key=order.index)
+    where = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncol": columns, "frameon": False}
+    figure.legend([found[k] for k in labels], labels, **where)
 
 
 def frames(records: list[dict]):
@@ -84,9 +94,10 @@ def frames(records: list[dict]):
     for axis, d in zip(axes[0], sets, strict=True):
         for m in ("points", "points+box", "full"):
             if (d, m) in by:
-                axis.plot(by[d, m]["curve_first"], color=COLOURS[m], label=NAMES.get(m, m), lw=1.5)
+                curve = np.array(by[d, m]["curve_first"], float)  # -1: a frame without truth
+                axis.plot(np.where(curve < 0, np.nan, curve), color=COLOURS[m], label=NAMES.get(m, m), lw=1.5)
         axis.set(title=d, xlabel="frame", ylim=(0, 1.02))
     axes[0, 0].set_ylabel("J, round 1")
-    axes[0, 0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
+    legend(figure, axes, 3)
     return figure, "J of each frame after the first round (first seed), where full gains most over points only."

@@ -55,7 +55,7 @@ def score(labels: list[np.ndarray], truth: list[np.ndarray | None], objects: tup
 
 
 def auc(seconds: list[float], values: list[float], timeout: float) -> float:
-    """Area under the curve of values against mean cumulative seconds, from (0, 0), the last value held until the
+    """Area under the curve of values against cumulative seconds, from (0, 0), the last value held until the
     timeout, divided by the timeout. Rounds after the timeout do not count."""
     x, y = curve(seconds, values, timeout)
     return float(np.trapezoid(y, x) / timeout)
@@ -65,6 +65,17 @@ def at(seconds: list[float], values: list[float], moment: float, timeout: float)
     """Value of the same curve at a moment (J&F@60s: 60), linear in between."""
     x, y = curve(seconds, values, timeout)
     return float(np.interp(moment, x, y))
+
+
+def summary(found: list[dict], rounds: int, timeout: float) -> tuple[float, float]:
+    """AUC-J&F and J&F@60s over samples as the DAVIS protocol pools them: one curve of the mean J&F after each round
+    (over objects) against the mean cumulative seconds (over samples); to the timeout of an object times the mean number
+    of objects. `found`: metrics `jf_r`, `seconds_r` and `objects` of each sample."""
+    objects = np.array([m["objects"] for m in found], float)
+    values = [float(np.average([m[f"jf_{r}"] for m in found], weights=objects)) for r in range(1, rounds + 1)]
+    seconds = np.cumsum([np.mean([m[f"seconds_{r}"] for m in found]) for r in range(1, rounds + 1)]).tolist()
+    whole = timeout * float(objects.mean())
+    return auc(seconds, values, whole), at(seconds, values, 60.0, whole)
 
 
 def curve(seconds: list[float], values: list[float], timeout: float) -> tuple[np.ndarray, np.ndarray]:

@@ -69,8 +69,9 @@ def inside(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     return ((points >= box[:2]) & (points <= box[2:])).all(1)
 
 
-def with_positives(mask: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Connected parts of a mask that hold a positive point; the mask itself when none does."""
+def with_positives(mask: np.ndarray, positive: np.ndarray, old: np.ndarray | None = None) -> np.ndarray:
+    """Connected parts of a mask that hold a positive point, or a pixel of the `old` mask that is being corrected; the
+    mask itself when no part holds a point."""
     number, _ = ndimage.label(mask, np.ones((3, 3)))
     x, y = (
         np.clip(positive.round().astype(int).T, 0, np.array(mask.shape[::-1])[:, None] - 1)
@@ -78,6 +79,8 @@ def with_positives(mask: np.ndarray, positive: np.ndarray) -> np.ndarray:
         else ([], [])
     )
     keep = {int(v) for v in number[y, x] if v} if len(positive) else set()
+    if keep and old is not None:
+        keep |= {int(v) for v in np.unique(number[old]) if v}
     return np.isin(number, list(keep)) if keep else mask
 
 

@@ -48,16 +48,11 @@ def give(
         return from_scribbles(scribbles(truth, labels, objects), truth.shape, objects, points, rng)
     out = {}
     for o in objects:
-        found = [click(truth == o, labels == o)]
-        if clicks > 1 and found[0] is not None:  # more clicks inside the same region
-            region = largest((truth == o) != (labels == o))
-            more = select(region, clicks - 1, "kmedoids", rng)
-            found += [(p, found[0][1]) for p in more]
-        found = [c for c in found if c is not None]
-        if found:
-            out[o] = Interaction(
-                points=np.array([p for p, _ in found], np.float32), labels=np.array([v for _, v in found])
-            )
+        first = click(truth == o, labels == o)
+        if first is not None:
+            point, label, region = first
+            more = select(region, clicks - 1, "kmedoids", rng)  # further clicks inside the same region
+            out[o] = Interaction(points=np.concatenate([point[None], more]), labels=np.full(1 + len(more), label))
     return out
 
 
@@ -67,24 +62,22 @@ def largest(mask: np.ndarray) -> np.ndarray:
     return number == 1 + int(np.argmax(np.bincount(number.ravel())[1:])) if n else mask
 
 
-def click(truth: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, int] | None:
-    """Centre of the largest connected error region and its label: 1 missing, 0 too much; None without an error."""
+def click(truth: np.ndarray, answer: np.ndarray) -> tuple[np.ndarray, int, np.ndarray] | None:
+    """Centre of the largest connected error region, its label (1 missing, 0 too much) and the region (H, W); None
+    without an error."""
     parts = [(largest(e), v) for e, v in ((truth & ~answer, 1), (answer & ~truth, 0)) if e.any()]
     if not parts:
         return None
     region, label = max(parts, key=lambda p: p[0].sum())
     depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
     y, x = np.unravel_index(np.argmax(depth), depth.shape)
-    return np.array([x, y], np.float32), label
+    return np.array([x, y], np.float32), label, region
 
 
-def first_frame(truth: list[np.ndarray | None], objects: tuple[int, ...], kind: str) -> int:
-    """Mask interaction: the first frame with an object. Otherwise the frame on which the objects are largest: the
-    smallest share of an object's own largest area decides."""
+def first_frame(truth: list[np.ndarray | None], objects: tuple[int, ...]) -> int:
+    """The frame on which the objects are largest: the smallest share of an object's own largest area decides."""
     known = [t for t, g in enumerate(truth) if g is not None]
     areas = np.array([[np.count_nonzero(truth[t] == o) for o in objects] for t in known], float)
-    if kind == "mask":
-        return known[int(np.argmax(areas.any(1)))]
     return known[int(np.argmax((areas / np.maximum(areas.max(0), 1)).min(1)))]
 
 
@@ -139,11 +132,15 @@ def curves(
     for part in sorted(nx.connected_components(graph), key=min):
         if len(part) < least:
             continue
-        tree = nx.minimum_spanning_tree(graph.subgraph(part))  # a cycle loses its heaviest edge
-        far = furthest(tree, min(part))[-1]
-        path = np.array(furthest(tree, far), float)[:, ::-1]  # x, y
+        path = np.array(skeleton_path(graph.subgraph(part)), float)[:, ::-1]  # x, y
         out.append(bezier(path, samples))
     return out
+
+
+def skeleton_path(part: nx.Graph) -> list[tuple[int, int]]:
+    """Longest path of a connected graph of pixels (row, column) once every cycle has lost its heaviest edge."""
+    tree = nx.minimum_spanning_tree(part)
+    return furthest(tree, furthest(tree, min(tree))[-1])
 
 
 def furthest(tree: nx.Graph, start: tuple[int, int]) -> list[tuple[int, int]]:

@@ -103,6 +103,10 @@ class Pass:
     box: np.ndarray | None
     areas: dict[int, float] = field(default_factory=dict)
     gone: bool = False
+    order: list[int] = field(default_factory=list)
+    """Frames of this object's pass, the interacted one first; it may end before those of others."""
+    neighbour: int | None = None
+    """The interacted frame of this object that ends the pass."""
 
 
 class Session:
@@ -121,7 +125,6 @@ class Session:
         self.frames, self.objects, self.method = frames, tuple(objects), method
         self.segmenter, self.tracker, self.box_tracker = segmenter, tracker, box_tracker
         self.progress, self.seed, self.round = progress, seed, 0
-        self.touched: dict[int, int] = {}  # interacted frame -> its last round
         self.cache = {} if cache is None else cache
         n = len(frames)
         memory = method.memory
@@ -149,8 +152,6 @@ class Session:
         rng = np.random.default_rng([self.seed, self.round, t])
         for o, one in given.items():
             self.take(t, o, one)
-        self.touched.pop(t, None)
-        self.touched[t] = self.round
         active = [o for o in given if P.box_of(self.states[o].exact[t]) is not None]
         if not self.method.propagate:
             self.copy(t, active)
@@ -174,9 +175,11 @@ class Session:
                 one = Interaction(box=one.box if one.box is not None else before.box, points=points, labels=labels)
             s.clicks[t] = one
             low, quality = self.first_mask(e, one, s.low[t])
-            mask = e.geometry.full(low) > self.segmenter.mask_threshold
+            mask, old = e.geometry.full(low) > self.segmenter.mask_threshold, None
+            if s.low[t] is not None:
+                old = e.geometry.full(s.low[t]) > self.segmenter.mask_threshold
             if len(one.points):
-                mask = P.with_positives(mask, one.points[one.labels == 1])
+                mask = P.with_positives(mask, one.points[one.labels == 1], old)
         s.exact[t] = mask
         box = P.box_of(mask)  # None: the object is not on this frame, or a single pixel
         s.low[t], s.iou[t] = (low.half(), quality) if box is not None else (None, quality)
@@ -226,11 +229,11 @@ class Session:
 
     # -------------------------------------------------------------------------------------------------- propagation
 
-    def reach(self, t: int, direction: int) -> tuple[list[int], int | None]:
-        """Frames of a pass from t, t first, and the interacted frame that ends it."""
+    def reach(self, o: int, t: int, direction: int) -> tuple[list[int], int | None]:
+        """Frames of an object's pass from t, t first, and the frame interacted for that object which ends it."""
         n = len(self.frames)
         stop = n if direction > 0 else -1
-        ahead = [k for k in self.touched if (k - t) * direction > 0]
+        ahead = [k for k in self.states[o].exact if (k - t) * direction > 0]
         neighbour = min(ahead, key=lambda k: abs(k - t)) if ahead else None
         order = list(range(t, stop, direction))
         if neighbour is None or self.method.limits == "all":
@@ -240,10 +243,10 @@ class Session:
         return [k for k in order if abs(k - t) <= abs(k - neighbour)], neighbour
 
     def copy(self, t: int, active: list[int]) -> None:
-        for direction in (1, -1):
-            for k in self.reach(t, direction)[0][1:]:
-                for o in active:
-                    self.states[o].low[k], self.states[o].iou[k] = self.states[o].low[t], self.states[o].iou[t]
+        for o in active:
+            s = self.states[o]
+            for k in (*self.reach(o, t, 1)[0][1:], *self.reach(o, t, -1)[0][1:]):
+                s.low[k], s.iou[k] = s.low[t], s.iou[t]
 
     def sample(self, o: int, t: int, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Query points of an object on a frame, positives first."""
@@ -266,34 +269,38 @@ class Session:
         tracks = self.tracker.track(self.frames, order[at:], points)
         options = m.filter or PLAIN
         query = T.patches(self.frames[t], points) if options.patch else None
-        return Pass(tracks, labels, at, T.Filter(options, labels, query), boxes, box)
+        return Pass(tracks, labels, at, T.Filter(options, labels, query), boxes, box, order=order)
 
     def run(self, t: int, direction: int, active: list[int], rng: np.random.Generator) -> None:
         """One pass from an interacted frame in one direction."""
         m = self.method
-        order, neighbour = self.reach(t, direction)
-        if len(order) < 2:
-            return
         passes: dict[int, Pass] = {}
         for o in active:
+            order, neighbour = self.reach(o, t, direction)
+            if len(order) < 2:
+                continue
             mask = self.states[o].exact[t]
             box, boxes = P.box_of(mask), None
             if box is not None and m.box:
                 boxes = self.box_tracker()
                 boxes.start(self.frames[t], box, mask)
             passes[o] = self.begin(o, order, 0, mask, rng, boxes, box)
-            passes[o].areas[0] = float(mask.sum())
+            passes[o].areas[0], passes[o].neighbour = float(mask.sum()), neighbour
             if self.states[o].memory is not None:
                 self.states[o].memory.start()
-        for k in range(1, len(order)):
+        length = max((len(p.order) for p in passes.values()), default=0)
+        for k in range(1, length):
+            running = {o: p for o, p in passes.items() if k < len(p.order)}
             if m.horizon and k > 1 and (k - 1) % m.horizon == 0:
-                self.renew(order, k - 1, passes, rng)
-            self.step(order, k, passes, neighbour, t)
+                passes |= self.renew(k - 1, running, rng)
+                running = {o: passes[o] for o in running}
+            self.step(t + direction * k, k, running, t)
             if self.progress:
-                self.progress(k, len(order) - 1)
+                self.progress(k, length - 1)
 
-    def renew(self, order: list[int], k: int, passes: dict[int, Pass], rng: np.random.Generator) -> None:
-        """New points from a mask of the last horizon (its first quarter and areas of up to 25 pixels do not count)."""
+    def renew(self, k: int, passes: dict[int, Pass], rng: np.random.Generator) -> dict[int, Pass]:
+        """New points from a mask of the last horizon (its first quarter and areas of up to 25 pixels do not count);
+        the passes that go on with them."""
         m = self.method
         span = range(k - m.horizon + 1 + m.horizon // 4, k + 1)
         fit = {o: [i for i in span if p.areas.get(i, 0) > 25] for o, p in passes.items() if not p.gone}
@@ -311,17 +318,18 @@ class Session:
                 shared = [i for i in places if i in chosen.values()] if m.variant == "D" else []
                 first = p.areas[0]
                 chosen[o] = min(places, key=lambda i: abs(p.areas[i] / first - 1) * 100 - 36 * (i in shared))
+        out = {}
         for o, i in chosen.items():
-            p, t = passes[o], order[i]
+            p, t = passes[o], passes[o].order[i]
             e = self.embedding(t)
             mask = e.geometry.full(self.states[o].low[t]) > self.segmenter.mask_threshold
-            new = self.begin(o, order, i, mask, rng, p.boxes, p.box)
-            new.areas = p.areas
-            passes[o] = new
+            out[o] = self.begin(o, p.order, i, mask, rng, p.boxes, p.box)
+            out[o].areas, out[o].neighbour = p.areas, p.neighbour
+        return out
 
-    def step(self, order: list[int], k: int, passes: dict[int, Pass], neighbour: int | None, source: int) -> None:
-        """All objects on one frame: filter, read, decode, store."""
-        m, t = self.method, order[k]
+    def step(self, t: int, k: int, passes: dict[int, Pass], source: int) -> None:
+        """All objects on frame t, the k-th of the pass from `source`: filter, read, decode, store."""
+        m = self.method
         e, frame = self.embedding(t), self.frames[t]
         kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for o, p in passes.items():
@@ -366,7 +374,7 @@ class Session:
                     p.boxes.correct(mask)
                 if self.states[o].memory is not None:
                     self.states[o].memory.add(self.entry(t, e, low, p.box if p.box is not None else box, quality))
-            self.store(o, t, low, quality, neighbour, source)
+            self.store(o, t, low, quality, p.neighbour, source)
 
     def remember(self, o: int, t: int, e: Embedding, prompt: Prompt) -> tuple[Tensor | None, float]:
         """What the memory says about the frame, as low-resolution logits around the box (or the points)."""
@@ -393,7 +401,7 @@ class Session:
 
     def store(self, o: int, t: int, low: Tensor | None, quality: float, neighbour: int | None, source: int) -> None:
         s, limits = self.states[o], self.method.limits
-        if t in self.touched and t in s.exact:
+        if t in s.exact:
             return  # final until the user touches it again
         if limits != "blend" and s.low[t] is not None and quality < s.iou[t] - self.method.keep:
             return
@@ -412,7 +420,7 @@ class Session:
         p = np.zeros((len(self.objects), h, w), np.float32)
         for i, o in enumerate(self.objects):
             s = self.states[o]
-            if t in s.exact and t in self.touched:
+            if t in s.exact:
                 p[i] = s.exact[t]
             elif s.low[t] is not None:
                 geometry = self.cache[t].geometry if t in self.cache else self.embedding(t).geometry

@@ -148,6 +148,17 @@ def chained(window, video: torch.Tensor, points: torch.Tensor, size: int = 8, su
     return places, seen
 
 
+def mismatch(model: torch.nn.Module, state: dict) -> str:
+    """In what a state dict differs from a model's, in a few words; empty: in nothing."""
+    own = {k: v.shape for k, v in model.state_dict().items()}
+    parts = (
+        ("missing", [k for k in own if k not in state]),
+        ("unknown", [k for k in state if k not in own]),
+        ("of another shape", [k for k in own if k in state and getattr(state[k], "shape", None) != own[k]]),
+    )
+    return ", ".join(f"{len(keys)} keys {what} (first {keys[0]})" for what, keys in parts if keys)
+
+
 def load_strict(model: torch.nn.Module, path: str) -> None:
     """Weights into a model, every key; UserError when they belong to another one."""
     file = Path(path).expanduser()
@@ -156,15 +167,17 @@ def load_strict(model: torch.nn.Module, path: str) -> None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and type errors alike: the file is not a plain checkpoint
-        raise UserError(f"{file} is no readable checkpoint of tensors ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file} is no readable checkpoint of tensors ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no state dict")
     for key in ("model", "state_dict", "model_state_dict", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise UserError(f"{file} holds weights of another model ({' '.join(str(error).split())[:200]})") from None
+    wrong = mismatch(model, state)
+    if wrong:
+        raise UserError(f"{file} holds weights of another model: {wrong}")
+    model.load_state_dict(state, strict=True)
 
 
 def point_tracker(name: str, weights: str, repo: str, device: torch.device) -> PointTracker:
@@ -363,6 +376,10 @@ class NetworkBox:
                     "on PYTHONPATH "
                     "that returns a tracker with initialize() and track(), or use flow"
                 ) from None
+        if not (callable(getattr(tracker, "initialize", None)) and callable(getattr(tracker, "track", None))):
+            raise UserError(
+                f"--box-tracker {factory}: what it returns has no initialize() and track(), as OSTrack's has"
+            )
         self.tracker, self.least = tracker, least
 
     def start(self, frame: np.ndarray, box: np.ndarray, mask: np.ndarray | None) -> None:

@@ -7,7 +7,9 @@ Pictures are drawn: textured polygons over a textured background, one of them as
 same classes as SAM at size 256. A run goes on from its last checkpoint when started again, to the same bits.
 """
 
+import hashlib
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import prompts
 import runs
 from prompts import Prompt
 from runs import Number, UserError
-from segmenters import Sam
+from sam import Sam
 
 
 @dataclass
@@ -121,20 +123,30 @@ def rate(step: int, s: Settings) -> float:
 
 def fit(s: Settings, run: runs.Run, seed: int, device) -> None:
     folder = run.folder(seed)
+    first, path = 0, run.out / "checkpoint" / f"seed{seed}.pt"
     if (folder / "record.json").is_file():
+        path.unlink(missing_ok=True)  # left by a start that was killed just after its record
         return
     torch.manual_seed(seed)
     sam = Sam("tiny").to(device).train()
     optimizer = torch.optim.AdamW(sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    first, path = 0, run.out / "checkpoint" / f"seed{seed}.pt"
     if path.is_file():
         try:
             saved = torch.load(path, map_location=device, weights_only=True)
             sam.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             first, run.before = saved["step"], max(run.before, saved["seconds"])
-        except (RuntimeError, KeyError, EOFError, ValueError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); delete it and start again") from None
+        except (
+            RuntimeError,
+            KeyError,
+            EOFError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ) as error:
+            kind = type(error).__name__
+            raise UserError(f"{path} is damaged or another model's ({kind}); delete it and start again") from None
     run.log(seed, [], keep_to=first)
     for step in tqdm(range(first, s.steps), f"tiny SAM, seed {seed}", disable=None):
         rng = np.random.default_rng([seed, step])  # a stream a step, so that a resumed run sees the same pictures
@@ -154,9 +166,9 @@ def fit(s: Settings, run: runs.Run, seed: int, device) -> None:
         if done % s.checkpoint_every == 0 and done < s.steps:
             save(path, sam, optimizer, done, run.seconds())
     runs.write_tensors(folder / "model.safetensors", sam.state_dict(), {"segmenter": "tiny"})
-    metrics = measure(sam.eval(), s, seed, device)
+    metrics, digest = measure(sam.eval(), s, seed, device)
     where = {"table": s.table, "dataset": "drawn pictures", "setting": "one prompt", "method": "tiny", "scale": s.scale}
-    info = {"name": "drawn", "variant": "generated", "n": s.test, "sha256": ""}
+    info = {"name": "drawn", "variant": "generated", "n": s.test, "sha256": digest}
     run.record(seed, seconds=run.seconds(), data=info, metrics=metrics, where=where, device=device)
     path.unlink(missing_ok=True)
 
@@ -171,12 +183,13 @@ def save(path: Path, sam: Sam, optimizer, step: int, seconds: float) -> None:
 
 
 @torch.inference_mode()
-def measure(sam: Sam, s: Settings, seed: int, device) -> dict:
-    """Mean IoU on held-out pictures, by kind of prompt."""
-    rng = np.random.default_rng([seed, 2**31])
+def measure(sam: Sam, s: Settings, seed: int, device) -> tuple[dict, str]:
+    """Mean IoU on held-out pictures, by kind of prompt, and the sha256 of these pictures and masks."""
+    rng, digest = np.random.default_rng([seed, 2**31]), hashlib.sha256()
     found: dict[str, list[float]] = {}
     for _ in range(s.test):
         given = picture(rng)
+        digest.update(given[0].tobytes() + given[1].tobytes())
         logits, quality, truth = forward(sam, [given], device)[0]
         if not torch.isfinite(logits).all():
             raise UserError("the network's masks are not finite; no record written")
@@ -186,7 +199,8 @@ def measure(sam: Sam, s: Settings, seed: int, device) -> dict:
         kind = "box" if not len(p.points) else "points" if p.box is None else "both"
         found.setdefault(kind, []).append(iou)
     every = [x for v in found.values() for x in v]
-    return {"iou": float(np.mean(every)), **{f"iou_{k}": float(np.mean(v)) for k, v in sorted(found.items())}}
+    metrics = {"iou": float(np.mean(every)), **{f"iou_{k}": float(np.mean(v)) for k, v in sorted(found.items())}}
+    return metrics, digest.hexdigest()
 
 
 def main() -> None:

@@ -164,17 +164,32 @@ def test_page_state():
     assert (app.labels[5][g] == 1).mean() > 0.7
     app.reset()
     assert app.labels is None and app.session.round == 0
+    assert app.drag(0, 2, "50.2 60 10 20.4 1790000000000").startswith("Frame 0: box 10 20 to 50 60, object 2")
+    assert app.waiting[0][2]["box"] == [10, 20.4, 50.2, 60] and app.corner is None
+    assert app.drag(0, 2, "-5 -5 900 900").startswith("Frame 0: box 0 0 to 159 95")
+    assert (
+        "no area" in app.drag(0, 2, "9 9 9 30") and "no box" in app.drag(0, 2, "9 9") and "no box" in app.drag(0, 1, "")
+    )
+
+
+def expect(field, start: str) -> None:
+    for _ in range(120):
+        if field.get_attribute("value").startswith(start):
+            return
+        time.sleep(1)
+    raise AssertionError(f"{field.get_attribute('value')!r} does not begin with {start!r}")
 
 
 @pytest.mark.slow
 def test_page_in_a_browser(tmp_path):
-    """Needs Chromium and its driver: marks a box, propagates, reads the status."""
+    """Needs Chromium and its driver: clicks, drags a box, propagates, reads the status."""
     import shutil
     import urllib.request
 
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.by import By
 
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
@@ -201,12 +216,25 @@ def test_page_in_a_browser(tmp_path):
             time.sleep(2)
             status = browser.find_element(By.CSS_SELECTOR, "#status textarea")
             assert status.get_attribute("value").startswith("Frame 0: add")
+            # A drag from (20, 30) to (60, 70) of the frame is a box, and its last click is none.
+            corners = browser.execute_script(
+                """const i = document.querySelector("#frame img"), r = i.getBoundingClientRect();
+                let s = Math.min(r.width / i.naturalWidth, r.height / i.naturalHeight);
+                if (getComputedStyle(i).objectFit === "scale-down") s = Math.min(s, 1);
+                return [20, 60].map(x => r.left + r.width / 2 + (x - i.naturalWidth / 2) * s).concat(
+                    [30, 70].map(y => r.top + r.height / 2 + (y - i.naturalHeight / 2) * s));"""
+            )
+            x1, x2, y1, y2 = (round(v) for v in corners)
+            actions = ActionBuilder(browser)
+            actions.pointer_action.move_to_location(x1, y1).pointer_down().move_to_location(x2, y2).pointer_up()
+            actions.perform()
+            expect(status, "Frame 0: box")
+            time.sleep(2)
+            told = status.get_attribute("value")
+            found = [int(v) for v in told.split("box ")[1].split(",")[0].replace("to ", "").split()]
+            assert np.abs(np.subtract(found, [20, 30, 60, 70])).max() <= 1, told
             browser.find_element(By.ID, "propagate").click()
-            for _ in range(120):
-                if status.get_attribute("value").startswith("Round 1"):
-                    break
-                time.sleep(1)
-            assert status.get_attribute("value").startswith("Round 1")
+            expect(status, "Round 1")
         finally:
             browser.quit()
     finally:
@@ -237,7 +265,14 @@ def test_user_errors_are_one_line(words, says, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '[{"frame": 99, "objects": {}}]', '[{"frame": 0}]', '[{"objects": {"1": 3}}]']
+    "text",
+    [
+        *("[]", "{}", '[{"frame": 99, "objects": {}}]', '[{"frame": 0}]', '[{"objects": {"1": 3}}]'),
+        '[{"frame": 0, "scribbles": [{"path": [[NaN, 0.5], [0.1, 0.1]], "object_id": 1}]}]',
+        '[{"frame": 0, "scribbles": [{"path": [[0.1, 0.1]], "object_id": 999}]}]',
+        '[{"frame": 0, "scribbles": [{"path": [], "object_id": 1}]}]',
+        '[{"frame": 0, "scribbles": [{"path": [[0.1, 0.1], [0.2, 0.2]], "object_id": 0}]}]',
+    ],
 )
 def test_broken_interaction_files(text, tmp_path):
     (tmp_path / "x.json").write_text(text)

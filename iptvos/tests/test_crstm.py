@@ -127,3 +127,49 @@ def test_pooled_values_leave_out_padding():
     low[:8, :4] = 20.0
     v = crstm.pooled(low, (3, 4))
     assert v.shape == (3, 4) and v[0, 0] == pytest.approx(1) and v[2, 0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_last_cell_of_a_window_is_in_it():
+    """Whole numbers as centres: cells exactly `window` away in x or y count."""
+    o = Options(sigma=2.0, window=2.0, top=1000)
+    stored = entries(2)
+    for e in stored:
+        e.centre = (3.0, 3.0)
+    got = crstm.read(query(), 1, 9, (4.0, 2.0), stored, o)
+    assert np.allclose(got.numpy(), by_loops(query(), 1, 9, (4.0, 2.0), stored, o), atol=2e-5)
+    one = crstm.read(query(), 1, 9, (4.0, 2.0), stored, o, (3, 3, 4, 4))
+    assert np.allclose(one[3, 3], by_loops(query(), 1, 9, (4.0, 2.0), stored, o)[3, 3], atol=2e-5)
+
+
+def test_bars_themselves_are_passed():
+    r = torch.full((H, W), 0.1)
+    r[2, 2] = 0.875  # c = 0.75, exact in floating point
+    assert crstm.dense_prompt(r, Options(least=0.75))[0] is not None
+    assert crstm.dense_prompt(r, Options(least=0.7501))[0] is None
+    m = Memory(Options(trust=0.5))
+    for k, weight in enumerate((0.5, 0.499)):
+        e = entries(3)[k]
+        e.weight = weight
+        m.add(e)
+    assert [e.frame for e in m.passing] == [0]
+
+
+def test_an_interacted_frame_wins_over_its_propagated_copy_and_a_pass_counts_anew():
+    m, (a, b, c) = Memory(Options(every=3, recent=1)), entries(3)
+    m.interact(a)
+    copy = Entry(0, b.key, b.value, 0.9, b.centre)
+    m.add(copy)
+    assert m.entries() == [a]
+    m.add(c)
+    m.start()
+    for _ in range(2):
+        m.add(c)
+    assert not m.spaced  # the third of this pass, not of the last one and this
+    m.add(c)
+    assert m.spaced == [c]
+
+
+def test_pooling_is_of_probabilities_not_of_logits():
+    low = torch.full((4, 4), -8.0)
+    low[:, :2] = 30.0
+    assert float(crstm.pooled(low, (1, 1))[0, 0]) == pytest.approx(0.5, abs=1e-3)

@@ -9,11 +9,12 @@ from PIL import Image
 import data
 import prompts
 import robot
-import segmenters
+import sam as sam_module
 import trackers
 from prompts import Interaction, Prompt
 from runs import UserError
-from segmenters import Geometry, GrabCut, Sam, SamSegmenter
+from sam import Sam, SamSegmenter
+from segmenters import Geometry, GrabCut
 from session import METHODS, Session, merge
 
 torch.set_num_threads(1)
@@ -74,6 +75,18 @@ def test_scribbles_to_clicks():
     assert (one.labels == 1).sum() == 6 and (one.labels == 0).sum() == 12 and (one.points[:6, 1] == 20).all()
     assert (np.abs(one.points[:6, 0] - 40) > 2).all()  # nothing within 2 pixels of object 2's line
     assert not (got[3].labels == 1).any()
+
+
+def test_parts_with_a_click_or_of_the_corrected_mask_are_kept():
+    mask = np.zeros((20, 60), bool)
+    mask[5:10, 5:20] = mask[5:10, 25:30] = mask[12:16, 40:50] = True
+    click = np.array([[27, 7]], np.float32)
+    assert np.array_equal(prompts.with_positives(mask, click), mask & (np.arange(60) >= 25) & (np.arange(60) < 30))
+    old = np.zeros_like(mask)
+    old[4:9, 3:12] = True
+    assert np.array_equal(prompts.with_positives(mask, click, old), mask & (np.arange(60) < 30))
+    assert np.array_equal(prompts.with_positives(mask, np.array([[0, 0]], np.float32), old), mask)
+    assert np.array_equal(prompts.with_positives(mask, prompts.NONE), mask)
 
 
 # ------------------------------------------------------------------------------------------------------------- tracking
@@ -209,7 +222,7 @@ def test_mobile_sam_mapping_is_strict_and_complete():
     assert len(theirs) == 439
     count = {p: sum(k.startswith(p) for k in theirs) for p in ("image_encoder", "prompt_encoder", "mask_decoder")}
     assert count == {"image_encoder": 302, "prompt_encoder": 17, "mask_decoder": 120}
-    back = segmenters.mobile_keys(theirs)
+    back = sam_module.mobile_keys(theirs)
     assert back.keys() == ours.keys() and all(back[k] is ours[k] for k in ours)
 
 
@@ -219,15 +232,15 @@ def test_loading_is_strict_and_refuses_other_weights(tmp_path):
     state = sam.state_dict()
     torch.save(state, tmp_path / "a.pt")
     other = Sam("tiny")
-    segmenters.load(other, "tiny", tmp_path / "a.pt")
+    sam_module.load(other, "tiny", tmp_path / "a.pt")
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
     state.pop("mask_decoder.iou_token.weight")
     torch.save(state, tmp_path / "b.pt")
     with pytest.raises(UserError, match="does not fit"):
-        segmenters.load(other, "tiny", tmp_path / "b.pt")
+        sam_module.load(other, "tiny", tmp_path / "b.pt")
     (tmp_path / "c.pt").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="readable"):
-        segmenters.load(other, "tiny", tmp_path / "c.pt")
+        sam_module.load(other, "tiny", tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("name,size", [("tiny", 256), ("mobile", 256), ("hq_tiny", 256)])
@@ -283,13 +296,29 @@ def test_every_method_keeps_interacted_frames_and_propagates_both_ways(method):
 def test_limits_of_propagation():
     video = data.draw("plain", 1, 10)
     s = session(video)
-    s.touched = {2: 1, 8: 2}
-    assert s.reach(8, -1) == ([8, 7, 6, 5], 2) and s.reach(8, 1) == ([8, 9], None)  # the tie goes to the later round
-    assert s.reach(2, 1)[0] == [2, 3, 4, 5]
+    s.states[1].exact = dict.fromkeys((2, 8), video.truth[0] == 1)
+    assert s.reach(1, 8, -1) == ([8, 7, 6, 5], 2) and s.reach(1, 8, 1) == ([8, 9], None)  # ties: the later round
+    assert s.reach(1, 2, 1)[0] == [2, 3, 4, 5]
     s.method = METHODS["blend"]
-    assert s.reach(8, -1)[0] == [8, 7, 6, 5, 4, 3]
+    assert s.reach(1, 8, -1)[0] == [8, 7, 6, 5, 4, 3]
     s.method = METHODS["all"]
-    assert s.reach(8, -1)[0] == list(range(8, -1, -1))
+    assert s.reach(1, 8, -1)[0] == list(range(8, -1, -1))
+
+
+@pytest.mark.parametrize("method", ["full", "copy", "blend", "reinit"])
+def test_a_correction_of_one_object_does_not_limit_another(method):
+    """Frame 6 is corrected for object 2 alone: object 1 still passes through it."""
+    video = data.draw("pair", 2, 10)
+    s = session(video, method)
+    s.interact(0, masks(video, 0))
+    s.interact(6, {2: Interaction(mask=video.truth[6] == 2)})
+    before = [s.states[2].low[t] for t in range(10)]
+    assert s.reach(1, 3, 1)[0] == [3, 4, 5, 6, 7, 8, 9] and s.reach(2, 3, 1)[1] == 6
+    s.interact(3, {1: Interaction(mask=video.truth[3] == 1)})
+    assert all(a is b for a, b in zip(before, s.states[2].low, strict=True))  # object 2 was not asked about
+    s.interact(3, masks(video, 3))
+    changed = [t for t in range(10) if s.states[2].low[t] is not before[t] and t != 3]
+    assert set(changed) <= {1, 2, 4, 5} and s.states[1].exact.keys() == {0, 3}
 
 
 def test_same_seed_same_masks_and_embeddings_once():
@@ -351,11 +380,28 @@ def test_click_is_the_middle_of_the_largest_error():
     truth, answer = np.zeros((30, 40), bool), np.zeros((30, 40), bool)
     truth[5:16, 5:16] = True
     answer[20:23, 20:23] = True
-    p, label = robot.click(truth, answer)
-    assert p.tolist() == [10, 10] and label == 1
-    p, label = robot.click(truth, truth | answer)
-    assert p.tolist() == [21, 21] and label == 0
+    p, label, region = robot.click(truth, answer)
+    assert p.tolist() == [10, 10] and label == 1 and np.array_equal(region, truth)
+    p, label, region = robot.click(truth, truth | answer)
+    assert p.tolist() == [21, 21] and label == 0 and np.array_equal(region, answer)
     assert robot.click(truth, truth) is None
+    p, label, _ = robot.click(truth, np.roll(truth, 11, 0))  # as much missing as too much: missing first
+    assert p.tolist() == [10, 10] and label == 1
+    edge = np.zeros((30, 40), bool)
+    edge[:7] = True  # the border of the picture is an edge too
+    assert robot.click(edge, ~edge & False)[0].tolist()[1] == 3
+
+
+def test_further_clicks_stay_inside_the_region_of_the_first():
+    """A shifted answer: what is missing touches what is too much, and no click may land there with the wrong label."""
+    truth = np.zeros((40, 60), np.uint8)
+    truth[10:30, 10:30] = 1
+    answer = np.roll(truth, 8, 1)
+    one = robot.give("click", truth, answer, (1,), np.random.default_rng(0), clicks=5)[1]
+    x, y = one.points.astype(int).T
+    assert len(one.points) == 5 and (one.labels == 1).all() and (truth[y, x] == 1).all() and (answer[y, x] == 0).all()
+    assert len(robot.give("click", truth, answer, (1,), np.random.default_rng(0))[1].points) == 1
+    assert robot.give("click", truth, truth, (1,), np.random.default_rng(0)) == {}
 
 
 def test_scribbles_lie_in_the_error_and_tell_the_worst_frame():

@@ -1,0 +1,195 @@
+"""Prompts and the simulated user against slow references and by hand."""
+
+import cv2
+import numpy as np
+import pytest
+
+import metrics
+import prompts
+import robot
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def test_box_needs_two_pixels_and_grows_by_its_own_sides():
+    mask = np.zeros((9, 9), bool)
+    mask[3, 4] = True
+    assert prompts.box_of(mask) is None
+    mask[3, 5] = True
+    assert prompts.box_of(mask).tolist() == [4, 3, 5, 3]
+    box = np.array([10, 20, 50, 30], np.float32)  # 40 wide, 10 high
+    assert prompts.grow(box, 0.1).tolist() == [6, 19, 54, 31] and prompts.grow(box, -0.1).tolist() == [14, 21, 46, 29]
+    on = prompts.inside(np.array([[10, 20], [50, 30], [9.9, 25], [30, 30.1]]), box)
+    assert on.tolist() == [True, True, False, False]
+
+
+def slow_medoids(pixels: np.ndarray, n: int) -> np.ndarray:
+    """Alternating k-medoids in float64, from the n pixels with the smallest sums of distances."""
+    d = np.array([[np.hypot(*(a - b)) for b in pixels.astype(float)] for a in pixels.astype(float)])
+    centres = sorted(range(len(pixels)), key=lambda i: (d[i].sum(), i))[:n]
+    for _ in range(300):
+        nearest = [min(range(n), key=lambda c: d[i, centres[c]]) for i in range(len(pixels))]
+        new = list(centres)
+        for c in range(n):
+            own = [i for i in range(len(pixels)) if nearest[i] == c]
+            best = min(own, key=lambda i: sum(d[i, k] for k in own))
+            if sum(d[best, k] for k in own) < sum(d[centres[c], k] for k in own):
+                new[c] = best
+        if new == centres:
+            break
+        centres = new
+    return pixels[centres]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_medoids_equal_a_slow_reference(seed):
+    drawn = np.random.default_rng(seed).random((40, 2)) * [90, 50]  # real numbers, so no ties
+    got = prompts.medoids(drawn.astype(np.float32), 4, rng())
+    want = slow_medoids(drawn.astype(np.float32), 4)
+    assert sorted(map(tuple, got.tolist())) == sorted(map(tuple, want.tolist()))
+
+
+def test_a_mixed_selection_is_a_quarter_medoids_a_third_corners_and_the_rest_random(monkeypatch):
+    counts = {}
+
+    def noted(name, function, place):
+        def call(*args):
+            counts[name] = args[place]
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(prompts, "medoids", noted("medoids", prompts.medoids, 1))
+    monkeypatch.setattr(prompts, "corners", noted("corners", lambda m, n, f, r: np.zeros((n, 2), np.float32), 1))
+    assert len(prompts.select(np.ones((20, 20), bool), 17, "mixed", rng())) == 17
+    assert counts == {"medoids": 4, "corners": 5}
+
+
+def test_scribbles_reach_the_last_pixel_and_keep_two_pixels_apart():
+    corner = [{"path": [[0, 0], [1, 0]], "object_id": 1}, {"path": [[1.0, 1.0]], "object_id": 2}]
+    drawn = prompts.rasterise(corner, (11, 21))
+    assert (drawn[0] == 1).all() and drawn[10, 20] == 2 and (drawn == 2).sum() == 1
+    half = prompts.rasterise([{"path": [[0.499, 0.999], [0.499, 0.999]], "object_id": 3}], (11, 21))
+    assert np.argwhere(half == 3).tolist() == [[9, 9]]  # 0.499 x 20 = 9.98, cut, not rounded
+    lines = [{"path": [[0, 0.5], [1, 0.5]], "object_id": 1}, {"path": [[0.5, 0], [0.5, 1]], "object_id": 0}]
+    one = prompts.from_scribbles(lines, (41, 41), (1,), 30, rng())[1]
+    gap = np.abs(one.points[one.labels == 1, 0] - 20).min()
+    assert gap > 2 and (one.labels == 1).sum() == 30
+    assert (one.labels == 0).sum() == 8  # at most 8 negatives of another id
+    assert (one.points[one.labels == 0, 0] == 20).all() and np.abs(one.points[one.labels == 0, 1] - 20).min() > 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- robot
+
+
+def test_click_takes_the_larger_of_missing_and_too_much():
+    truth, answer = np.zeros((30, 60), bool), np.zeros((30, 60), bool)
+    truth[2:7, 2:7] = True
+    answer[10:25, 30:45] = True
+    p, label, _ = robot.click(truth, answer)
+    assert p.tolist() == [37, 17] and label == 0
+    p, label, _ = robot.click(answer, truth)
+    assert p.tolist() == [37, 17] and label == 1
+
+
+def test_boxes_and_masks_are_the_truth():
+    truth = np.zeros((20, 30), np.uint8)
+    truth[3:9, 4:15] = 2
+    given = robot.give("box", truth, None, (1, 2), rng())
+    assert given[2].box.tolist() == [4, 3, 14, 8] and given[2].mask is None
+    assert given[1].box is None and not given[1].mask.any()  # absent: an empty mask says so
+    given = robot.give("mask", truth, None, (1, 2), rng())
+    assert np.array_equal(given[2].mask, truth == 2) and not given[1].mask.any()
+
+
+def test_first_frame_is_where_the_smallest_share_is_largest():
+    truth = []
+    for a, b in ((5, 1), (4, 4), (1, 5), (3, 3)):
+        g = np.zeros((10, 20), np.uint8)
+        g[:a, :5], g[:b, 10:15] = 1, 2
+        truth.append(g)
+    assert robot.first_frame(truth, (1, 2)) == 1
+    assert robot.first_frame([None, *truth], (1, 2)) == 2 and robot.first_frame(truth, (2,)) == 2
+
+
+def test_scribble_of_a_cross_is_its_long_bar():
+    """Opening with a disk of a fifth of half the root of the area; the path is the longest of the skeleton."""
+    cross = np.zeros((80, 160), bool)
+    cross[35:46, 10:150] = cross[15:66, 75:86] = True
+    (path,) = robot.curves(cross)
+    assert np.ptp(path[:, 0]) > 110 and np.abs(path[:, 1] - 40).max() < 4
+    thin = np.zeros((60, 90), bool)
+    thin[20:40, 20:70] = thin[29:31, 70:90] = True  # a hair of 2 pixels: opened away (radius 3)
+    (path,) = robot.curves(thin)
+    assert path[:, 0].max() < 72
+    small = np.zeros((60, 90), bool)
+    small[10:13, 10:40] = True  # area 90: radius 0.9, no opening
+    (path,) = robot.curves(small)
+    assert np.ptp(path[:, 0]) > 20 and np.abs(path[:, 1] - 11).max() <= 1
+    assert robot.curves(np.zeros((9, 9), bool)) == [] and robot.curves(np.eye(3, dtype=bool)) == []
+
+
+def test_a_ring_is_cut_at_a_heavy_edge():
+    """A cycle loses its heaviest edge (a diagonal one), so the path is as short as the ring allows."""
+    import networkx as nx
+
+    graph = nx.Graph()
+    ring = [(0, 0), (0, 1), (0, 2), (1, 3), (2, 2), (2, 1), (2, 0), (1, -1)]
+    for a, b in zip(ring, ring[1:] + ring[:1], strict=True):
+        graph.add_edge(a, b, weight=float(np.hypot(a[0] - b[0], a[1] - b[1])))
+    image = np.zeros((7, 9), np.uint8)
+    for y, x in ring:
+        image[y + 2, x + 3] = 1
+    path = robot.skeleton_path(nx.relabel_nodes(graph, {p: (p[0] + 2, p[1] + 3) for p in ring}))
+    length = sum(float(np.hypot(*(np.subtract(a, b)))) for a, b in zip(path[1:], path[:-1], strict=True))
+    assert len(path) == 8 and length == pytest.approx(4 + 3 * np.sqrt(2)) and image[tuple(np.array(path).T)].all()
+
+
+def test_bezier_begins_and_ends_at_its_ends_and_halves_a_parabola():
+    curve = robot.bezier(np.array([[0, 0], [10, 20], [20, 0]], float), 101)
+    assert curve[0].tolist() == [0, 0] and np.allclose(curve[-1], [20, 0]) and np.allclose(curve[50], [10, 10])
+    long = robot.bezier(np.stack([np.arange(500.0), np.zeros(500)], 1), 50)
+    assert np.isfinite(long).all() and np.allclose(long[[0, -1], 0], [0, 499])
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def test_summary_pools_one_curve():
+    """Two objects of the first sample weigh twice; time is the mean over samples, the timeout by the mean number."""
+    a = {"jf_1": 0.4, "jf_2": 0.6, "seconds_1": 10.0, "seconds_2": 30.0, "objects": 2}
+    b = {"jf_1": 0.7, "jf_2": 0.9, "seconds_1": 20.0, "seconds_2": 10.0, "objects": 1}
+    area, sixty = metrics.summary([a, b], 2, 40.0)
+    # (0, 0) (15, 0.5) (35, 0.7) (60, 0.7); timeout 40 x 1.5
+    assert area == pytest.approx((15 * 0.25 + 20 * 0.6 + 25 * 0.7) / 60) and sixty == pytest.approx(0.7)
+    assert metrics.summary([a], 2, 240.0)[1] == pytest.approx(0.6 + 0)
+
+
+def test_a_round_that_ends_at_the_timeout_counts():
+    assert metrics.auc([30, 60], [0.5, 1.0], 60) == pytest.approx((30 * 0.25 + 30 * 0.75) / 60)
+    # The same time twice: the later value at that moment, no area in between.
+    assert metrics.auc([30, 30], [0.5, 1.0], 60) == pytest.approx((30 * 0.25 + 30 * 1.0) / 60)
+
+
+def test_a_disk_that_is_too_large_shrinks_by_tenths():
+    """Two bars 9 high, area 1800: radius 4.2 fits as a disk of 4. Three lines 5 high, area 2400: 4.9 is too much, as are
+    4.4, 4.0, 3.6 and 3.2, and 2.9, 2.6; 2.3 fits, and what the opening then leaves keeps its ends round."""
+    bars = np.zeros((60, 220), bool)
+    for y in (5, 20, 35):
+        bars[y : y + 5, 10:170] = True
+    bars[7, 170:215] = True  # a hair of 1 pixel, which only an opening takes away
+    paths = robot.curves(bars)
+    assert len(paths) == 3 and max(p[:, 0].max() for p in paths) < 172
+
+
+def test_opening_radius_has_a_ceiling():
+    big = np.zeros((480, 854), np.uint8)
+    cv2.rectangle(big, (100, 60), (700, 420), 1, -1)  # 0.2 sqrt(area) / 2 = 46, held to 16
+    cv2.rectangle(big, (700, 220), (800, 260), 1, -1)  # 41 high: survives a disk of radius 16, not of 46
+    paths = robot.curves(big > 0)
+    assert max(p[:, 0].max() for p in paths) > 740

@@ -1,0 +1,270 @@
+"""A session with a segmenter and trackers that say what the test wants: what is asked, kept, stored and mixed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import crstm
+import trackers
+from prompts import Interaction, box_of
+from segmenters import Embedding, Geometry
+from session import METHODS, NOTHING, PLAIN, Session
+
+H, W, CELLS = 48, 64, 16
+POINTS = replace(METHODS["points"], positives=3, negatives=1)
+
+
+def disk(x: float, y: float, r: float) -> np.ndarray:
+    v, u = np.mgrid[:H, :W]
+    return (u - x) ** 2 + (v - y) ** 2 <= r * r
+
+
+class Told:
+    """A segmenter that answers `answers[frame]` (mask, quality) and notes what it is asked."""
+
+    cells, mask_threshold, device = CELLS, 0.0, torch.device("cpu")
+
+    def __init__(self, answer):
+        self.answer, self.asked = answer, []
+
+    def encode(self, frame):
+        g = Geometry(H, W, CELLS)
+        key = torch.randn(64, *g.valid, generator=torch.Generator().manual_seed(0))
+        return Embedding(g, crstm.unit(key), int(frame[0, 0, 0]))
+
+    def decode(self, e, prompts):
+        out = []
+        for p in prompts:
+            self.asked.append((e.data, p))
+            mask, quality = self.answer(e.data, p)
+            out.append((e.geometry.low(np.where(mask, -NOTHING, NOTHING)), quality))
+        return out
+
+
+class Fixed:
+    """Points that stay, all seen."""
+
+    def track(self, frames, order, points):
+        shape = len(order), len(points)
+        return trackers.Tracks(np.repeat(points[None], len(order), 0), np.ones(shape, bool), np.zeros(shape))
+
+
+class Box:
+    """A box that stays; None from step `lost` on."""
+
+    lost = 99
+
+    def start(self, frame, box, mask):
+        self.box, self.steps = box, 0
+
+    def step(self, frame):
+        self.steps += 1
+        return (self.box.copy(), 1.0) if self.steps < self.lost else (None, 0.0)
+
+    def correct(self, mask):
+        pass
+
+
+def make(answer, method=POINTS, n=9, objects=(1,), box=Box, seed=0):
+    frames = [np.full((H, W, 3), t, np.uint8) for t in range(n)]
+    told = Told(answer)
+    return Session(frames, objects, told, Fixed(), box, method, seed), told
+
+
+A, B = disk(20, 24, 8), disk(44, 24, 8)
+
+
+def mask(s, t: int, o: int = 1):
+    low = s.states[o].low[t]
+    return None if low is None else Geometry(H, W, CELLS).full(low) > 0
+
+
+def same(a, b) -> bool:
+    return a is not None and (a & b).sum() / (a | b).sum() > 0.85
+
+
+def test_an_earlier_mask_is_kept_where_the_new_one_is_trusted_less():
+    quality = {"now": 0.8}
+    s, _ = make(lambda t, p: (A, quality["now"]))
+    s.interact(0, {1: Interaction(mask=A)})
+    s.segmenter.answer = lambda t, p: (B, {5: 0.69, 6: 0.71, 7: 0.95}.get(t, 0.8))
+    s.interact(8, {1: Interaction(mask=B)})
+    assert same(mask(s, 5), A) and same(mask(s, 6), B) and same(mask(s, 7), B)
+    assert s.states[1].iou[5] == 0.8 and s.states[1].iou[6] == 0.71
+    assert same(mask(s, 4), B) and same(mask(s, 3), A)  # the pass ends in the middle, ties to the later round
+
+
+@pytest.mark.parametrize("horizon", [0, 3])
+def test_blend_mixes_by_nearness(horizon):
+    """Also after points were sampled anew."""
+    s, _ = make(lambda t, p: (A, 0.9), replace(POINTS, limits="blend", horizon=horizon))
+    s.interact(0, {1: Interaction(mask=A)})
+    s.segmenter.answer = lambda t, p: (B, 0.5)
+    s.interact(8, {1: Interaction(mask=B)})
+    y, x = 24 * 4 * CELLS // W, 44 * 4 * CELLS // W  # a place inside B: the new answer there is 1, the old one 0
+    for t, share in ((2, 0.25), (6, 0.75)):
+        p = float(s.states[1].low[t].float().sigmoid()[y, x])
+        assert p == pytest.approx(share, abs=0.01) and s.states[1].iou[t] == pytest.approx(
+            share * 0.5 + (1 - share) * 0.9
+        )
+
+
+def test_a_gate_empties_masks_of_low_predicted_iou():
+    s, _ = make(lambda t, p: (A, 0.69 if t == 2 else 0.7), replace(POINTS, gate=0.7, refine=0))
+    s.interact(0, {1: Interaction(mask=A)})
+    assert mask(s, 2) is None and same(mask(s, 3), A)
+
+
+def test_points_of_other_objects_are_negatives():
+    s, told = make(lambda t, p: (A, 0.9), objects=(1, 2))
+    s.interact(0, {1: Interaction(mask=A), 2: Interaction(mask=B)})
+    t, p = told.asked[0]
+    assert t == 1 and p.labels.tolist() == [1, 1, 1, 0, 0, 0, 0]  # own, own negative, the three of object 2
+    x, y = p.points[4:].astype(int).T
+    assert B[y, x].all() and A[tuple(p.positive.astype(int).T[::-1])].all()
+
+
+def test_without_points_and_box_the_object_is_out_of_sight():
+    class Lost(Box):
+        lost = 3
+
+    s, told = make(lambda t, p: (A, 0.9), METHODS["box"], box=Lost)
+    s.interact(0, {1: Interaction(mask=A)})
+    assert [t for t, _ in told.asked] == [1, 2] and mask(s, 3) is None and s.decoded == 2
+    assert told.asked[0][1].box.tolist() == box_of(A).tolist()
+
+
+def test_refinement_asks_with_box_and_logits_until_the_box_stays():
+    sizes = iter([6, 8, 8, 8, 8])
+    s, told = make(lambda t, p: (disk(20, 24, next(sizes)), 0.9), replace(POINTS, refine=4), n=2)
+    s.interact(0, {1: Interaction(mask=A)})
+    boxes = [None if p.box is None else p.box.tolist() for _, p in told.asked]
+    assert boxes == [None, box_of(disk(20, 24, 6)).tolist(), box_of(disk(20, 24, 8)).tolist()]  # then nothing changes
+    assert told.asked[0][1].dense is None and told.asked[1][1].dense is not None
+
+
+def test_clicks_add_up_and_start_from_the_earlier_mask():
+    s, told = make(lambda t, p: (A, 0.9))
+    click = lambda x, y, v: Interaction(points=np.array([[x, y]], np.float32), labels=np.array([v]))  # noqa: E731
+    s.interact(0, {1: click(20, 24, 1)})
+    first, full = told.asked[0][1], told.asked[1][1]
+    assert first.dense is None and first.box is None and full.dense is not None  # positives alone, then all
+    told.asked.clear()
+    s.interact(0, {1: click(44, 24, 0)})
+    p = told.asked[0][1]
+    assert p.points.tolist() == [[20, 24], [44, 24]] and p.labels.tolist() == [1, 0] and p.dense is not None
+    told.asked.clear()
+    s.interact(0, {1: Interaction(mask=B)})  # a mask is final and forgets the clicks
+    assert all(t != 0 for t, _ in told.asked) and 0 not in s.states[1].clicks
+    s.interact(0, {1: click(44, 24, 1)})
+    assert [p for t, p in told.asked if t == 0][0].points.tolist() == [[44, 24]]
+
+
+def test_clicks_are_tracked_with_the_sampled_points():
+    s, told = make(lambda t, p: (A, 0.9))
+    s.interact(0, {1: Interaction(points=np.array([[20, 24], [50, 40]], np.float32), labels=np.array([1, 0]))})
+    p = next(p for t, p in told.asked if t == 1)
+    assert (
+        p.positive[-1].tolist() == [20, 24]
+        and p.points[-1].tolist() == [50, 40]
+        and p.labels.tolist() == [1] * 4 + [0] * 2
+    )
+
+
+def test_renewed_points_come_from_the_median_area_and_small_ones_do_not_count():
+    """Horizon 8 on 10 frames: places 3 to 8 of the pass count, the first quarter does not."""
+    radius = {1: 15, 2: 14, 3: 5, 4: 9, 5: 8, 6: 7, 7: 6, 8: 2, 9: 9}
+    begun = []
+
+    class Noting(Fixed):
+        def track(self, frames, order, points):
+            begun.append(order[0])
+            return super().track(frames, order, points)
+
+    for variant, want in (("A", 7), ("B", 6), ("C", 5)):  # frame 8 has 13 pixels; areas of 3 to 7 sorted: 5 6 7 8 9
+        begun.clear()
+        s, _ = make(lambda t, p: (disk(20, 24, radius[t]), 0.9), replace(POINTS, horizon=8, variant=variant), n=10)
+        s.tracker = Noting()
+        s.interact(0, {1: Interaction(mask=A)})  # radius 8, as on frame 5
+        assert begun == [0, want], variant
+    s, told = make(lambda t, p: (disk(20, 24, 2), 0.9), replace(POINTS, horizon=4), n=10)
+    s.interact(0, {1: Interaction(mask=A)})
+    assert max(t for t, _ in told.asked) == 4 and mask(s, 7) is None  # nothing fit: given up until touched again
+
+
+def test_variant_d_takes_one_frame_for_all_objects():
+    begun = []
+
+    class Noting(Fixed):
+        def track(self, frames, order, points):
+            begun.append(order[0])
+            return super().track(frames, order, points)
+
+    def answer(t, p):
+        first = p.positive[0][0] < 32
+        r = {5: 8.0, 6: 7.7}.get(t, 4) if first else {5: 7.7, 6: 8.0}.get(t, 4)
+        return disk(20 if first else 44, 24, r), 0.9
+
+    for variant, want in (("C", [5, 6]), ("D", [5, 5])):
+        begun.clear()
+        s, _ = make(answer, replace(POINTS, horizon=8, variant=variant), n=10, objects=(1, 2))
+        s.tracker = Noting()
+        s.interact(0, {1: Interaction(mask=A), 2: Interaction(mask=B)})
+        assert begun == [0, 0, *want], variant
+
+
+def test_memory_holds_what_was_interacted_and_trusted_and_prompts():
+    seen = []
+    method = replace(METHODS["full"], filter=PLAIN)
+    s, told = make(lambda t, p: (A, 0.9 if t < 4 else 0.5), method)
+    s.interact(0, {1: Interaction(mask=A)})
+    m = s.states[1].memory
+    assert list(m.interacted) == [0] and [e.frame for e in m.passing] == [2, 3]  # 0.5 is not trusted
+    e = m.interacted[0]
+    assert e.weight == 1 and e.centre == pytest.approx((20 * CELLS / W, 24 * CELLS / W), abs=0.05)
+    assert e.value.shape == (12, 16) and float(e.value[6, 5]) > 0.99 and float(e.value[0, 15]) < 0.01
+    for t, p in told.asked:
+        dense = Geometry(H, W, CELLS).full(p.dense)
+        seen.append(t)
+        # The same keys on every frame: read out, the mask stays where it was; far from the box surely nothing.
+        assert same(dense > 0, A) and dense[2, 60] < -4 and dense[47, 2] < -4
+    assert seen == list(range(1, 9))
+    s.interact(0, {1: Interaction(mask=np.zeros((H, W), bool))})  # the object is not there after all
+    assert not s.states[1].memory.interacted
+
+
+def test_the_memory_is_read_around_the_box(monkeypatch):
+    """The box is 12, 16 to 28, 32: grown by half its sides 4, 8 to 36, 40 pixels, 4 a cell, with a cell of room."""
+    regions, read = [], crstm.read
+    monkeypatch.setattr(crstm, "read", lambda *a: (regions.append((a[3], a[6])), read(*a))[1])
+    s, _ = make(lambda t, p: (A, 0.9), METHODS["full"], n=2)
+    s.interact(0, {1: Interaction(mask=A)})
+    assert regions == [((5.0, 6.0), (0, 1, 11, 12))]
+
+
+def test_points_alone_read_the_memory_around_them():
+    s, told = make(lambda t, p: (A, 0.9), METHODS["points+memory"], n=3)
+    s.interact(0, {1: Interaction(mask=A)})
+    assert same(Geometry(H, W, CELLS).full(told.asked[0][1].dense) > 0, A)
+
+
+def test_seeds_and_rounds_draw_other_points():
+    def points(seed, rounds):
+        s, told = make(lambda t, p: (A, 0.9), replace(POINTS, selection="random"), n=2, seed=seed)
+        for _ in range(rounds):
+            told.asked.clear()
+            s.interact(0, {1: Interaction(mask=A)})
+        return told.asked[0][1].points.tolist()
+
+    assert points(0, 1) == points(0, 1) and points(0, 1) != points(1, 1) and points(0, 1) != points(0, 2)
+
+
+def test_nothing_given_changes_nothing():
+    s, told = make(lambda t, p: (A, 0.9))
+    s.interact(0, {1: Interaction(mask=A)})
+    before = list(s.states[1].low)
+    told.asked.clear()
+    s.interact(4, {})
+    assert not told.asked and before == s.states[1].low and s.reach(1, 0, 1)[1] is None
