@@ -180,6 +180,9 @@ def test_control_maps():
     x[0, 2:5, 3:7] = 200
     box = generators.control_map(x, "box")[0, 0]
     assert box[2:5, 3:7].all() and box.sum() == 12
+    x[0, 0, 0] = 45  # darker than a quarter of the brightest: outside
+    assert torch.equal(generators.control_map(x, "box")[0, 0], box)
+    x[0, 0, 0] = 0
     ink = generators.control_map(x, "ink")
     assert (
         ink.shape == (1, 1, 8, 8) and len(ink.unique()) < 17 and ink.mean().item() == pytest.approx(12 * 200 / 255 / 64)
@@ -195,6 +198,15 @@ def test_control_reaches_the_network_and_can_end_early():
         none = generator(kind, control_scale=1.0, control_end=0.0).edit(x, y, seeds)
         assert not torch.equal(on, off) and torch.equal(off, none)
         assert torch.equal(generator(kind, control="none").edit(x, y, seeds), off) or kind == "controlnet"
+
+
+def test_guidance_goes_on_from_the_unconditional_prediction():
+    """eps = free + w (wanted - free): at 0 the label does not matter, at 1 one pass is enough."""
+    x, y = toy(4)
+    seeds = [1, 2, 3, 4]
+    at = lambda w, labels: generator("concat", guidance=w).edit(x, labels, seeds)  # noqa: E731
+    assert torch.equal(at(0.0, y), at(0.0, (y + 1) % 3)) and not torch.equal(at(1.0, y), at(1.0, (y + 1) % 3))
+    assert (at(1.0, y).int() - at(1.0 + 1e-9, y).int()).abs().max() <= 1  # one pass, and two that are added
 
 
 # ------------------------------------------------------------------------------------------------- training a generator
@@ -227,6 +239,35 @@ def test_a_generators_training_resumes_exactly(tmp_path, monkeypatch, kind):
     third, _ = trained(tmp_path / "b", kind)  # read from the finished file
     assert all(torch.equal(v, w) for v, w in zip(again.parameters(), third.parameters(), strict=True))
     assert about["generator"] == kind and not list((tmp_path / "b").glob("*.checkpoint"))
+
+
+def test_what_the_training_of_a_generator_shows_to_it(tmp_path, monkeypatch):
+    """Label and control are blanked in their shares, each by itself, and a mirrored image has a mirrored control."""
+    seen = []
+
+    class Recorder(nn.Module):
+        def __init__(self, *args):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, y, hint):
+            seen.append((x, y, hint))
+            return self.w * x
+
+    monkeypatch.setitem(generators.NETS, "concat", Recorder)
+    monkeypatch.setattr(generators, "alphas", lambda: torch.ones(echomod.STEPS))  # nothing is noised
+    x = torch.zeros(30, 8, 8, 1, dtype=torch.uint8)
+    x[:, :, :4] = 250
+    told = {"seed": 0, "steps": 20, "batch": 100, "lr": 0.0, "widths": (8,), "layers": 1, "control": "ink"}
+    y = torch.arange(30) % 3
+    generators.train("concat", x, y, 3, tmp_path, CPU, **told, flip=True, show=False, control_dropout=0.3)
+    images, labels, hints = (torch.cat(v) for v in zip(*seen, strict=True))
+    blank = hints.flatten(1).amax(1) == 0
+    assert (labels == 3).double().mean() == pytest.approx(0.1, abs=0.02)
+    assert blank.double().mean() == pytest.approx(0.3, abs=0.04)
+    assert (blank & (labels == 3)).double().mean() == pytest.approx(0.03, abs=0.015)
+    left = [v[:, 0, :, 0].mean(1) > v[:, 0, :, -1].mean(1) for v in (images, hints)]
+    assert torch.equal(left[0][~blank], left[1][~blank]) and 0.4 < left[0].double().mean() < 0.6
 
 
 def test_generator_training_learns_and_tells_of_what_it_cannot(tmp_path):

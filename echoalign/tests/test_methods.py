@@ -69,6 +69,10 @@ def test_part_matrices_explain_the_anchors():
     parts = methods.part_matrices(h, p, 20, 1500, 0)
     assert torch.allclose(parts.sum(2), torch.ones(2, 2))
     assert torch.allclose(parts[0], torch.tensor([[0.7, 0.3]]).expand(2, 2), atol=0.03)
+    # Only the surest samples of a class are anchors: others, told to be different, do not count.
+    sure = torch.tensor([[0.95, 0.05]] * 5 + [[0.05, 0.95]] * 5 + [[0.5, 0.5]] * 30)
+    parts = methods.part_matrices(torch.ones(40, 1), sure, 5, 1500, 0)
+    assert torch.allclose(parts[0], torch.tensor([[0.95, 0.05], [0.05, 0.95]]), atol=0.03)
 
 
 def test_elr_loss_and_its_limit():
@@ -159,6 +163,13 @@ def test_clipcleaner_and_cleanlab_find_planted_errors():
     for score, kept in (selection.clipcleaner(p, p, y), selection.cleanlab(p, y)):
         assert not kept[:12].any() and kept[12:].float().mean() > 0.9
         assert float(score[:12].max()) < float(score[12:].min())
+    # Either posterior can refuse a sample, and so can the ratio of a label that the mixture would keep.
+    doubt = p.clone()
+    doubt[20] = F.one_hot((y[20] + 1) % 3, 3) * 0.98 + 0.01
+    both, one = selection.clipcleaner(p, doubt, y)[1], selection.clipcleaner(p, p, y)[1]
+    assert one[20] and not both[20] and torch.equal(both[21:], one[21:])
+    flat = torch.full((90, 3), 0.2) + 0.3 * F.one_hot((y + 1) % 3, 3) + 0.1 * F.one_hot(y, 3)  # p_y / max p = 0.6
+    assert not selection.clipcleaner(flat, flat, y)[1].any()
     alone = torch.zeros(4).long()
     assert selection.cleanlab(torch.ones(4, 3) / 3, alone)[1].all()
     assert selection.logistic(torch.randn(4, 2), alone, 0)[:, 0].tolist() == [1, 1, 1, 1]

@@ -32,6 +32,11 @@ def test_class_conditional_noise_hits_its_matrix(kind, rho):
     assert rho == 0 or (noise.class_conditional(y, t, 2) != out).any()
 
 
+def test_pair_noise_flips_to_the_next_class():
+    t = noise.transition("pair", 0.3, 3)
+    assert np.allclose(t, [[0.7, 0.3, 0], [0, 0.7, 0.3], [0.3, 0, 0.7]])
+
+
 def test_class_conditional_is_one_multinomial_a_sample_in_order():
     _, y = images(50)
     t = noise.transition("symmetric", 0.4, 10)

@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import HERE, TINY, environment, same_runs, settings, start
 
+import readers
 import runs
 import trainer
 from settings import METHODS
@@ -118,6 +120,22 @@ def test_more_methods_join_a_finished_run(tmp_path, monkeypatch, cache):
 def test_random_streams_are_separate():
     seeds = {trainer.stream_seed(s, k, e) for s in range(4) for k in trainer.STREAMS for e in range(600)}
     assert len(seeds) == 4 * len(trainer.STREAMS) * 600
+
+
+def test_order_and_crops_come_from_their_own_streams():
+    s = settings()
+    d = trainer.Task(
+        torch.randint(0, 256, (30, 8, 8, 1), dtype=torch.uint8), torch.arange(30) % 10, None, readers.KINDS["digits"]
+    )
+    learner = trainer.Learner(s, d, 0, torch.device("cpu"))
+    seen, crops = [], []
+    learner.augment = lambda x, g: (crops.append(g.initial_seed()), trainer.to_input(x))[1]
+    for epoch in (0, 1):
+        seen.append(torch.cat([i for i, _ in learner.batches(epoch)]).tolist())
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(30)) and seen[0] != seen[1]
+    want = torch.Generator().manual_seed(trainer.stream_seed(0, "order", 1))
+    assert seen[1] == torch.randperm(30, generator=want).tolist()
+    assert set(crops) == {trainer.stream_seed(0, "crop", e) for e in (0, 1)}
 
 
 def test_every_method_has_a_row_and_settings_are_stored(tmp_path):
