@@ -62,7 +62,7 @@ def test_youtube_vos_with_frames_without_masks(youtube):
 
 
 def test_which_frames_count(monkeypatch):
-    """Scores that differ by frame and object: all frames after a round, the inner ones for the semi-supervised protocol,
+    """Scores that differ by frame and object: all frames after a round, inner ones for the semi-supervised protocol,
     object 1 behind the occluder; a timeout of 240 s each object."""
     video = data.draw("pair", 0, 6)
     video.hidden = (1, 3)

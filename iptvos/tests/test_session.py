@@ -268,3 +268,30 @@ def test_nothing_given_changes_nothing():
     told.asked.clear()
     s.interact(4, {})
     assert not told.asked and before == s.states[1].low and s.reach(1, 0, 1)[1] is None
+
+
+def test_trimap_of_grabcut():
+    from segmenters import GrabCut
+
+    prior = np.zeros((40, 60), np.float32)
+    prior[:, :10], prior[:, 20:40], prior[:, 40:] = -5, 2, 5
+    points, labels = np.array([[30, 20], [50, 20]], np.float32), np.array([1, 0])
+    t = GrabCut.trimap((60, 40), points, labels, None, prior)
+    sure_back, sure_fore, maybe_back, maybe_fore = 0, 1, 2, 3
+    assert [t[5, x] for x in (5, 15, 25, 50)] == [sure_back, maybe_back, maybe_fore, sure_fore]
+    assert t[20, 30] == sure_fore and t[20, 50] == sure_back
+    t = GrabCut.trimap((60, 40), points[:0], labels[:0], np.array([20, 10, 40, 30], np.float32), None)
+    assert t[20, 30] == maybe_fore and t[20, 19] == maybe_back and t[20, 17] == sure_back  # the box grown by a tenth
+
+
+def test_sam_is_asked_in_pixels_of_its_own_input(monkeypatch):
+    from prompts import Prompt
+    from sam import Sam, SamSegmenter
+
+    s = SamSegmenter(Sam("tiny"), torch.device("cpu"))
+    seen = {}
+    forward = s.sam.prompt_encoder.forward
+    monkeypatch.setattr(s.sam.prompt_encoder, "forward", lambda **k: seen.update(k) or forward(**k))
+    e = s.encode(np.zeros((96, 128, 3), np.uint8))  # 256 / 128: twice as large
+    s.decode(e, [Prompt(np.array([[10, 20]], np.float32), np.array([1]), np.array([5, 6, 50, 60], np.float32))])
+    assert seen["points"][0].tolist() == [[[20, 40]]] and seen["boxes"].tolist() == [[10, 12, 100, 120]]
