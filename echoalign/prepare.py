@@ -173,6 +173,7 @@ class Prepared:
         )
         words = classes.names(s.dataset)
         more = {"bf16": s.precision == "bf16", "download": s.download, "compile": s.compile}
+        more["annotators"] = self.local(s.sd_annotators)
         control = s.sd_controlnet or stable.CONTROLNETS.get(s.control, stable.CONTROLNETS["canny"])
         return stable.load(self.local(s.sd_base), self.local(control), words, knobs, self.device, **more)
 

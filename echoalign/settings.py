@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import hints
 import methods
 import models
 import noise as label_noise
@@ -79,7 +80,7 @@ class Settings:
     """ddim (eta 0), dpm (DPM-Solver++ 2M) or, with sd, unipc."""
     guidance: Number = -1.0
     """Classifier-free guidance; -1: small networks 2, sd 9."""
-    control: Literal["auto", "ink", "box", "canny", "tile", "none"] = "auto"
+    control: Literal["auto", "ink", "box", "canny", "softedge", "tile", "shuffle", "none"] = "auto"
     """Structure the generator is held to; auto: ink (small networks), canny (sd)."""
     control_scale: Number = -1.0
     """Strength of the control; -1: small networks 0.5, sd 1."""
@@ -115,6 +116,8 @@ class Settings:
     """sd: hub id or local folder of the base model."""
     sd_controlnet: str = ""
     """sd: hub id or local folder of the ControlNet; default by --control."""
+    sd_annotators: str = hints.ANNOTATORS
+    """sd: hub id or local folder of HED's weights, for --control softedge."""
     resolution: int = 512
     """sd: shorter side the images are brought to."""
     eta: Number = 0.0
@@ -287,10 +290,12 @@ class Settings:
             v = getattr(self, name)
             if not (0 <= v <= 1 or v == -1 and name in share):
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {v:g}")
-        if self.generator != "sd" and (self.sampler == "unipc" or self.control in ("canny", "tile")):
-            raise UserError("--sampler unipc, --control canny and tile belong to --generator sd")
+        if self.generator != "sd" and (self.sampler == "unipc" or self.control in stable.CONTROLNETS):
+            raise UserError(f"--sampler unipc, --control {', '.join(stable.CONTROLNETS)} belong to --generator sd")
         if self.generator == "sd" and self.control in ("ink", "box"):
-            raise UserError("--control ink and box belong to the small networks; use canny, tile or none")
+            raise UserError(
+                f"--control ink and box belong to the small networks; use {', '.join(stable.CONTROLNETS)} or none"
+            )
         if self.threshold not in ("auto", "gmm", "otsu"):
             try:
                 ok = -1 <= float(self.threshold) <= 1

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import hints
 from runs import UserError
 
 PROMPT = "a photo of a {name}, best quality, extremely detailed"
@@ -22,7 +23,12 @@ NEGATIVE = (
 )
 NEGATIVE += "low quality"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-CONTROLNETS = {"canny": "lllyasviel/sd-controlnet-canny", "tile": "lllyasviel/control_v11f1e_sd15_tile"}
+CONTROLNETS = {
+    "canny": "lllyasviel/sd-controlnet-canny",
+    "softedge": "lllyasviel/control_v11p_sd15_softedge",
+    "tile": "lllyasviel/control_v11f1e_sd15_tile",
+    "shuffle": "lllyasviel/control_v11e_sd15_shuffle",
+}
 SAMPLERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
 
 
@@ -38,7 +44,7 @@ class Knobs:
     eta: float = 0.0
     guidance: float = 9.0
     control: str = "canny"
-    """canny, tile (the image itself) or none (control strength 0)."""
+    """canny, softedge (HED), tile (the image itself), shuffle (its colours elsewhere) or none (control strength 0)."""
     control_scale: float = 1.0
     control_start: float = 0.0
     control_end: float = 1.0
@@ -57,21 +63,14 @@ def upscale(image: np.ndarray, resolution: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS if k > 1 else Image.Resampling.BOX)
 
 
-def canny(picture: Image.Image, low: float, high: float) -> Image.Image:
-    """Edges of the upscaled picture, white on black, RGB."""
-    import cv2
-
-    edges = cv2.Canny(np.asarray(picture), low, high)
-    return Image.fromarray(np.repeat(edges[..., None], 3, axis=2))
-
-
 class StableControl:
     """Stable Diffusion + ControlNet behind `edit`; text embeddings of the C classes are computed once."""
 
-    def __init__(self, pipeline, names: Sequence[str], knobs: Knobs, device: torch.device, dtype, told: dict):
+    def __init__(self, pipeline, names: Sequence[str], knobs: Knobs, device: torch.device, dtype, told: dict,
+                 hint: hints.Hint):  # fmt: skip
         import diffusers
 
-        self.knobs, self.device, self.names = knobs, device, tuple(names)
+        self.knobs, self.device, self.names, self.hint = knobs, device, tuple(names), hint
         config = pipeline.scheduler.config
         pipeline.scheduler = getattr(diffusers, SAMPLERS[knobs.sampler]).from_config(config)
         self.pipe = pipeline.to(device, dtype)
@@ -84,6 +83,7 @@ class StableControl:
         self.positive = torch.cat([p for p, _ in found])
         self.negative = found[0][1]
         self._told = {"generator": "sd", **told, **vars(knobs), "classes": list(names), "dtype": str(dtype)}
+        self._told |= hint.about()
 
     def about(self) -> dict:
         return dict(self._told)
@@ -94,7 +94,7 @@ class StableControl:
         if k.mode == "img2img" and int(k.steps * k.strength) < 1:  # no step would be made
             return images.clone()
         pictures = [upscale(image, k.resolution) for image in images.numpy()]
-        hints = [canny(p, k.canny_low, k.canny_high) if k.control == "canny" else p for p in pictures]
+        maps = [self.hint(p, s) for p, s in zip(pictures, seeds, strict=True)]
         generators = [torch.Generator().manual_seed(s) for s in seeds]  # on the CPU: the same on every device
         more = {
             "prompt_embeds": self.positive[labels.to(self.positive.device)],
@@ -109,9 +109,9 @@ class StableControl:
             "output_type": "np",
         }
         if k.mode == "img2img":
-            out = self.pipe(image=pictures, control_image=hints, strength=k.strength, **more).images
+            out = self.pipe(image=pictures, control_image=maps, strength=k.strength, **more).images
         else:
-            out = self.pipe(image=hints, **more).images
+            out = self.pipe(image=maps, **more).images
         out = torch.from_numpy(np.rint(np.nan_to_num(out) * 255).astype(np.uint8))  # NaN: black, made again
         return out.float().mean(-1, keepdim=True).round().to(torch.uint8) if images.shape[-1] == 1 else out
 
@@ -126,6 +126,7 @@ def load(
     bf16: bool = False,
     download: bool = False,
     compile: bool = False,
+    annotators: str = hints.ANNOTATORS,
 ) -> StableControl:
     """The pipeline from hub ids or local folders; UserError names what is missing."""
     import diffusers
@@ -152,4 +153,5 @@ def load(
         for k, v in module.state_dict().items():
             weights.update(f"{k} {v.double().sum().item():.6e}".encode() if v.is_floating_point() else k.encode())
     told = {"base": base, "controlnet": control, "weights": weights.hexdigest()[:16]}
-    return StableControl(pipe, names, knobs, device, dtype, told)
+    edges = {"low": knobs.canny_low, "high": knobs.canny_high, "annotators": annotators, "download": download}
+    return StableControl(pipe, names, knobs, device, dtype, told, hints.Hint(knobs.control, device, **edges))
