@@ -1,0 +1,173 @@
+"""Put questions to a model: pictures encoded once, answers logged a batch at a time, an interrupted log taken over."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import benchmarks as bm
+import prompts
+import runs
+import vqa
+from benchmarks import Question
+from readers import Picture
+from runs import UserError
+
+# Generation of the paper: beams, new tokens (least, most), penalties of length and repetition.
+SHORT = {"num_beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}
+GENERATION = dict.fromkeys(("yesno", "choice", "name", "vqa", "vizwiz", "exact"), SHORT) | {
+    "caption": {"num_beams": 5, "min_new_tokens": 8, "max_new_tokens": 20},
+    "region": {"num_beams": 5, "min_new_tokens": 8, "max_new_tokens": 20},
+    "paragraph": {"num_beams": 5, "min_new_tokens": 90, "max_new_tokens": 90, "repetition_penalty": 1.2},
+}
+
+
+def batches(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """Indices in batches of about `size` in which all questions of a picture stand together, pictures in order of
+    first appearance; each picture is then encoded once."""
+    by_image: dict[str, list[int]] = {}
+    for k, q in enumerate(questions):
+        by_image.setdefault(id(q.image) if not isinstance(q.image, str | int) else q.image, []).append(k)
+    out: list[list[int]] = [[]]
+    for indices in by_image.values():
+        if out[-1] and len(out[-1]) + len(indices) > size:
+            out.append([])
+        out[-1] += indices
+    return [b for b in out if b]
+
+
+def prompt_of(q: Question, kind: str, picture: Picture, form: str) -> list:
+    if kind == "yesno":
+        return prompts.pope(q.question, picture, form)
+    if kind in ("choice", "name"):
+        return prompts.options(q.question, picture, form)
+    if kind == "rank":
+        return prompts.dialog(q.meta["caption"], q.meta["turns"], q.question, picture, form)
+    if kind == "caption":
+        return prompts.caption(picture, form)
+    if kind == "paragraph":
+        return prompts.paragraph(picture, form)
+    if kind == "region":
+        return prompts.region(Picture(picture.source, vqa.mask_of(q), picture.name), form)
+    return prompts.vqa(q.question, picture, form)
+
+
+@torch.no_grad()
+def ask(
+    model,
+    questions: Sequence[Question],
+    kind: str,
+    *,
+    form: str = "paper",
+    picture: Callable[[Question], Picture] | None = None,
+    fast: bool = False,
+    generation: dict | None = None,
+    batch_size: int = 16,
+    log: Path | None = None,
+    title: str = "",
+) -> list[dict]:
+    """The model's answers, a record a question in the questions' order.
+
+    Each picture is encoded once for all its questions. `log`: a JSON line a question, appended a batch at a time; what
+    stands there from an interrupted start is taken over, and a half-written batch is asked again. A record has index,
+    answer, label, and what the score of its kind needs.
+    """
+    picture = picture or (lambda q: q.image if isinstance(q.image, Picture) else Picture(q.image))
+    plan, done, before, clock = batches(questions, batch_size), [], 0.0, time.perf_counter()
+    if log is not None:
+        done, before = _kept(log, questions, plan), seconds_of(log)
+    settings = generation if generation is not None else GENERATION.get(kind, SHORT)
+    finished = {r["index"] for r in done}
+    file = open(log, "a") if log is not None else None  # noqa: SIM115
+    bar = tqdm(total=len(questions), initial=len(done), desc=title or kind, unit="question", disable=None)
+    try:
+        for batch in plan:
+            if batch[0] in finished:
+                continue
+            asked = [questions[k] for k in batch]
+            keys = {_key(q): q for q in asked}
+            pictures = {key: picture(q) for key, q in keys.items()}
+            parts = [prompt_of(q, kind, pictures[_key(q)], form) for q in asked]
+            images = None
+            if kind != "region":  # a region prompt holds two pictures and a mask: the model encodes those itself
+                place = {key: k for k, key in enumerate(pictures)}
+                images = model.encode_images(model.pictures(list(pictures.values())))
+                images = images.select([place[_key(q)] for q in asked])
+            fresh = []
+            if kind == "rank":
+                ranked = model.option_scores(parts, [q.meta["options"] for q in asked], images)
+                extra = [{"answer": "", "scores": x.tolist()} for x in ranked]
+            elif kind == "yesno" and fast:
+                both = model.yes_no(parts, images).float().cpu()
+                if not torch.isfinite(both).all():
+                    raise UserError("the model's scores are not finite; are the weights broken?")
+                extra = [{"answer": "yes" if a > b else "no", "log_yes": a, "log_no": b} for a, b in both.tolist()]
+            else:
+                extra = [{"answer": text.strip()} for text in model.generate(parts, images=images, **settings)]
+            for k, q, more in zip(batch, asked, extra, strict=True):
+                fresh.append(_record(k, q, kind, more))
+            if file is not None:
+                file.write("".join(json.dumps(r) + "\n" for r in fresh))
+                file.flush()
+                log.with_suffix(".seconds").write_text(f"{before + time.perf_counter() - clock:.3f}")
+            done += fresh
+            bar.update(len(fresh))
+    finally:
+        bar.close()
+        if file is not None:
+            file.close()
+    return sorted(done, key=lambda r: r["index"])
+
+
+def seconds_of(log: Path) -> float:
+    """Time spent on a log by all its starts; 0 where that is not known."""
+    try:
+        return float(log.with_suffix(".seconds").read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _key(q: Question):
+    return q.image if isinstance(q.image, str | int) else id(q.image)
+
+
+def _record(k: int, q: Question, kind: str, more: dict) -> dict:
+    out = {"index": k, "question_id": q.meta.get("question_id", k + 1), "question": q.question, "label": q.answer}
+    out |= {"image": q.image if isinstance(q.image, str | int) else "", "group": q.group, "pair": q.pair, **more}
+    for key in ("answers", "references", "relevance", "right", "object"):
+        if key in q.meta:
+            out[key] = q.meta[key]
+    if kind == "yesno":
+        out |= {"parsed": bm.parse_answer(more["answer"]), "parsed_pope": bm.parse_pope(more["answer"])}
+    if kind == "choice":
+        out["parsed"] = bm.parse_choice(more["answer"], q.meta["options"])
+        out["right"] = out["parsed"] == q.answer
+    return out
+
+
+def _kept(log: Path, questions: Sequence[Question], plan: list[list[int]]) -> list[dict]:
+    """Records of the whole batches in a log; the file is cut to them."""
+    rows = []
+    for line in log.read_text().splitlines(keepends=True) if log.is_file() else ():
+        try:
+            if not line.endswith("\n"):
+                break
+            row = json.loads(line)
+            index = row["index"]
+            if questions[index].question != row["question"]:
+                raise UserError(f"{log} answers other questions; choose another --out or delete it")
+            rows.append(row)
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError):
+            break  # what follows a damaged line is asked again
+    whole, at = [], 0
+    for batch in plan:
+        part = rows[at : at + len(batch)]
+        if [r["index"] for r in part] != batch:
+            break
+        whole += part
+        at += len(batch)
+    runs.write_text(log, "".join(json.dumps(r) + "\n" for r in whole))
+    return whole

@@ -1,0 +1,530 @@
+"""Deem: image encoder, resampler, language model and diffusion model, and the three losses that tie them.
+
+    images -> F (maps), Q -> resampler -> e;   e^L = W_t e for the language model,  e^D = W_i e for the diffusion model
+    total = ntp L_NTP + nip L_NIP + csr L_CSR
+
+What trains in which stage stands in recipe.py; the digit scenes use this class with smaller parts (settings.py).
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sequences
+from diffusion import Denoiser, Latents, Pixels, csr_error, load_diffusion, nip_error, squeezed_steps
+from encoder import Encoder, make_trunk, sincos_1d
+from mmfs import GatedMMFS, synchronise
+from resampler import Resampler
+from runs import UserError
+from sequences import Batch
+from views import to_tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of; the defaults are the paper's 7B model. A config dict in place of a source: random
+    weights of that size."""
+
+    encoder: str = "open_clip:convnext_base_w_320"
+    encoder_weights: str = "laion_aesthetic_s13b_b82k"
+    drop_path: float = 0.1
+    width: int = 1024
+    grid: int = 16  # of the table of positions
+    token_level: int = 2  # the map that becomes tokens: stride 16
+    reader: str = "resampler"  # or mlp: LLaVA's projector, a token a patch
+    patch: int = 16  # side of a token in pixels, for mlp
+    queries: int = 77
+    resampler_layers: int = 12
+    resampler_width: int = 768
+    resampler_heads: int = 12
+    dropout: float = 0.1
+    init_std: float = 0.02  # of the resampler's weights and queries
+    head_std: float = 1e-3  # of W_t and W_i
+    llm: str | dict = "lmsys/vicuna-7b-v1.5"
+    tokenizer: tuple[str, ...] = ()  # words of a closed vocabulary; empty: the language model's own
+    pad: int | None = 31999
+    llm_every: int = 4
+    llm_levels: int = 3  # the coarsest maps
+    llm_base: int = 16
+    mmfs_width: int = 1024
+    mmfs_heads: int = 16
+    mmfs_points: int = 8
+    diffusion: str | dict = "stabilityai/stable-diffusion-2-1-base"
+    decoder_width: int = 1024
+    decoder_heads: int = 16
+    resolution: int = 256
+    decoder_resolution: int = 512
+    masks: bool = False  # the five region tokens of stage III
+
+    @property
+    def per_image(self) -> int:
+        """Tokens of an image in the language model."""
+        if self.reader == "mlp":
+            return (self.resolution // self.patch) ** 2
+        return self.queries
+
+
+@dataclass
+class Loss:
+    """Weights and forms of the losses; see settings.py for where paper and released code stand."""
+
+    ntp: float = 1.0
+    nip: float = 5.0
+    csr: float = 5.0
+    squeeze: float = 1.0  # 0.6: the code's timesteps 200..799 for CSR
+    csr_maps: bool = False  # the U-Net also reads the maps of the image it denoises
+    null_share: float = 0.1
+    twice: bool = False  # the released code's target of NIP, 2 (2 v - 1) - 1
+    waste: bool = False  # compute NIP where its weight is 0, as the released code does in stage II
+    share: float = 1.0  # of a batch's images that the diffusion losses see
+
+    @property
+    def diffusion(self) -> bool:
+        return self.nip > 0 or self.csr > 0
+
+    @property
+    def maps(self) -> bool:
+        """Whether the U-Net reads maps in any loss."""
+        return self.nip > 0 or self.waste or (self.csr > 0 and self.csr_maps)
+
+
+@dataclass
+class Seen:
+    """Encoded images: maps, levels of (B, width, H, W); text (B, per_image, d); condition (B, n, condition width)."""
+
+    maps: list[Tensor]
+    text: Tensor
+    condition: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def select(self, index) -> "Seen":
+        i = torch.as_tensor(list(index) if isinstance(index, range) else index, device=self.text.device)
+        i = i.long() if not i.numel() else i
+        return Seen([m[i] for m in self.maps], self.text[i], None if self.condition is None else self.condition[i])
+
+    @staticmethod
+    def cat(parts: list["Seen"]) -> "Seen":
+        maps = [torch.cat(m) for m in zip(*(p.maps for p in parts), strict=True)]
+        condition = None if parts[0].condition is None else torch.cat([p.condition for p in parts])
+        return Seen(maps, torch.cat([p.text for p in parts]), condition)
+
+
+class Head(nn.Module):
+    """Output head: the language model's own, and a small one for the new tokens whose bias starts at -5."""
+
+    def __init__(self, base: nn.Linear, new: int):
+        super().__init__()
+        self.base, self.new = base, nn.Linear(base.in_features, new)
+        nn.init.normal_(self.new.weight, std=0.02)
+        nn.init.constant_(self.new.bias, -5.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([self.base(h), self.new(h).to(h.dtype)], -1)
+
+
+class Deem(nn.Module):
+    def __init__(self, p: Parts, *, folder: Path | None = None, download: bool = False, dtype=torch.float32,
+                 diffusion: bool = True, loss: Loss | None = None):  # fmt: skip
+        """folder: weights below it; dtype: of the language model and the U-Net where they come frozen from a source."""
+        super().__init__()
+        self.p, self.loss = p, loss or Loss()
+        place = Path(folder) if folder else Path("data/weights")
+        trunk = make_trunk(p.encoder, p.encoder_weights, place, drop_path=p.drop_path, download=download)
+        grid = {"token_level": p.token_level, "grid": p.grid, "regions": p.masks}
+        self.encoder = Encoder(trunk, p.width, **grid)
+
+        self.llm, self.tok = self._llm(place, download, dtype)
+        d = self.llm.config.hidden_size
+        self.context = None
+        size = {"width": p.mmfs_width, "heads": p.mmfs_heads, "points": p.mmfs_points}
+        if p.llm_every:
+            self.context = synchronise(
+                self.llm.model, p.llm_every, p.width, levels=p.llm_levels, base=p.llm_base, **size
+            )
+        self.soi = nn.Parameter(torch.zeros(d))
+
+        source = self._diffusion(place, download, dtype) if diffusion else None
+        width = source[0].config.cross_attention_dim if source else p.decoder_width
+        self.resampler = self.projector = None
+        if p.reader == "resampler":
+            self.resampler = Resampler(
+                p.queries, p.resampler_width, p.resampler_layers, p.resampler_heads, p.width, dropout=p.dropout,
+                std=p.init_std,
+            )  # fmt: skip
+            self.text_head = nn.Linear(p.resampler_width, d)
+            heads = [self.text_head]
+        else:  # LLaVA: an MLP a patch; the condition's resampler on its tokens is an assumption
+            self.projector = nn.Sequential(nn.Linear(p.width, d), nn.GELU(), nn.Linear(d, d))
+            self.condition_reader = Resampler(p.queries, p.resampler_width, 2, p.resampler_heads, d, dropout=p.dropout)
+            heads = []
+        self.condition_head = nn.Linear(p.resampler_width, width)
+        for head in [*heads, self.condition_head]:
+            nn.init.normal_(head.weight, std=p.head_std)
+            nn.init.zeros_(head.bias)
+
+        self.denoiser = None
+        if source:
+            unet, latents, scheduler, empty = source
+            self.denoiser = Denoiser(
+                unet, latents, scheduler, value_width=p.width, levels=len(trunk.widths), tokens=p.queries, **size
+            )
+            if empty is not None:
+                with torch.no_grad():
+                    self.denoiser.null.copy_(empty)
+            self.context_proj = nn.Linear(d, d)
+            self.context_reader = Resampler(p.queries, width, 1, p.decoder_heads, d, dropout=0.0)
+
+    # --------------------------------------------------------------------------------------------------------- building
+
+    def _llm(self, place: Path, download: bool, dtype):
+        p = self.p
+        if isinstance(p.llm, dict):
+            llm = LlamaForCausalLM(LlamaConfig(**p.llm))
+            if not p.tokenizer:
+                raise UserError("a language model from a config needs a vocabulary of words")
+            tok = sequences.WordTokenizer(p.tokenizer)
+            if llm.config.vocab_size != tok.text_size:
+                raise UserError(f"the config has {llm.config.vocab_size} tokens, the vocabulary {tok.text_size}")
+        else:
+            from transformers import AutoTokenizer
+
+            here = next((f for f in (Path(p.llm).expanduser(), place / p.llm.split("/")[-1]) if f.is_dir()), None)
+            if here is None and not download:
+                raise UserError(
+                    f"language model {p.llm} is missing: put its folder to {place / p.llm.split('/')[-1]}, name one by "
+                    "--llm, or add --download"
+                )
+            try:
+                name, more = str(here or p.llm), {"local_files_only": not download}
+                llm = LlamaForCausalLM.from_pretrained(name, dtype=dtype, **more)
+                inner = AutoTokenizer.from_pretrained(name, **more)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"language model {p.llm} could not be loaded ({str(error)[:200]})") from None
+            pad = p.pad if p.pad is not None and p.pad < llm.config.vocab_size else None
+            tok = sequences.HFTokenizer(inner, llm.config.vocab_size, pad)
+        old, new = llm.model.embed_tokens, len(sequences.NEW_TOKENS)
+        table = nn.Embedding(tok.text_size + new, old.embedding_dim, dtype=old.weight.dtype)
+        with torch.no_grad():
+            table.weight.normal_(std=0.02)
+            table.weight[: tok.text_size] = old.weight
+        llm.model.embed_tokens = table
+        base = nn.Linear(old.embedding_dim, tok.text_size, bias=False, dtype=old.weight.dtype)
+        base.load_state_dict({"weight": llm.lm_head.weight.detach()})  # a copy: a tied head stays as it was
+        llm.lm_head = Head(base, new)
+        llm.config.vocab_size, llm.config.tie_word_embeddings = tok.text_size + new, False
+        llm.generation_config.pad_token_id, llm.generation_config.eos_token_id = tok.pad, tok.eos
+        llm.generation_config.bos_token_id = tok.bos
+        return llm, tok
+
+    def _diffusion(self, place: Path, download: bool, dtype):
+        p = self.p
+        if isinstance(p.diffusion, str):
+            unet, vae, scheduler, empty = load_diffusion(p.diffusion, place, download, dtype)
+            side = p.decoder_resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+            unet.register_to_config(sample_size=side)
+            return unet, Latents(vae), scheduler, empty
+        c = dict(p.diffusion)
+        vae = AutoencoderKL(**c["vae"]) if "vae" in c else None
+        unet = UNet2DConditionModel(**c["unet"])
+        return unet, Latents(vae) if vae else Pixels(), DDPMScheduler(**c.get("scheduler", {})), None
+
+    def checkpointing(self, unet: bool = True) -> None:
+        """Make activations again in the backward pass (paper: language model, Q-Former, U-Net)."""
+        self.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.resampler is not None:
+            self.resampler.checkpointing = True
+        if self.denoiser is not None and unet:
+            self.denoiser.unet.enable_gradient_checkpointing()
+            self.denoiser.net.checkpointing = True
+
+    # --------------------------------------------------------------------------------------------------------- encoding
+
+    def encode_images(self, images: Tensor, masks: Tensor | None = None) -> Seen:
+        """images (B, 3, R, R) in [0, 1], masks (B, H, W) -> Seen, which can be kept and used for many prompts."""
+        f = self.encoder(images, masks)
+        if self.projector is not None:
+            text = self.projector(f.tokens[:, -self.p.per_image :])
+            e = self.condition_reader(text)
+        else:
+            e = self.resampler(f.tokens)
+            text = self.text_head(e)
+        return Seen(f.maps, text, self.condition_head(e) if self.denoiser is not None else None)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """e, the resampler's output (B, queries, width): what is left of an image."""
+        q = self.encoder(images).tokens
+        return self.resampler(q) if self.resampler is not None else self.projector(q[:, -self.p.per_image :])
+
+    def embed(self, b: Batch, seen: Seen | None) -> Tensor:
+        """Token embeddings (S, K, d) with e^L at the placeholders and the SOI vector added at <SOI>."""
+        x = self.llm.model.embed_tokens(b.ids)
+        if seen is not None and len(b.row):
+            at = b.soi[:, None] + 1 + torch.arange(seen.text.shape[1], device=b.ids.device)
+            x = x.index_put((b.row[:, None], at), seen.text.to(x.dtype))
+            x = x.index_put((b.row, b.soi), self.soi.to(x.dtype).expand(len(b.row), -1), accumulate=True)
+        return x
+
+    def set_context(self, b: Batch, seen: Seen | None) -> None:
+        """Show the images of each row to the synchronising layers."""
+        if self.context is None:
+            return
+        if seen is None or not len(b.row):
+            return self.context.set(None, None)
+        levels = seen.maps[-self.p.llm_levels :]
+        here = (b.slots >= 0)[:, :, None, None, None]
+        maps = [m[b.slots.clamp(min=0)] * here.to(m.dtype) for m in levels]
+        return self.context.set(maps, b.visible)
+
+    def hidden(self, b: Batch, seen: Seen | None) -> Tensor:
+        """Last hidden states (S, K, d)."""
+        self.set_context(b, seen)
+        places = (b.attend.long().cumsum(1) - 1).clamp(min=0)
+        out = self.llm.model(inputs_embeds=self.embed(b, seen), attention_mask=b.attend.long(), position_ids=places,
+                             use_cache=False)  # fmt: skip
+        return out.last_hidden_state
+
+    # ----------------------------------------------------------------------------------------------------------- losses
+
+    def ntp(self, h: Tensor, labels: Tensor) -> Tensor:
+        """L_NTP: mean cross-entropy over kept next tokens, in float32; zero without one."""
+        target = labels[:, 1:]
+        keep = target != sequences.IGNORED
+        logits = self.llm.lm_head(h[:, :-1][keep]).float()
+        return F.cross_entropy(logits, target[keep], reduction="sum") / keep.sum().clamp(min=1)
+
+    def image_context(self, h: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
+        """What R_D reads of each image: hidden states from its <SOI> back to its BOS, newest first, through a linear
+        map, plus 1-D positions: (B, L, d), and which of them there are (B, L) bool."""
+        lengths = b.soi - b.bos + 1
+        back = torch.arange(b.ids.shape[1], device=h.device)
+        at = b.soi[:, None] - back
+        keep = back < lengths[:, None]
+        states = self.context_proj(h[b.row[:, None], at.clamp(min=0)])
+        places = sincos_1d(h.shape[-1], torch.arange(b.ids.shape[1])).to(h.device, states.dtype)
+        return states + places, keep
+
+    def losses(self, b: Batch, seed: int | None = None) -> dict[str, Tensor]:
+        """ntp, nip, csr and their weighted sum. A loss whose weight is 0 is not computed and not in the answer.
+
+        seed fixes the draws: latents, CSR and NIP have a stream of their own each, so that a run without CSR sees the
+        same noise in NIP as one with it."""
+        w, out = self.loss, {}
+        some = b.images is not None and len(b.images) > 0
+        seen = self.encode_images(b.images, b.masks) if some else None
+        nip = (w.nip > 0 or w.waste) and some and self.denoiser is not None
+        h = self.hidden(b, seen) if w.ntp > 0 or nip else None
+        if w.ntp > 0:
+            out["ntp"] = self.ntp(h, b.labels)
+        if some and self.denoiser is not None and (nip or w.csr > 0):
+            out |= self.denoising(*self.part(b, seen), h if nip else None, seed)
+        out["total"] = sum(getattr(w, k) * v for k, v in out.items())
+        return out
+
+    def part(self, b: Batch, seen: Seen) -> tuple[Batch, Seen]:
+        """The first ceil(share B) images; the order of a batch is random."""
+        n = math.ceil(self.loss.share * len(b.row))
+        if n == len(b.row):
+            return b, seen
+        keys = ("row", "soi", "bos", "previous", "images", "targets", "masks")
+        cut = {k: v[:n] for k in keys if (v := getattr(b, k)) is not None}
+        return replace(b, **cut), seen.select(range(n))
+
+    def denoising(self, b: Batch, seen: Seen, h: Tensor | None, seed: int | None) -> dict[str, Tensor]:
+        """L_CSR and, with hidden states, L_NIP: one encoding of the targets and one call of the U-Net for both."""
+        w, den, dev, n = self.loss, self.denoiser, b.targets.device, len(b.targets)
+
+        def stream(k: int) -> torch.Generator | None:
+            return None if seed is None else torch.Generator(dev).manual_seed((seed * 4 + k) % 2**63)
+
+        z0 = den.latents.encode(b.targets, stream(0))
+        noisy, times, conditions, targets, maps, there = [], [], [], [], [], []
+        if w.csr > 0:
+            g = stream(1)
+            t = squeezed_steps(torch.randint(den.steps, (n,), generator=g, device=dev), w.squeeze)
+            z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
+            noisy, times, targets, conditions = [z], [t], [target], [seen.condition]
+            if w.csr_maps:
+                maps.append(seen.maps)
+                there.append(torch.ones(n, dtype=torch.bool, device=dev))
+        if h is not None:
+            learned = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]  # an image that opens a document has zero loss
+            g = stream(2)
+            z0 = den.latents.encode(2 * b.targets - 1, stream(0)) if w.twice else z0
+            t = torch.randint(den.steps, (n,), generator=g, device=dev)
+            z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
+            drop = torch.rand(n, 1, 1, generator=g, device=dev) < w.null_share
+            own = replace(b, row=b.row[learned], soi=b.soi[learned], bos=b.bos[learned])
+            c = self.context_reader(*self.image_context(h, own)) if len(learned) else den.null[:0]
+            conditions.append(torch.where(drop[learned], den.null.to(c.dtype), c))
+            noisy, times, targets = [*noisy, z[learned]], [*times, t[learned]], [*targets, target[learned]]
+            previous = b.previous[learned]
+            maps.append([m[previous.clamp(min=0)] for m in seen.maps])
+            there.append(previous >= 0)
+        if not sum(map(len, noisy)):
+            return {"nip": seen.text.sum() * 0.0}
+        joined = [torch.cat(m) for m in zip(*maps, strict=True)] if maps and sum(map(len, there)) else None
+        first = sum(map(len, noisy)) - sum(map(len, there))
+        c = torch.cat([x.to(z0.dtype) for x in conditions])
+        more = {"maps": joined, "seen": torch.cat(there) if there else None, "first": first}
+        dtype = next(den.unet.parameters()).dtype
+        found = den(torch.cat(noisy).to(dtype), torch.cat(times), c.to(dtype), **more)
+        out, parts = {}, list(found.split([len(z) for z in noisy]))
+        if w.csr > 0:
+            out["csr"] = csr_error(parts.pop(0), targets[0], b.masks)
+        if h is not None:
+            out["nip"] = nip_error(parts.pop(0), targets[-1], n)
+        return out
+
+    forward = losses  # what DistributedDataParallel and FSDP wrap
+
+    # -------------------------------------------------------------------------------------------------------- answering
+
+    @property
+    def device(self) -> torch.device:
+        return self.soi.device
+
+    def pictures(self, found: list, size: int | None = None) -> Tensor:
+        """Pictures -> (B, 3, R, R) in [0, 1], resized to a square (bicubic), as in stages II and III."""
+        return torch.stack([to_tensor(p.load(), size or self.p.resolution) for p in found]).to(self.device)
+
+    def prepare(self, prompts: list[list], images: Seen | None, *, left: bool, end: bool = False) -> tuple[Batch, Seen]:
+        rows = [sequences.encode(p, self.tok, self.p.per_image, end=end) for p in prompts]
+        b, found = sequences.collate(rows, self.tok, left=left)
+        b = b.to(self.device)
+        if images is None and found:
+            masks = self.masks_of(found)
+            images = self.encode_images(self.pictures(found), masks)
+        if images is not None and len(images) != len(found):
+            raise ValueError(f"{len(images)} encoded images for {len(found)} pictures in the prompts")
+        return b, images
+
+    def masks_of(self, found: list) -> Tensor | None:
+        masks = [getattr(p, "mask", None) for p in found]
+        if all(m is None for m in masks):
+            return None
+        size = (self.p.resolution, self.p.resolution)
+        full = [
+            torch.ones(size) if m is None
+            else F.interpolate(torch.as_tensor(m)[None, None].float(), size, mode="nearest")[0, 0]
+            for m in masks
+        ]  # fmt: skip
+        return torch.stack(full).to(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list], *, num_beams: int = 1, max_new_tokens: int = 10, min_new_tokens: int = 0,
+        length_penalty: float = 1.0, repetition_penalty: float = 1.0, images: Seen | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Texts that follow the prompts (lists of Text and Picture parts), by beam search without sampling.
+
+        images: the prompts' pictures encoded before (`encode_images(...).select(...)`), in their order."""
+        b, seen = self.prepare(prompts, images, left=True)
+        self.set_context(b, seen)
+        out = self.llm.generate(
+            inputs_embeds=self.embed(b, seen), attention_mask=b.attend.long(), num_beams=num_beams, do_sample=False,
+            max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens or None, length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty, suppress_tokens=sorted(self.tok.new.values()),
+        )  # fmt: skip
+        return [self.tok.decode(row.tolist()) for row in out]
+
+    @torch.no_grad()
+    def yes_no(self, prompts: list[list], images: Seen | None = None) -> Tensor:
+        """(B, 2): log-probability that the first token of the answer is yes, and no; one pass, no search."""
+        b, seen = self.prepare(prompts, images, left=True)
+        scores = self.llm.lm_head(self.hidden(b, seen)[:, -1]).float().log_softmax(-1)
+        return torch.stack([scores[:, self.tok.answers(w)].logsumexp(1) for w in ("yes", "no")], 1)
+
+    @torch.no_grad()
+    def option_scores(self, prompts: list[list], options: list[list[str]], images: Seen | None = None) -> list[Tensor]:
+        """Summed log-probabilities of each option as what follows its prompt (VisDial)."""
+        from readers import Text
+
+        out = []
+        count = [sum(not sequences.is_text(x) for x in p) for p in prompts]
+        if images is None:
+            pictures = [x for p in prompts for x in p if not sequences.is_text(x)]
+            images = self.encode_images(self.pictures(pictures), self.masks_of(pictures)) if pictures else None
+        at = 0
+        for parts, texts, n in zip(prompts, options, count, strict=True):
+            fixed = [Text(x.text, learn=False) if sequences.is_text(x) else x for x in parts]
+            own = None if images is None else images.select(list(range(at, at + n)) * len(texts))
+            at += n
+            b, seen = self.prepare([[*fixed, Text(t)] for t in texts], own, left=False)
+            scores = self.llm.lm_head(self.hidden(b, seen)[:, :-1]).float().log_softmax(-1)
+            target = b.labels[:, 1:]
+            keep = (target != sequences.IGNORED) & (target != self.tok.soi)
+            picked = scores.gather(2, target.clamp(min=0)[..., None])[..., 0]
+            out.append((picked * keep).sum(1).cpu())
+        return out
+
+    @torch.no_grad()
+    def draw(self, documents: list[list], steps: int = 250, guidance: float = 3.5, seed: int = 0) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] that follow the documents (lists of parts): the next image of each."""
+        if self.denoiser is None:
+            raise UserError("this run holds no diffusion model (stage 3 loads none); draw with a run of stage 1")
+        rows = [sequences.encode(p, self.tok, self.p.per_image, end=False) for p in documents]
+        for r in rows:  # the <SOI> behind which the image would stand
+            r.ids.append(self.tok.soi)
+            r.labels.append(sequences.IGNORED)
+        b, found = sequences.collate(rows, self.tok)
+        b = b.to(self.device)
+        seen = self.encode_images(self.pictures(found), self.masks_of(found)) if found else None
+        x = self.embed(b, seen)
+        ends = b.attend.sum(1) - 1
+        rows_ = torch.arange(len(documents), device=self.device)
+        x[rows_, ends] += self.soi.to(x.dtype)
+        self.set_context(b, seen)
+        h = self.llm.model(inputs_embeds=x, attention_mask=b.attend.long(), use_cache=False).last_hidden_state
+        last = [int(s[s >= 0].max()) if (s >= 0).any() else -1 for s in b.slots.cpu()]
+        at = replace(b, row=rows_, soi=ends, bos=torch.zeros_like(ends))
+        condition = self.context_reader(*self.image_context(h, at))
+        previous = torch.tensor(last, device=self.device)
+        maps = there = None
+        if seen is not None:
+            there = previous >= 0
+            maps = [m[previous.clamp(min=0)] * there.view(-1, 1, 1, 1) for m in seen.maps]
+        else:
+            there = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+            side = self.p.resolution
+            maps = [condition.new_zeros(len(rows), self.p.width, side // s, side // s) for s in self.encoder.strides]
+        return self.denoiser.draw(condition, steps=steps, guidance=guidance, seed=seed, maps=maps, seen=there)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, targets: Tensor | None = None, *, steps: int = 250, guidance: float = 1.0,
+                    strength: float = 1.0, seed: int = 0, maps: bool = False) -> Tensor:  # fmt: skip
+        """Images (B, 3, H, W) drawn from the tokens e^D of `images` alone, or with their maps; `targets` (decoder
+        views) with strength < 1 are where the drawing starts."""
+        seen = self.encode_images(images)
+        start = self.denoiser.latents.encode(targets) if targets is not None and strength < 1 else None
+        more = (
+            {"maps": seen.maps, "seen": torch.ones(len(images), dtype=torch.bool, device=images.device)} if maps else {}
+        )
+        return self.denoiser.draw(
+            seen.condition, steps=steps, guidance=guidance, seed=seed, start=start, strength=strength, **more
+        )
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def trainable_groups(self, stage: int, variant: str, **rates) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer, see recipe.groups."""
+        import recipe
+
+        return recipe.groups(self, stage, variant, **rates)
+
+    def freeze(self, stage: int, variant: str) -> None:
+        """Set requires_grad as in the table of recipe.py."""
+        import recipe
+
+        recipe.freeze(self, stage, variant)
+
+    def gates(self) -> list[Tensor]:
+        return [m.gate for m in self.modules() if isinstance(m, GatedMMFS)]

@@ -1,0 +1,175 @@
+"""What the digit scenes have instead of downloaded weights: a language model that has read texts, an encoder that has
+seen captions (as CLIP has), a denoiser that has seen complete descriptions. Made once a seed and shared by its runs.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import runs
+import scenes
+import sequences
+from model import Deem
+from scenes import stream
+
+BATCH = 64
+LEARNED = ("llm.", "encoder.trunk.", "denoiser.unet.", "denoiser.null")
+
+
+def learned(name: str) -> bool:
+    """Whether a parameter is part of the shared base; the synchronisers and the head of new tokens are not."""
+    return name.startswith(LEARNED) and ".synchroniser." not in name and "lm_head.new" not in name
+
+
+def base(model: Deem, s, seed: int) -> None:
+    """Load the pretrained parts of a seed into the model; runs that start at once share one pretraining: the others
+    wait for it."""
+    keys = ("preset", "pretrain_text", "pretrain_encoder", "pretrain_denoiser", "scene_count")
+    about = {k: getattr(s, k) for k in keys} | {"seed": seed, "shapes": shapes(model)}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
+    folder = Path(s.base or Path(s.out).parent / "base") / f"{s.preset}-seed{seed}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that pretrains {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            runs.write_tensors(path, pretrain(model, s, seed), {"about": json.dumps(about)})
+    tensors, _ = runs.read_tensors(path)
+    missing = {k for k, _ in model.named_parameters() if learned(k)} - {*tensors}
+    if missing:
+        raise runs.UserError(f"{path} lacks {min(missing)}; delete it")
+    model.load_state_dict({k: v.to(model.device) for k, v in tensors.items()}, strict=False)
+
+
+def shapes(model: Deem) -> str:
+    text = json.dumps([(k, list(p.shape)) for k, p in model.named_parameters() if learned(k)])
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def pretrain(model: Deem, s, seed: int) -> dict[str, Tensor]:
+    """-> weights of the learned parts."""
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(runs_seed(seed, "pretraining"))
+        text(model, s.pretrain_text, seed)
+        train = scenes.make(s.scene_count, stream(seed, "scenes"), scenes.pools()[0])
+        captions(model, s.pretrain_encoder, train, seed)
+        denoise(model, s.pretrain_denoiser, train, seed)
+    model.zero_grad(set_to_none=True)  # of weights that were in a graph and not in the optimizer
+    return {k: p.detach() for k, p in model.named_parameters() if learned(k)}
+
+
+def runs_seed(seed: int, name: str, *more: int) -> int:
+    """A seed for torch's own generator, of the same streams as numpy's."""
+    return int(stream(seed, name, *more).integers(2**62))
+
+
+def fit(parameters: list, steps: int, lr: float, loss: Callable[[int], Tensor], title: str) -> None:
+    """AdamW with a warm-up of 20 steps and a cosine; `loss(step)` draws its own batch."""
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    for step in tqdm(range(steps), title, disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        value = loss(step)
+        if not torch.isfinite(value):
+            raise runs.UserError(f"{title}: the loss is not a finite number in step {step}")
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def text(model: Deem, steps: int, seed: int) -> None:
+    """The language model on descriptions and questions without pictures."""
+    own = [p for k, p in model.named_parameters() if k.startswith("llm.") and learned(k)]
+
+    def loss(step: int) -> Tensor:
+        rng = stream(seed, "text", step)
+        rows = [sequences.encode(scenes.speech(rng), model.tok, 0) for _ in range(BATCH)]
+        b, _ = sequences.collate(rows, model.tok)
+        b = b.to(model.device)
+        return model.ntp(model.hidden(b, None), b.labels)
+
+    fit(own, steps, 2e-3, loss, f"text, seed {seed}")
+
+
+def images_of(model: Deem, part: scenes.Scenes, index) -> Tensor:
+    x = torch.from_numpy(part.images[index])[:, None].expand(-1, 3, -1, -1).to(model.device)
+    side = model.p.resolution
+    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bicubic").clamp(0, 1)
+
+
+def captions(model: Deem, steps: int, train: scenes.Scenes, seed: int) -> None:
+    """The encoder against captions that name one digit: with ten texts, CLIP's image-to-text loss is cross-entropy over
+    them. What the captions leave out is of no use to it."""
+    trunk = model.encoder.trunk
+    texts = nn.Linear(trunk.pooled, 10).to(model.device)
+    named = torch.from_numpy(train.captioned()).to(model.device)
+
+    def loss(step: int) -> Tensor:
+        index = stream(seed, "captions", step).integers(len(train), size=BATCH)
+        pooled = trunk((images_of(model, train, index) - model.encoder.mean) / model.encoder.std)[1]
+        return F.cross_entropy(texts(pooled), named[index])
+
+    fit([*trunk.parameters(), *texts.parameters()], steps, 2e-3, loss, f"encoder, seed {seed}")
+
+
+class Descriptions(nn.Module):
+    """The denoiser's text encoder: for each cell a token that tells the digit or nothing and one that tells where it
+    stands and how it is shaped; `empty` stands for no description. (B, 4), (B, 4, d) -> (B, n, width)"""
+
+    def __init__(self, n: int, width: int):
+        super().__init__()
+        self.cells, self.rest = nn.Embedding(scenes.CELLS * 11, width), nn.Parameter(torch.randn(1, n, width) * 0.5)
+        self.details = nn.Linear(2 + scenes.SHAPES, width)
+        self.places = nn.Parameter(torch.randn(scenes.CELLS, width) * 0.5)
+
+    def forward(self, cells: Tensor, details: Tensor) -> Tensor:
+        at = torch.arange(scenes.CELLS, device=cells.device) * 11 + cells + 1
+        told = torch.cat([self.cells(at), self.details(details) + self.places], 1)
+        rest = self.rest.expand(len(cells), -1, -1)
+        return torch.cat([told[:, : rest.shape[1]], rest[:, told.shape[1] :]], 1)
+
+    def empty(self) -> Tensor:
+        return self.rest
+
+
+def denoise(model: Deem, steps: int, train: scenes.Scenes, seed: int) -> None:
+    """U-Net and null condition on complete descriptions, a tenth of them dropped."""
+    den = model.denoiser
+    texts = Descriptions(den.null.shape[1], den.null.shape[2]).to(model.device)
+    cells, details = (torch.from_numpy(a).to(model.device) for a in (train.cells, train.details))
+
+    def loss(step: int) -> Tensor:
+        index = stream(seed, "denoiser", step).integers(len(train), size=BATCH)
+        z0 = den.latents.encode(views(model, train, index))
+        t = torch.randint(den.steps, (BATCH,), device=z0.device)
+        z, target = den.noised(z0, torch.randn_like(z0), t)
+        c = torch.where(
+            torch.rand(BATCH, 1, 1, device=z0.device) < 0.1, texts.empty(), texts(cells[index], details[index])
+        )
+        return F.mse_loss(den(z, t, c), target)
+
+    fit([*den.unet.parameters(), *texts.parameters()], steps, 2e-3, loss, f"denoiser, seed {seed}")
+    with torch.no_grad():
+        den.null.copy_(texts.empty())
+
+
+def views(model: Deem, part: scenes.Scenes, index) -> Tensor:
+    x = torch.from_numpy(part.images[index])[:, None].expand(-1, 3, -1, -1).to(model.device)
+    side = model.p.decoder_resolution
+    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bicubic").clamp(0, 1)

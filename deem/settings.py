@@ -1,0 +1,310 @@
+"""The settings of train.py: presets of parts, every field with the paper's value and source, ranges, defaults."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import recipe
+import scenes
+from model import Loss, Parts
+from prompts import FORMS
+from recipe import Rates
+from runs import Number, UserError
+
+_WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
+_LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+_LLAMA |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_LLAMA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_UNET = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "cross_attention_dim": 64}
+_UNET |= {"block_out_channels": (24, 32), "norm_num_groups": 8, "attention_head_dim": 2}
+_UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+_UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+# The real classes at a size for trying out: every part random.
+_TINY_UNET = {**_UNET, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 32}
+_TINY_UNET |= {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "layers_per_block": 2}
+_TINY_UNET |= {"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "use_linear_projection": True}
+_TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}
+_TINY_VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+_TINY_VAE |= {"scaling_factor": 0.18215}
+
+PRESETS: dict[str, Parts] = {
+    "digits": Parts(
+        encoder="conv:16,32,64", encoder_weights="random", drop_path=0.0, width=64, grid=4, token_level=1, queries=8,
+        resampler_layers=2, resampler_width=64, resampler_heads=2, dropout=0.0, init_std=0.1, head_std=0.02, llm=_LLAMA,
+        tokenizer=_WORDS, llm_every=2, llm_levels=2, llm_base=4, mmfs_width=32, mmfs_heads=2, mmfs_points=4,
+        diffusion={"unet": _UNET, "scheduler": {"prediction_type": "v_prediction"}},
+        decoder_width=64, decoder_heads=4, resolution=16, decoder_resolution=16,
+    ),
+    "tiny": Parts(
+        encoder="timm:test_convnext", encoder_weights="random", drop_path=0.1, width=32, grid=4, queries=8,
+        resampler_layers=4, resampler_width=32, resampler_heads=4, llm={**_LLAMA, "num_hidden_layers": 5},
+        tokenizer=_WORDS, llm_every=4, llm_base=4, mmfs_width=32, mmfs_heads=4, mmfs_points=4,
+        diffusion={"unet": _TINY_UNET, "vae": _TINY_VAE}, decoder_width=32, decoder_heads=4, resolution=64,
+        decoder_resolution=64,
+    ),
+    "deem": Parts(),
+    "deem-large": Parts(encoder="open_clip:convnext_large_d_320", encoder_weights="laion2b_s29b_b131k_ft_soup"),
+    "deem-13b": Parts(llm="lmsys/vicuna-13b-v1.3"),
+    "deem-vit": Parts(encoder="open_clip:ViT-L-14", encoder_weights="openai"),
+    "llava": Parts(
+        encoder="plain:ViT-L-14-336", encoder_weights="openai", drop_path=0.0, token_level=0, patch=14, reader="mlp",
+        grid=24, llm_every=0, resolution=336,
+    ),
+}  # fmt: skip
+SMALL = ("digits", "tiny")  # random or pretrained on the spot: the run keeps every weight
+
+
+@dataclass
+class Settings:
+    preset: Literal[tuple(PRESETS)] = "digits"
+    """Parts: digits (0.5 M, from scratch), tiny (the real classes, small and random), deem (paper: ConvNeXt-B,
+    Vicuna-7B, SD 2.1-base), deem-large (ConvNeXt-L), deem-13b, deem-vit (ViT-L/14, ViT-Adapter), llava (Table 5)."""
+    stage: int = 1
+    """1: alignment on pairs and interleaved pages, 2: instructions, 3: regions, without diffusion (paper)."""
+    variant: Literal[recipe.VARIANTS] = "deem"
+    """deem; deem-star: baseline; clean: deem without CSR; both: trunk and U-Net trained; llava, llava-csr."""
+    then: tuple[int, ...] = ()
+    """Go on with these stages in the same run, each in <out>/stage<n>/ with its own defaults and a record."""
+    then_steps: int = 0
+    """Steps of each stage of --then; 0: that stage's default."""
+    form: Literal["paper", "official"] = "paper"
+    """Where equations and released code differ: paper's form or the code's, for all that stands on auto below."""
+    init: str = ""
+    """Run folder of an earlier stage to start from (the same seeds)."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds, one after the other (code: 32 for the trainer, 0 for data)."""
+
+    encoder: str = ""
+    """Another image encoder: open_clip:NAME, timm:NAME or conv:WIDTHS; default the preset's."""
+    encoder_weights: str = ""
+    """File or open_clip tag of its weights, or random; default the preset's."""
+    llm: str = ""
+    """Folder or hub id of another model of the Llama family."""
+    diffusion: str = ""
+    """Folder or hub id of another Stable Diffusion (paper: 2.1; code: 2.1-base); epsilon or v prediction."""
+    resolution: int = 0
+    """Side of the encoder's view; 0: 256 in stage 1, 448 in 2 and 3 (paper), the preset's on digits and tiny."""
+    decoder_resolution: int = 0
+    """Side of the decoder's view; 0: the preset's (paper: 512)."""
+
+    lambda_csr: Number = 5.0
+    """Weight of L_CSR in stages 1 and 2 (paper: 5; table 8: 1, 5, 10)."""
+    lambda_nip: Number = 5.0
+    """Weight of L_NIP in stage 1 (paper: 5)."""
+    lambda_ntp: Number = 1.0
+    """Weight of L_NTP (paper: 1); 0 leaves the diffusion losses alone."""
+    csr_use_mmfs: Literal["auto", "on", "off"] = "auto"
+    """CSR: the U-Net also reads the maps of the image it denoises; auto: off (paper, Eq. 5), on (code)."""
+    squeeze: Number = -1.0
+    """CSR: factor that draws timesteps towards 500; -1: 1 (paper: none), 0.6 (code: 200..799)."""
+    flip: Literal["auto", "none", "shared", "independent"] = "auto"
+    """Mirroring in stage 1: one toss for both views, or one each; auto: shared, independent (code); none on digits."""
+    nip_target: Literal["auto", "right", "twice"] = "auto"
+    """twice: NIP's image goes to [-1, 1] a second time, as the code's in-place step does; auto: right, twice (code)."""
+    nip_in_stage2: Literal["auto", "skip", "waste"] = "auto"
+    """Compute NIP in stage 2 and give it weight 0; auto: skip, waste (code)."""
+    null_share: Number = 0.1
+    """NIP: share of samples with the learned null condition (paper: 0.1)."""
+    frozen: Literal["auto", "eval", "train"] = "auto"
+    """Mode of a frozen trunk: with train its drop-path stays active; auto: eval, train (code)."""
+
+    steps: int = 0
+    """Optimizer steps; 0: 10000 (paper), digits 400 in stage 1 and 150 later."""
+    batch: int = 0
+    """Rows of a micro-batch on one device; 0: 4, 16, 2 by stage (paper, 32 GPUs), digits 32, tiny 2."""
+    accum: int = 1
+    """Micro-batches a step on each device."""
+    max_tokens: int = 0
+    """Tokens of a row; 0: 2048 (paper), digits and tiny: one document a row."""
+    max_images: int = 0
+    """Images of a row; 0: 15 in stage 1, else 1 (code)."""
+    lr: Number = -1.0
+    """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 2e-3."""
+    trunk_lr: Number = -1.0
+    """Rate of the image encoder; -1: 2e-5 (paper), digits 5e-4."""
+    unet_lr: Number = -1.0
+    """Rate of the U-Net where it trains; -1: 1e-5 (code), digits 3e-4."""
+    llm_lr: Number = -1.0
+    """Rate of the language model in stages 2 and 3; -1: 1e-6 (paper), 1e-5 (code, whose key matches nothing)."""
+    mmfs_lr: Number = -1.0
+    """Rate of the synchronisers and gates; -1: 1e-4, 5e-6, 5e-6 by stage (code)."""
+    offsets_lr: Number = -1.0
+    """Rate of sampling offsets; -1: 1e-5, 5e-6, 5e-6 by stage (code)."""
+    weight_decay: Number = 0.05
+    """AdamW, not on biases, norms, offsets, gates (paper: 0.05)."""
+    warmup: int = -1
+    """Steps of linear warm-up before the cosine; -1: 1000, 500, 500 by stage (paper), digits 20."""
+    clip: Number = 1.0
+    """Largest norm of the gradient (code: 1)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast, and bf16 weights of what stays frozen (paper: fp16); losses and the VAE stay in fp32."""
+    checkpointing: bool = False
+    """Make activations again in the backward pass (code: language model, Q-Former, U-Net)."""
+    compile: bool = False
+    """torch.compile the U-Net."""
+    images_share: Number = 1.0
+    """CSR and NIP on this share of a batch's images; below 1 results change (an ablation of speed)."""
+
+    dataset: Literal["digits", "paper", "files"] = "digits"
+    """digits: generated from scans inside scikit-learn; paper: the stage's sets below --data-dir; files: --files."""
+    files: tuple[str, ...] = ()
+    """dataset files: tar shards, parquet, MMC4 or LLaVA or region JSON, told apart by --files-kind."""
+    files_kind: Literal["webdataset", "parquet", "mmc4", "llava", "regions"] = "webdataset"
+    """What --files are."""
+    image_root: str = ""
+    """Folder of the pictures that --files name; default their own folder."""
+    broken: Literal["stop", "skip"] = "stop"
+    """paper, files: a broken or missing picture or line stops the run, or is left out, told and counted."""
+    prompt_form: Literal[FORMS] = "paper"
+    """Wording of prompts: paper, code (with its misspelling), plain (digits)."""
+    workers: int = 0
+    """Threads that decode pictures ahead of training; 0: none."""
+    pretrain_text: int = 500
+    """digits: steps of the text-only warm-up of the language model; what follows is shared by runs of a seed."""
+    pretrain_encoder: int = 500
+    """digits: steps of the encoder's pretraining on captions, as CLIP's."""
+    pretrain_denoiser: int = 400
+    """digits: steps of the denoiser's pretraining on complete descriptions."""
+    scene_count: int = 6000
+    """digits: training scenes."""
+    questions: int = 60
+    """digits: scenes of each tiny-POPE list (6 questions a scene)."""
+
+    benchmarks: tuple[str, ...] = ()
+    """Sets of eval.py to answer after training; `stage`: those the paper reports for the stage (in stages of --then
+    only these)."""
+    benchmark_table: str = "main"
+    """Table of their records."""
+    table: str = "own"
+    """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
+    label: str = ""
+    """Row of the table; may name settings as in "lambda={lambda_csr:g}"; default the variant's name."""
+    scale: Literal["smoke", "demo", "paper"] = "demo"
+    """Goes into the record; changes nothing else."""
+    out: str = ""
+    """Run folder; default runs/<scale>/<table>-<preset>-stage<n>-<variant>."""
+    base: str = ""
+    """digits: folder of the pretrained parts that runs share; default base/ beside the run folder."""
+    data_dir: str = ""
+    """Folder of data and weights; default $REPRO_DATA, else ./data (inside: deem/, weights/)."""
+    download: bool = False
+    """Fetch weights from the hub."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    checkpoint_steps: int = 500
+    """Steps between checkpoints; 0: none inside a run."""
+    max_steps: int = 0
+    """Stop after so many steps of this start and keep the checkpoint; 0: to the end."""
+    dry_run: bool = False
+    """Print what would be trained, then stop."""
+
+    @property
+    def small(self) -> bool:
+        return self.preset in SMALL
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        recipe.trained(self.stage, self.variant)
+        chain = (self.stage, *self.then)
+        if list(chain) != sorted({*chain}) or chain[-1] > 3:
+            raise UserError(f"--then {' '.join(map(str, self.then))}: name later stages in their order, at most 3")
+        low = {"steps": 0, "batch": 0, "accum": 1, "max_tokens": 0, "max_images": 0, "warmup": -1, "workers": 0}
+        low |= {"pretrain_text": 0, "pretrain_encoder": 0, "pretrain_denoiser": 0, "scene_count": 10, "questions": 10}
+        low |= {
+            "then_steps": 0,
+            "checkpoint_steps": 0,
+            "max_steps": 0,
+            "resolution": 0,
+            "decoder_resolution": 0,
+            "weight_decay": 0,
+        }
+        low |= {"lambda_csr": 0, "lambda_nip": 0, "lambda_ntp": 0}
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name):g}")
+        for name in ("lr", "trunk_lr", "unet_lr", "llm_lr", "mmfs_lr", "offsets_lr"):
+            if getattr(self, name) <= 0 and getattr(self, name) != -1:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name):g}")
+        if self.clip <= 0:
+            raise UserError(f"--clip must be above 0, not {self.clip:g}")
+        if not 0 <= self.null_share <= 1:
+            raise UserError(f"--null-share must lie in [0, 1], not {self.null_share:g}")
+        if not 0 < self.images_share <= 1:
+            raise UserError(f"--images-share must lie in (0, 1], not {self.images_share:g}")
+        if self.squeeze != -1 and not 0 < self.squeeze <= 1:
+            raise UserError(f"--squeeze must lie in (0, 1], not {self.squeeze:g}")
+        if self.dataset == "files" and not self.files:
+            raise UserError("--dataset files needs --files")
+        if self.variant.startswith("llava") != (self.preset == "llava"):
+            raise UserError("--preset llava goes with --variant llava or llava-csr, and with no other")
+        if self.preset == "llava" and self.stage == 3:
+            raise UserError("--preset llava has stages 1 and 2")
+        if not self.small and self.dataset == "digits":
+            raise UserError("--dataset digits goes with --preset digits or tiny; give --dataset paper or files")
+        if self.dataset == "digits" and self.stage == 3:
+            raise UserError("the digit scenes have stages 1 and 2; stage 3 needs --dataset paper or files")
+        if self.small and self.dataset != "digits" and self.preset == "digits":
+            raise UserError("--preset digits knows only the words of its scenes; use --preset tiny or a larger one")
+
+    def resolve(self) -> None:
+        """Put the defaults of stage, preset and form where none was given."""
+        k, digits, code = self.stage - 1, self.preset == "digits", self.form == "official"
+        self.steps = self.steps or ((400, 150, 150)[k] if self.small else 10000)
+        self.batch = self.batch or (32 if digits else 2 if self.small else (4, 16, 2)[k])
+        self.max_tokens = self.max_tokens or (0 if self.small else 2048)
+        self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
+        own = self.small or self.preset == "llava"
+        self.resolution = self.resolution or (PRESETS[self.preset].resolution if own else (256, 448, 448)[k])
+        self.warmup = min(20 if self.small else (1000, 500, 500)[k], self.steps - 1) if self.warmup < 0 else self.warmup
+        self.csr_use_mmfs = ("on" if code else "off") if self.csr_use_mmfs == "auto" else self.csr_use_mmfs
+        self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze
+        tossed = "none" if digits or self.stage > 1 else "independent" if code else "shared"
+        self.flip = tossed if self.flip == "auto" else self.flip
+        self.nip_target = ("twice" if code else "right") if self.nip_target == "auto" else self.nip_target
+        self.nip_in_stage2 = ("waste" if code else "skip") if self.nip_in_stage2 == "auto" else self.nip_in_stage2
+        self.frozen = ("train" if code else "eval") if self.frozen == "auto" else self.frozen
+        self.prompt_form = "plain" if self.dataset == "digits" else self.prompt_form
+        r = self.rates()
+        self.lr, self.trunk_lr, self.unet_lr, self.llm_lr = r.base, r.trunk, r.unet, r.llm
+        self.mmfs_lr, self.offsets_lr = r.synchroniser, r.offsets
+        name = f"{self.table}-{self.preset}-stage{self.stage}-{self.variant}"
+        self.out = self.out or f"runs/{self.scale}/{name}"
+        try:
+            self.label = self.label.format(**vars(self)) or recipe.LABELS[self.variant]
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"--label {self.label}: {error} is no setting") from None
+
+    def rates(self) -> Rates:
+        r = recipe.RATES[self.stage]
+        if self.preset == "digits":
+            r = (
+                Rates(1e-3, 1e-3, 3e-4, 3e-4, 1e-3, 1e-4)
+                if self.stage == 1
+                else Rates(5e-4, 1e-3, 3e-4, 5e-4, 5e-4, 1e-4)
+            )
+        elif self.form == "official" and self.stage > 1:
+            r = replace(r, llm=r.base)
+        given = {"base": self.lr, "trunk": self.trunk_lr, "unet": self.unet_lr, "llm": self.llm_lr}
+        given |= {"synchroniser": self.mmfs_lr, "offsets": self.offsets_lr}
+        return replace(r, weight_decay=self.weight_decay, **{k: v for k, v in given.items() if v != -1})
+
+    def parts(self) -> Parts:
+        p = PRESETS[self.preset]
+        given = {k: getattr(self, k) for k in ("encoder", "encoder_weights", "llm", "diffusion")}
+        given |= {"resolution": self.resolution, "decoder_resolution": self.decoder_resolution}
+        return replace(p, masks=self.stage == 3, **{k: v for k, v in given.items() if v})
+
+    def loss(self) -> Loss:
+        csr, stage = recipe.CSR[self.variant], self.stage
+        return Loss(
+            ntp=self.lambda_ntp,
+            nip=self.lambda_nip if stage == 1 and self.preset != "llava" else 0.0,
+            csr=self.lambda_csr if csr and stage < 3 else 0.0,
+            squeeze=self.squeeze, csr_maps=self.csr_use_mmfs == "on", null_share=self.null_share,
+            twice=self.nip_target == "twice", waste=stage == 2 and self.nip_in_stage2 == "waste" and csr,
+            share=self.images_share,
+        )  # fmt: skip

@@ -1,0 +1,130 @@
+"""What a user can get wrong: one line, exit code 2."""
+
+import sys
+
+import pytest
+
+import bench
+import runs
+import train
+from plan import jobs, load_plan
+from settings import Settings
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Call a command in this process (a start of Python costs seconds) and check its one line and exit code."""
+
+    def check(module, words, *expected):
+        monkeypatch.delenv("REPRO_DATA", raising=False)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            runs.command(module.main)
+        lines = [x for x in capsys.readouterr().err.splitlines() if x and "it/s" not in x]
+        assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        for word in expected:
+            assert word in lines[0], lines[0]
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--stage", "4"], "--stage 4"), (["--variant", "nosuch"], "nosuch"), (["--preset", "nosuch"], "nosuch"),
+        (["--lr", "nan"], "finite"), (["--lr", "-2"], "--lr"), (["--lambda-csr", "-1"], "--lambda-csr"),
+        (["--batch", "-1"], "--batch"), (["--seeds", "-1"], "--seeds"), (["--seeds", "1", "1"], "--seeds"),
+        (["--null-share", "1.5"], "--null-share"), (["--squeeze", "2"], "--squeeze"),
+        (["--images-share", "0"], "--images-share"),
+        (["--clip", "0"], "--clip"), (["--then", "1"], "--then"), (["--then", "3", "2"], "--then"),
+        (["--stage", "3"], "stage 3 needs"), (["--dataset", "files"], "--files"),
+        (["--preset", "deem"], "--dataset paper"),
+        (["--preset", "llava", "--dataset", "paper"], "--variant llava"), (["--variant", "llava"], "--preset llava"),
+        (["--preset", "digits", "--dataset", "paper"], "words of its scenes"), (["--label", "{x}"], "no setting"),
+        (["--device", "cuda"], "CUDA"), (["--init", "/nosuch"], "no weights of seed 0"),
+        (["--scene-count", "1"], "--scene-count"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(fails, tmp_path, words, expected):
+    import torch
+
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fails(train, [*words, "--out", tmp_path / "x"], expected)
+    assert not (tmp_path / "x" / "seed0").exists()
+
+
+@pytest.mark.parametrize(
+    "preset, word",
+    [
+        ("deem", "convnext_base_w_320"),
+        ("deem-large", "convnext_large_d_320"),
+        ("deem-vit", "ViT-L-14"),
+        ("llava", "ViT-L-14-336"),
+    ],
+)
+def test_missing_weights_are_named(fails, tmp_path, preset, word):
+    variant = ["--variant", "llava"] if preset == "llava" else []
+    words = ["--preset", preset, *variant, "--dataset", "paper", "--data-dir", tmp_path, "--out", tmp_path / "x"]
+    fails(train, [*words, "--device", "cpu"], word, "--download")
+
+
+def test_missing_data_is_named(fails, tmp_path):
+    words = ["--preset", "tiny", "--dataset", "paper", "--data-dir", tmp_path, "--device", "cpu"]
+    fails(train, [*words, "--out", tmp_path / "a"], "mmc4")
+    fails(train, [*words, "--stage", "2", "--out", tmp_path / "b"], "LLaVA")
+    fails(train, [*words, "--stage", "3", "--out", tmp_path / "c"], "Osprey")
+    fails(
+        train,
+        ["--preset", "tiny", "--dataset", "files", "--files", "nosuch.tar", "--out", tmp_path / "d"],
+        "nosuch.tar",
+    )
+
+
+def test_dry_run_prints_parts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--variant", "deem-star", "--device", "cpu"])
+    train.main()
+    said = capsys.readouterr().out
+    assert "trunk" in said and "frozen" in said and "1 NTP + 5 NIP + 0 CSR" in said
+
+
+def test_bench_errors(fails):
+    fails(bench, ["--repeats", "0"], "--repeats")
+
+
+def test_every_planned_run_parses():
+    """Names, options and values of plan.yaml are those of the commands."""
+    import dataclasses
+
+    import diva
+    import eval as evaluation
+
+    classes = {
+        "train.py": Settings,
+        "bench.py": bench.BenchSettings,
+        "eval.py": evaluation.EvalSettings,
+        "diva.py": diva.DivaSettings,
+    }
+    plan = load_plan()
+    for scale in plan["scales"]:
+        for job in jobs(plan, scale):
+            words = job.command(scale)[1:]
+            s = runs.parse(classes[job.script], "", list(words))
+            assert dataclasses.is_dataclass(s)
+            if job.script == "train.py":
+                s.check()
+                s.resolve()
+                assert "{" not in s.label
+            if scale == "paper":
+                assert job.needs, job.name
+
+
+def test_help_explains_every_setting():
+    import re
+
+    text = (runs.HERE / "settings.py").read_text()
+    body = text[text.index("class Settings") : text.index("    @property")]
+    fields = re.findall(r"^    (\w+): ", body, re.M)
+    assert len(fields) == len(Settings.__dataclass_fields__)
+    for name in fields:
+        assert re.search(rf'    {name}: [^\n]*\n    """', body), name

@@ -1,0 +1,207 @@
+"""Trunks behind one interface, positions, masks, the resampler, ViT-Adapter, and views of a picture."""
+
+import json
+import random
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+import encoder
+from encoder import Encoder, binary_mask, make_trunk, resized, sincos_2d
+from resampler import Resampler
+from runs import UserError
+from views import two_views
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """Two small models that open_clip knows by name: a ConvNeXt and a ViT."""
+    folder = tmp_path_factory.mktemp("clip")
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    vision = {
+        "tiny-convnext": {"timm_model_name": "test_convnext", "timm_model_pretrained": False, "timm_pool": "",
+                          "timm_proj": "linear", "image_size": 64},
+        "tiny-vit": {"image_size": 56, "layers": 4, "width": 32, "head_width": 16, "patch_size": 14},
+    }  # fmt: skip
+    for name, config in vision.items():
+        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": config, "text_cfg": text}))
+    open_clip.add_model_config(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name, strides",
+    [
+        ("conv:8,16,24", (2, 4, 8)), ("timm:test_convnext", (4, 8, 16, 32)), ("timm:test_resnet", (4, 8, 16, 32)),
+        ("open_clip:tiny-convnext", (4, 8, 16, 32)), ("open_clip:tiny-vit", (4, 8, 16, 32)), ("plain:tiny-vit", (14,)),
+    ],
+)  # fmt: skip
+def test_trunks(name, strides, tiny_clip):
+    torch.manual_seed(0)
+    side = 56 if strides == (14,) else 64
+    trunk = make_trunk(name)
+    assert trunk.strides == strides
+    e = Encoder(trunk, 16, token_level=min(2, len(strides) - 1), grid=4)
+    f = e(torch.rand(2, 3, side, side))
+    assert [m.shape for m in f.maps] == [(2, 16, side // s, side // s) for s in strides]
+    n = (side // strides[e.token_level]) ** 2
+    assert f.tokens.shape == (2, 1 + n, 16)
+    f.tokens.square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trunk.parameters())
+
+
+def test_drop_path_reaches_the_trunk(tiny_clip):
+    for name in ("open_clip:tiny-convnext", "timm:test_convnext"):
+        torch.manual_seed(0)
+        trunk = make_trunk(name, drop_path=0.5).train()
+        x = torch.rand(4, 3, 64, 64)
+        assert not torch.equal(trunk(x)[1], trunk(x)[1])
+        assert torch.equal(trunk.eval()(x)[1], trunk(x)[1])
+
+
+@pytest.mark.parametrize(
+    "name, weights, word",
+    [
+        ("conv:a,b", "random", "widths"), ("clip:x", "random", "unknown"), ("timm:nosuch", "random", "timm knows"),
+        ("open_clip:nosuch", "random", "open_clip knows"), ("timm:test_vit", "random", "four scales"),
+        ("open_clip:ViT-B-32", "openai", "--download"), ("plain:tiny-convnext", "random", "no ViT"),
+    ],
+)  # fmt: skip
+def test_user_errors(name, weights, word, tiny_clip, tmp_path):
+    with pytest.raises(UserError, match=word):
+        make_trunk(name, weights, tmp_path)
+
+
+def test_weights_from_a_file(tiny_clip, tmp_path):
+    torch.manual_seed(0)
+    model = open_clip.create_model("tiny-convnext")
+    folder = tmp_path / "tiny-convnext"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "open_clip_pytorch_model.bin")
+    got = make_trunk("open_clip:tiny-convnext", "some_tag", tmp_path)
+    want = model.visual.trunk.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in got.network.state_dict().items())
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"broken")
+    with pytest.raises(UserError, match="could not be loaded"):
+        make_trunk("open_clip:tiny-convnext", "some_tag", tmp_path)
+
+
+def test_positions():
+    table = sincos_2d(8, 4)
+    assert table.shape == (16, 8) and torch.equal(resized(table, 4, 4), table)
+    # place (row 2, column 1): the first half of the width tells the column
+    assert torch.allclose(table[2 * 4 + 1, 0], torch.tensor(1.0).sin()) and torch.allclose(
+        table[9, 4], torch.tensor(2.0).sin()
+    )
+    assert resized(table, 7, 7).shape == (49, 8)
+
+
+def test_global_token_has_no_position_and_no_mask():
+    torch.manual_seed(0)
+    e = Encoder(make_trunk("conv:8,8,8"), 16, token_level=1, grid=4)
+    x, mask = torch.rand(1, 3, 16, 16), torch.zeros(1, 16, 16)
+    none, whole = e(x, mask), e(x)
+    assert torch.equal(none.tokens[:, 0], whole.tokens[:, 0])
+    assert torch.allclose(none.tokens[:, 1:], e.post_norm.bias.expand_as(none.tokens[:, 1:]))
+    assert torch.equal(e(x, torch.ones(1, 16, 16)).tokens, whole.tokens)
+    half = mask.clone()
+    half[:, :8] = 1
+    kept = e(x, half).tokens[0, 1:]
+    assert torch.equal(kept[:8], whole.tokens[0, 1:9]) and torch.equal(kept[12:], none.tokens[0, 13:])
+
+
+def test_masks_are_binarised_above_zero():
+    m = torch.zeros(1, 8, 8)
+    m[0, 0, 0] = 0.01
+    small = binary_mask(m, (8, 8))
+    assert small.sum() == 1 and small.max() == 1
+
+
+def test_region_tokens():
+    torch.manual_seed(0)
+    e = Encoder(make_trunk("timm:test_convnext"), 16, token_level=2, grid=4, regions=True)
+    x, m = torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64)
+    m[:, :32, :32] = 1
+    assert e(x, m).tokens.shape == (2, 5 + 1 + 16, 16)
+    raw, _ = e.trunk((x - e.mean) / e.std)
+    f = e.adapters[0](raw[0].permute(0, 2, 3, 1)) + resized(e.positions, 16, 16).view(16, 16, -1)
+    assert torch.allclose(e(x, m).tokens[:, 0], e.region_proj(f[:, :8, :8].mean((1, 2))), atol=1e-5)
+    assert torch.isfinite(e(x, torch.zeros(2, 64, 64)).tokens).all()
+
+
+def test_resampler_is_blip2s_without_qk_norm():
+    """The same weights in transformers' Q-Former give the same output."""
+    torch.manual_seed(0)
+    r = Resampler(5, 24, 4, 3, 16, dropout=0.0, qk_norm=False).eval()
+    c = Blip2QFormerConfig(hidden_size=24, num_hidden_layers=4, num_attention_heads=3, intermediate_size=96,
+                           encoder_hidden_size=16, cross_attention_frequency=2)  # fmt: skip
+    q = Blip2QFormerModel(c).eval()
+    q.layernorm.load_state_dict(r.norm.state_dict())
+    for ours, theirs in zip(r.layers, q.encoder.layer, strict=True):
+        for a, b in ((ours.attention, theirs.attention), (ours.cross, getattr(theirs, "crossattention", None))):
+            if a is None:
+                continue
+            for name in ("query", "key", "value"):
+                getattr(b.attention, name).load_state_dict(getattr(a, name).state_dict())
+            b.output.dense.load_state_dict(a.out.state_dict())
+            b.output.LayerNorm.load_state_dict(a.norm.state_dict())
+        theirs.intermediate_query.dense.load_state_dict(ours.inner.state_dict())
+        theirs.output_query.dense.load_state_dict(ours.out.state_dict())
+        theirs.output_query.LayerNorm.load_state_dict(ours.norm.state_dict())
+    memory = torch.randn(2, 7, 16)
+    want = q(query_embeds=r.queries, encoder_hidden_states=memory).last_hidden_state
+    assert torch.allclose(r(memory), want, atol=1e-5)
+
+
+def test_resampler_masks_memory_and_shows_attention():
+    torch.manual_seed(0)
+    r = Resampler(3, 16, 2, 2, 8).eval()
+    memory, keep = torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool)
+    keep[:, 4:] = False
+    a = r(memory, keep)
+    memory[:, 4:] = 9
+    assert torch.equal(a, r(memory, keep))
+    w = r.attention(memory)
+    assert w.shape == (2, 3, 6) and torch.allclose(w.sum(2), torch.ones(2, 3))
+    r.checkpointing = True
+    r.train()
+    for layer in r.layers:
+        layer.dropout = layer.attention.dropout = 0.0
+        if layer.cross:
+            layer.cross.dropout = 0.0
+    r.dropout = 0.0
+    assert torch.allclose(r(memory, keep), a, atol=1e-6)
+
+
+def test_one_toss_for_both_views():
+    """Trap 1: with `shared` the decoder's view is mirrored exactly when the encoder's is; `independent` is not."""
+    ramp = Image.linear_gradient("L").rotate(90).convert("RGB").resize((40, 40))
+    left = {"shared": set(), "independent": set(), "none": set()}
+    for flip, found in left.items():
+        for i in range(40):
+            a, b = two_views(ramp, (16, 32), crop=True, flip=flip, rng=random.Random(i))
+            found.add((bool(a[0, 0, 0] < a[0, 0, -1]), bool(b[0, 0, 0] < b[0, 0, -1])))
+    assert left["shared"] == {(True, True), (False, False)}
+    assert left["independent"] == {(a, b) for a in (True, False) for b in (True, False)} and len(left["none"]) == 1
+
+
+def test_views_crop_or_squeeze():
+    wide = Image.new("RGB", (60, 20))
+    wide.paste((255, 255, 255), (0, 0, 10, 20))
+    a, b = two_views(wide, (8, 20), crop=True, flip="none", rng=random.Random(0))
+    assert a.shape == (3, 8, 8) and b.shape == (3, 20, 20) and a.max() < 0.05
+    a, _ = two_views(wide, (8, 20), crop=False, flip="none", rng=random.Random(0))
+    assert a.max() > 0.9
+
+
+def test_parameter_count_of_the_papers_trunk():
+    """ConvNeXt-B of widths 128 to 1024 has 87.6 M parameters; no weights are made."""
+    import timm
+
+    with torch.device("meta"):
+        trunk = encoder.TimmTrunk(timm.create_model("convnext_base.clip_laiona_320", num_classes=0))
+    assert trunk.widths == (128, 256, 512, 1024) and trunk.strides == (4, 8, 16, 32)
+    assert 87e6 < sum(p.numel() for p in trunk.parameters()) < 88e6

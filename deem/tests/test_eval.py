@@ -1,0 +1,659 @@
+"""eval.py as a user runs it: a small digit model on POPE files, resume, logs, exports, errors; scores by hand."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import asking
+import benchmarks
+import drawing
+import eval as evaluation
+import runs
+import scenes
+import sets
+import train
+from benchmarks import Question
+from readers import Picture
+from runs import UserError
+from settings import Settings
+
+HERE = Path(__file__).resolve().parents[1]
+N = 12  # pictures of the small POPE lists
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder as train.py leaves it, with a random model."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    s = Settings(preset="digits", out=str(out), seeds=(0, 1), label="DEEM", questions=10)
+    s.resolve()
+    for seed in s.seeds:
+        torch.manual_seed(seed)
+        model = train.Deem(s.parts(), loss=s.loss())
+        with torch.no_grad():  # else every picture gets the same answer
+            model.text_head.weight.normal_()
+        runs.write_tensors(out / f"seed{seed}" / "model.safetensors", dict(model.named_parameters()))
+    runs.write_json(out / "settings.json", json.loads(json.dumps(asdict(s))))
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """POPE's three lists over scenes of digits, in the official files and folders."""
+    folder = tmp_path_factory.mktemp("data")
+    made = scenes.make(40, scenes.stream(0, "eval"), scenes.pools()[1])
+    some = [k for k, o in enumerate(made.objects()) if len(o) >= 2][:N]
+    files = [f"COCO_val2014_{k:012d}.jpg" for k in range(N)]
+    place = folder / "deem" / "coco" / "val2014"
+    place.mkdir(parents=True)
+    for file, k in zip(files, some, strict=True):
+        scenes.to_picture(made.images[k]).load().save(place / file, "PNG")
+    for kind in benchmarks.POPE_KINDS:
+        questions = benchmarks.build_pope(
+            [made.objects()[k] for k in some], scenes.NAMES, kind=kind, per_image=2, images=None
+        )
+        benchmarks.write_pope(folder / "deem" / "pope" / f"coco_pope_{kind}.json", questions, files)
+    return folder
+
+
+def call(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    evaluation.main()
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    def check(words: list, *expected: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            runs.command(evaluation.main)
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert stop.value.code == 2 and len(lines) == 1
+        for word in expected:
+            assert word in lines[0], lines[0]
+
+    return check
+
+
+# ---------------------------------------------------------------------------------------------------------- asking
+
+
+class Oracle:
+    """Stands for a model: says yes for pictures with an even number, and counts what it encodes."""
+
+    def __init__(self):
+        self.encoded: list[int] = []
+        self.asked = 0
+
+    def pictures(self, found):
+        return torch.tensor([p.source for p in found])
+
+    def encode_images(self, images):
+        self.encoded += images.tolist()
+        return Seen(images)
+
+    def generate(self, prompts, *, images, **more):
+        self.asked += len(prompts)
+        self.more = more
+        return [" Yes" if n % 2 == 0 else "no way" for n in images.numbers.tolist()]
+
+    def yes_no(self, prompts, images):
+        return torch.stack([1.0 - images.numbers % 2, images.numbers % 2 * 1.0], 1)
+
+    def option_scores(self, prompts, options, images):
+        return [torch.arange(len(o)).float() for o in options]
+
+
+class Seen:
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def select(self, index):
+        return Seen(self.numbers[index])
+
+
+def questions(images: list[int]) -> list[Question]:
+    return [
+        Question(i, f"Is there a {k} in the image?", "yes" if i % 2 == 0 else "no", "g") for k, i in enumerate(images)
+    ]
+
+
+def ask(model, asked, **more):
+    return asking.ask(model, asked, "yesno", form="plain", picture=lambda q: Picture(q.image), **more)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.integers(1, 8))
+def test_batches_hold_every_question_once_and_each_picture_in_one_batch(images, size):
+    got = asking.batches(questions(images), size)
+    assert sorted(k for b in got for k in b) == list(range(len(images)))
+    for image in set(images):
+        assert sum(any(images[k] == image for k in b) for b in got) == 1
+    most = max(Counter(images).values())
+    assert all(0 < len(b) <= max(size, most) for b in got)
+
+
+def test_each_picture_is_encoded_once_and_the_order_is_kept():
+    images = [3, 1, 3, 2, 1, 3]
+    model = Oracle()
+    got = ask(model, questions(images), batch_size=3)
+    assert sorted(model.encoded) == [1, 2, 3]
+    assert [r["index"] for r in got] == list(range(6)) and [r["image"] for r in got] == images
+    assert [r["answer"] for r in got] == ["no way", "no way", "no way", "Yes", "no way", "no way"]
+    assert [r["parsed"] for r in got] == ["", "", "", "yes", "", ""] and got[0]["parsed_pope"] == "no"
+    assert model.more == {"num_beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}  # the paper's
+    fast = ask(Oracle(), questions(images), batch_size=4, fast=True)
+    assert [r["answer"] for r in fast] == ["no", "no", "no", "yes", "no", "no"]
+    assert fast[3]["log_yes"] > fast[3]["log_no"]
+
+
+def test_generation_is_the_papers():
+    g = asking.GENERATION
+    assert g["vqa"] == g["yesno"] == {"num_beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}
+    assert g["caption"] == {"num_beams": 5, "min_new_tokens": 8, "max_new_tokens": 20}
+    assert g["paragraph"]["min_new_tokens"] == g["paragraph"]["max_new_tokens"] == 90
+    assert g["paragraph"]["repetition_penalty"] == 1.2
+
+
+def test_scores_that_are_not_finite_are_no_answers():
+    class Broken(Oracle):
+        def yes_no(self, prompts, images):
+            return torch.full((len(prompts), 2), float("nan"))
+
+    with pytest.raises(UserError, match="not finite"):
+        ask(Broken(), questions([1]), fast=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "missing", "none"])
+def test_a_half_written_log_is_taken_over_and_finished(tmp_path, damage):
+    images = [0, 1, 2, 3, 4, 5, 6]
+    whole, log = tmp_path / "whole.jsonl", tmp_path / "log.jsonl"
+    expected = ask(Oracle(), questions(images), batch_size=2, log=whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    if damage == "cut":
+        log.write_text("".join(lines[:5]) + lines[5][:25])
+    elif damage == "garbage":
+        log.write_text("".join(lines[:4]) + "\x00\x01\n" + "".join(lines[5:]))
+    elif damage == "none":
+        log.write_text("".join(lines))
+    model = Oracle()
+    assert ask(model, questions(images), batch_size=2, log=log) == expected
+    assert model.asked == {"cut": 3, "garbage": 3, "missing": 7, "none": 0}[damage]
+    assert log.read_text() == whole.read_text()
+
+
+def test_a_log_of_other_questions_is_refused(tmp_path):
+    ask(Oracle(), questions([0, 1]), log=tmp_path / "log.jsonl")
+    other = [Question(0, "Is it another?", "yes", "g")]
+    with pytest.raises(UserError, match="answers other questions; choose another --out"):
+        ask(Oracle(), other, log=tmp_path / "log.jsonl")
+
+
+def test_rankings_choices_and_captions_carry_what_their_scores_need():
+    q = Question(
+        0, "is it?", "b", "v", "", {"caption": "c", "turns": [], "options": ["a", "b"], "relevance": [0, 1], "right": 1}
+    )
+    (r,) = asking.ask(Oracle(), [q], "rank", form="plain", picture=lambda q: Picture(q.image))
+    assert evaluation.score("rank", [r])["ndcg"] == 100.0 and r["scores"] == [0.0, 1.0]
+    pair = [
+        Question(k, "(a) Yes (b) No", m, "m", "p0", {"options": [("(a)", "Yes"), ("(b)", "No")]})
+        for k, m in ((0, "(a)"), (1, "(b)"))
+    ]
+    got = asking.ask(Oracle(), pair, "choice", form="plain", picture=lambda q: Picture(q.image))
+    assert [r["parsed"] for r in got] == ["(a)", ""] and evaluation.score("choice", got)["score"] == 0.0
+    named = [
+        {"answer": "Yes.", "label": "yes"},
+        {"answer": "the [hen]", "label": "hen"},
+        {"answer": "cock", "label": "hen"},
+    ]
+    assert evaluation.score("name", named)["accuracy"] == pytest.approx(200 / 3)
+    vqa = evaluation.score("vqa", [{"answer": "dog", "answers": ["dog"] * 10}])
+    assert vqa["score"] == vqa["accuracy"] == 100.0
+    s = evaluation.EvalSettings(tokenize="plain", metrics=("cider",))
+    said = [{"answer": "a dog", "references": ["a dog"]}, {"answer": "two cats", "references": ["two cats"]}]
+    caption = evaluation.score("caption", said, s)
+    assert caption["score"] == caption["cider"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_pope_end_to_end(monkeypatch, trained, data, tmp_path, capsys):
+    out = tmp_path / "e"
+    words = ["--run", trained, "--benchmark", "pope", "--data-dir", data, "--out", out, "--seeds", "0", "1", "--export"]
+    call(monkeypatch, *words, "--fast", "--table", "table1", "--device", "cpu")
+    found = [runs.check_record(json.loads(x), "x") for x in (out / "records.jsonl").read_text().splitlines()]
+    assert Counter(r["dataset"] for r in found) == {f"POPE-{k.capitalize()}": 2 for k in benchmarks.POPE_KINDS}
+    assert {r["method"] for r in found} == {"DEEM"} and {r["setting"] for r in found} == {"plain, fast"}
+    for r in found:
+        slug = "pope_" + r["dataset"].lower().replace("-", "_")
+        log = rows(out / f"seed{r['seed']}" / f"answers-{slug}.jsonl")
+        assert len(log) == r["data"]["n"] == 4 * N and {"question", "answer", "parsed", "label", "log_yes"} <= {*log[0]}
+        assert r["metrics"]["accuracy"] == pytest.approx(100 * sum(x["parsed"] == x["label"] for x in log) / len(log))
+        assert r["metrics"]["score"] == r["metrics"]["accuracy"] and r["data"]["variant"] == "own questions"
+        assert {"precision", "recall", "f1", "yes_ratio", "pope_accuracy", "unparsed"} <= {*r["metrics"]}
+    samples = rows(out / "seed0" / "samples_pope_random.jsonl")
+    assert {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps"} <= {*samples[0]}
+    results = json.loads((out / "seed0" / "results.json").read_text())["results"]
+    share = sum(x["pope_random_correct"] for x in samples) / len(samples)
+    assert results["pope_random"]["accuracy,none"] == pytest.approx(100 * share)
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.jsonl")}
+    call(monkeypatch, *words, "--fast", "--table", "table1", "--device", "cpu")
+    assert "is complete" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in before if p.name != "records.jsonl"} == {
+        p: t for p, t in before.items() if p.name != "records.jsonl"
+    }
+
+
+def test_items_parser_and_beams(monkeypatch, trained, data, tmp_path):
+    base = ["--run", trained / "seed0", "--benchmark", "pope", "--data-dir", data, "--items", "6", "--device", "cpu"]
+    by_parser = {}
+    for parser in benchmarks.PARSERS:
+        out = tmp_path / parser
+        call(monkeypatch, *base, "--out", out, "--parser", parser, "--beams", "2", "--scale", "demo")
+        record = json.loads((out / "records.jsonl").read_text().splitlines()[0])
+        assert record["data"]["n"] == 6 and record["data"]["variant"] == "first 6" and record["scale"] == "demo"
+        assert ("parser=" + parser in record["setting"]) == (parser != "deem") and "beams=2" in record["setting"]
+        by_parser[parser] = record["metrics"]
+    assert by_parser["pope"]["accuracy"] == by_parser["pope"]["pope_accuracy"] == by_parser["deem"]["pope_accuracy"]
+
+
+def test_kill_and_start_again_gives_the_same_answers(trained, data, tmp_path):
+    """kill -9 in the middle, then the same command."""
+    words = ["eval.py", "--run", str(trained), "--benchmark", "pope", "--data-dir", str(data), "--batch-size", "1"]
+    words += ["--device", "cpu", "--beams", "3", "--seeds", "0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "cut" / "seed0" / "answers-pope_pope_random.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, *words, "--out", str(tmp_path / "cut")],
+        cwd=HERE,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if log.is_file() and log.read_text().count("\n") >= 8:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    kept = log.read_text().count("\n")
+    assert 8 <= kept < 4 * N
+    torch.set_num_threads(1)
+    old = sys.argv
+    try:
+        for name in ("cut", "whole"):
+            sys.argv = [*words, "--out", str(tmp_path / name)]
+            evaluation.main()
+    finally:
+        sys.argv = old
+    for path in (tmp_path / "whole" / "seed0").glob("answers-*.jsonl"):
+        assert (tmp_path / "cut" / "seed0" / path.name).read_text() == path.read_text()
+    a, b = (rows(tmp_path / name / "records.jsonl") for name in ("cut", "whole"))
+    assert [r["metrics"] for r in a] == [r["metrics"] for r in b] and len(a) == 3
+
+
+def test_weights_that_are_not_finite_get_no_score(fails, trained, data, tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    path = folder / "seed0" / "model.safetensors"
+    tensors, _ = runs.read_tensors(path)
+    name = next(k for k in tensors if k.startswith("text_head"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    runs.write_tensors(path, tensors)
+    words = ["--run", folder, "--device", "cpu"]
+    fails(words, "weights text_head", "not finite")
+    fails([*words, "--benchmark", "pope", "--data-dir", data, "--out", tmp_path / "o"], "not finite")
+    assert not list((tmp_path / "o").rglob("record*.json"))
+    path.write_bytes(path.read_bytes()[:1000])
+    fails(words, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_scored_in_the_precision_it_was_trained_in(monkeypatch, trained, data, tmp_path, precision):
+    """With --precision bf16 frozen parts are bf16 and trained ones float32: they only fit together under autocast."""
+    import recipe
+
+    real, met = train.load_run, []
+
+    def load(*words):
+        model, s = real(*words)
+        if precision == "bf16":
+            for name, p in model.named_parameters():
+                if recipe.part_of(name) in ("llm", "llm head", "unet"):
+                    p.data = p.data.bfloat16()
+        asked = model.yes_no
+        model.yes_no = lambda *a: met.append(torch.is_autocast_enabled("cpu")) or asked(*a)
+        return model, s
+
+    monkeypatch.setattr(train, "load_run", load)
+    words = ["--run", trained, "--benchmark", "pope", "--data-dir", data, "--out", tmp_path / "o", "--fast"]
+    call(monkeypatch, *words, "--items", "4", "--device", "cpu")
+    assert met and set(met) == {precision == "bf16"} and not torch.is_autocast_enabled("cpu")
+
+
+def test_robustvqa_and_table_9(monkeypatch, data, tmp_path):
+    """The whole path but for the model, which answers by the picture's number."""
+    place = data / "deem" / "robustvqa"
+    mined: dict[str, list] = {}
+    for k, subset in enumerate(benchmarks.ROBUST_SETS):
+        mined[subset] = []
+        for i in range(3):
+            file = place / subset / f"{3 * k + i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(file, "PNG")
+            mined[subset].append(
+                {"file_name": f"robustvqa/{subset}/{file.name}", "gt_caption": "hen", "error_caption": "cock"}
+            )
+    runs.write_json(place / "robustvqa_test.json", mined)
+    root = data / "deem"
+    for one in sets.BENCHMARKS["robustvqa"]:
+        asked = sets.questions_of(evaluation.EvalSettings(), one, root)
+        assert len(asked) == 6 and sum(q.answer == "yes" for q in asked) == 3
+    wrong, right = (
+        sets.questions_of(evaluation.EvalSettings(), sets.BENCHMARKS[f"robustvqa-{o}-first"][0], root)[0]
+        for o in ("wrong", "right")
+    )
+    assert "[cock, hen]" in wrong.question and "[hen, cock]" in right.question
+    s = evaluation.EvalSettings()
+    assert evaluation.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
+    (place / "robustvqa_test.json").unlink()
+    with pytest.raises(UserError, match="mine it with mining.py"):
+        sets.questions_of(s, sets.BENCHMARKS["robustvqa"][0], root)
+
+
+def test_a_record_says_what_is_not_the_papers(tmp_path):
+    s = evaluation.EvalSettings()
+    some = [Question("x.jpg", "q", "yes", "coco_pope_random")]
+
+    def said(name: str, **more) -> str:
+        return sets.variant_of(evaluation.EvalSettings(**more), name, sets.BENCHMARKS[name][0], some, tmp_path)
+
+    assert said("pope") == "own questions" and said("pope", items=1) == "first 1"
+    assert said("robustvqa") == "annotation as placed" and said("mmvp") == said("okvqa") == said("coco") == "paper"
+    (tmp_path / "robustvqa").mkdir()
+    (tmp_path / "robustvqa" / "report.json").write_text("{}")
+    assert said("robustvqa") == "mined here" and said("vqav2") == "val2014"
+    assert said("coco", tokenize="plain") == "plain tokenizer" and s.items == 0
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif("REPRO_DATA" not in os.environ, reason="no $REPRO_DATA")
+def test_published_pope_lists_are_known():
+    root = runs.data_dir("") / "deem"
+    if not (root / "pope").is_dir():
+        pytest.skip("no $REPRO_DATA/deem/pope")
+    for stem, known in sets.POPE_DIGESTS.items():
+        asked = benchmarks.read_pope(root / "pope" / f"{stem}.json", stem)
+        assert sets.digest(asked).startswith(known)
+    name = "pope-2910"
+    assert sets.variant_of(evaluation.EvalSettings(), name, sets.BENCHMARKS[name][0], asked, root) == "paper"
+
+
+def test_user_errors(fails, trained, data, tmp_path):
+    base = ["--run", trained, "--benchmark", "pope", "--data-dir", data, "--out", tmp_path / "o", "--device", "cpu"]
+    fails(["--benchmark", "pope"], "give --run RUN")
+    fails(["--run", tmp_path / "none", "--benchmark", "pope"], "no run in", "train it first")
+    fails(["--run", trained, "--benchmark", "poppe"], "poppe")
+    fails([*base, "--items", "-1"], "--items")
+    fails([*base, "--batch-size", "0"], "--batch-size")
+    fails([*base, "--seeds", "7"], "no file", "seed7")
+    fails([*base, "--seeds", "-1"], "--seeds")
+    fails([*base, "--parser", "own"], "parser")
+    fails(
+        [*base[:4], "--data-dir", tmp_path, "--out", tmp_path / "o"], "no file", "coco_pope_random.json", "--data-dir"
+    )
+    fails([*base[:4], "--data-dir", "~nosuchuser/x"], "home folder")
+    fails(["--run", trained, "--benchmark", "okvqa", "--data-dir", data], "OpenEnded_mscoco_val2014_questions.json")
+    image = data / "deem" / "coco" / "val2014" / f"COCO_val2014_{3:012d}.jpg"
+    content = image.read_bytes()
+    try:
+        image.unlink()
+        fails(base, "POPE-Random: 1 pictures are missing", image.name)
+        image.write_bytes(b"broken")
+        fails([*base, "--fast", "--out", tmp_path / "b"], image.name, "not a readable picture")
+    finally:
+        image.write_bytes(content)
+    fails([*base, "--fast", "--out", tmp_path / "f", "--form", "paper"], "not in the vocabulary")
+
+
+def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, trained, data, tmp_path):
+    base = [
+        "--run",
+        trained,
+        "--benchmark",
+        "pope",
+        "--data-dir",
+        data,
+        "--out",
+        tmp_path / "o",
+        "--device",
+        "cpu",
+        "--fast",
+    ]
+    call(monkeypatch, *base, "--items", "2")
+    fails([*base, "--items", "4"], "other settings (items: 2, now 4)")
+
+
+def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys):
+    import study
+
+    model, s = train.load_run(trained, torch.device("cpu"), 0)
+    metrics, _ = study.score(model, s, 0)
+    base = {
+        "table": "t",
+        "dataset": "d",
+        "setting": "s",
+        "method": "m",
+        "seed": 0,
+        "settings": {},
+        "data": {},
+        "code": {},
+    }
+    record = {**base, "host": {}, "seconds": 1.0, "peak_memory_mb": 1.0, "scale": "demo", "metrics": metrics}
+    runs.write_json(trained / "seed0" / "record.json", record)
+    other = {**record, "seed": 1, "metrics": {**metrics, "POPE_accuracy": -5.0}}
+    runs.write_json(trained / "seed1" / "record.json", other)
+    capsys.readouterr()
+    call(monkeypatch, "--run", trained, "--device", "cpu")
+    said = capsys.readouterr().out
+    assert "seed 0: record agrees" in said and "seed 1: record says" in said and "POPE_accuracy -5, now" in said
+
+
+@pytest.fixture(scope="module")
+def everything(data) -> Path:
+    """The other sets' files in miniature, in words that the digit model knows."""
+    root = data / "deem"
+    image = (root / "coco" / "val2014" / f"COCO_val2014_{0:012d}.jpg").read_bytes()
+
+    def put(path: str, value) -> None:
+        place = root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        text = value if isinstance(value, str) else json.dumps(value)
+        place.write_bytes(image) if value is None else place.write_text(text)
+
+    asked = {"questions": [{"question_id": k, "image_id": k, "question": f"is there a {k} ?"} for k in (0, 1)]}
+    ten = [{"answer": "yes", "answer_id": i} for i in range(10)]
+    told = {"annotations": [{"question_id": k, "image_id": k, "answers": ten} for k in (0, 1)]}
+    put("okvqa/OpenEnded_mscoco_val2014_questions.json", asked)
+    put("okvqa/mscoco_val2014_annotations.json", told)
+    put("vqav2/v2_OpenEnded_mscoco_val2014_questions.json", asked)
+    put("vqav2/v2_mscoco_val2014_annotations.json", told)
+    put("vizwiz/val.json", [{"image": "v.jpg", "question": "is there a 3 ?", "answers": ten}])
+    put("vizwiz/val/v.jpg", None)
+    put("gqa/testdev_balanced_questions.json", {"5": {"question": "is there a 3 ?", "answer": "no", "imageId": "n1"}})
+    put("gqa/images/n1.jpg", None)
+    turn = {"question": 0, "answer": 1, "answer_options": [0, 1], "gt_index": 0}
+    dialog = {"image_id": 3, "caption": "there is a 3 .", "dialog": [turn, {**turn, "question": 1}]}
+    words = {"questions": ["is there a 3", "is there a 4"], "answers": ["yes", "no"], "dialogs": [dialog]}
+    put("visdial/visdial_1.0_val.json", {"data": words})
+    dense = [{"image_id": 3, "round_id": 2, "gt_relevance": [1.0, 0.0]}]
+    put("visdial/visdial_1.0_val_dense_annotations.json", dense)
+    put("visdial/VisualDialog_val2018/VisualDialog_val2018_000000000003.jpg", None)
+    rows = [
+        {
+            "split": "test",
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{k:012d}.jpg",
+            "cocoid": k,
+            "sentences": [{"raw": f"there is a {k} ."}],
+        }
+        for k in (0, 1)
+    ]
+    put("coco/annotations/dataset_coco.json", {"images": rows})
+    put("vg/test_split.json", [5])
+    put("vg/paragraphs_v1.json", [{"image_id": 5, "url": "x/VG_100K/5.jpg", "paragraph": "there is a 3 and a 4 ."}])
+    put("vg/VG_100K/5.jpg", None)
+    mmvp = "Index,Question,Options,Correct Answer\n"
+    put(
+        "mmvp/Questions.csv",
+        mmvp + "1,is the digit on the left ?,(a) yes (b) no,(a)\n2,is the digit on the left ?,(a) yes (b) no,(b)\n",
+    )
+    for k in (1, 2):
+        put(f"mmvp/MMVP Images/{k}.jpg", None)
+        put(f"mmvp_vlm/MLLM_VLM Images/Texts/{k}.jpg", None)
+    put("mmvp_vlm/Questions.csv", "Question ID,Type,Statement\n1,Texts,a sign\n2,Texts,no sign\n")
+    return data
+
+
+def test_every_other_benchmark_end_to_end(monkeypatch, trained, everything, tmp_path):
+    names = ["okvqa", "vqav2", "vizwiz", "gqa", "visdial", "coco", "i2p"]
+    words = ["--run", trained, "--data-dir", everything, "--out", tmp_path / "o", "--device", "cpu", "--export"]
+    call(monkeypatch, *words, "--benchmark", *names, "--tokenize", "plain", "--metrics", "cider", "--beams", "2")
+    found = {r["dataset"]: r for r in rows(tmp_path / "o" / "records.jsonl")}
+    assert set(found) == {"OKVQA", "VQAv2", "VizWiz", "GQA", "VisDial", "COCO", "Image2Paragraph"}
+    for name, r in found.items():
+        key = {"VisDial": "ndcg", "COCO": "cider", "Image2Paragraph": "cider"}.get(name, "accuracy")
+        assert r["metrics"]["score"] == r["metrics"][key] and r["seconds"] > 0
+        assert ("plain tokenizer" in r["data"]["variant"]) == (key == "cider")
+    (paragraph,) = rows(tmp_path / "o" / "seed0" / "answers-i2p_image2paragraph.jsonl")
+    assert len(paragraph["answer"].split()) > 60  # 90 tokens, some of them special
+    log = rows(tmp_path / "o" / "seed0" / "answers-visdial_visdial.jsonl")
+    assert len(log[0]["scores"]) == 2 and all(x < 0 for x in log[0]["scores"])
+
+
+def test_mmvp_vlm_needs_no_run(monkeypatch, everything, tmp_path):
+    import open_clip
+    from test_mining import CONFIG
+
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(CONFIG))
+    runs.write_tensors(tmp_path / "w.safetensors", open_clip.CLIP(**CONFIG).state_dict())
+    words = ["--benchmark", "mmvp-vlm", "--data-dir", everything, "--out", tmp_path / "o", "--device", "cpu"]
+    call(
+        monkeypatch,
+        *words,
+        "--clip",
+        tmp_path / "tiny-clip.json",
+        "--clip-weights",
+        tmp_path / "w.safetensors",
+        "--label",
+        "tiny",
+    )
+    (record,) = rows(tmp_path / "o" / "records.jsonl")
+    m = record["metrics"]
+    # Both pictures are the same file, so no statement can be closer to its own: both go to the second.
+    assert m["accuracy"] == 0.0 and m["single_accuracy"] == 50.0 and m["accuracy Texts"] == 0.0
+    assert record["method"] == "tiny" and record["data"]["name"] == "MMVP-VLM"
+
+
+def test_regions_are_asked_with_their_masks():
+    from conftest import make
+
+    model, _ = make("tiny", stage=3)
+    square = {"segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]], "height": 60, "width": 60}
+    q = Question(0, "", "there is a 3", "refcocog", "", {"question_id": 1, "references": ["there is a 3"], **square})
+    image = (
+        scenes.to_picture(scenes.make(1, scenes.stream(0, "x"), scenes.pools()[0]).images[0]).load().resize((60, 60))
+    )
+    masks, real = [], model.encode_images
+    model.encode_images = lambda images, m=None: masks.append(m) or real(images, m)
+    (r,) = asking.ask(model.eval(), [q], "region", form="plain", picture=lambda q: Picture(image))
+    assert masks[0] is not None and 0 < float(masks[0].mean()) < 1 and isinstance(r["answer"], str)
+
+
+# ---------------------------------------------------------------------------------------------------------- drawing
+
+
+class Painter:
+    """Draws one colour a caption and seed, and counts its drawings."""
+
+    def __init__(self):
+        self.drawn = 0
+
+    def draw(self, documents, *, steps, guidance, seed):
+        self.drawn += len(documents)
+        g = torch.Generator().manual_seed(seed)
+        return torch.rand(len(documents), 3, 16, 16, generator=g)
+
+
+def test_fid_draws_once_keeps_the_best_and_goes_on(monkeypatch, tmp_path):
+    root, folder = tmp_path / "deem", tmp_path / "drawn"
+    root.mkdir()
+    asked = []
+    for k in range(6):
+        Image.new("RGB", (20, 16), (40 * k, 9, 9)).save(root / f"{k}.png")
+        asked.append(Question(f"{k}.png", "", f"Caption {k}", "x", "", {}))
+
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            x = x.float().flatten(2) / 255
+            return torch.cat([x.mean(2), x.std(2)], 1)
+
+    torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
+    s = evaluation.EvalSettings(features=str(tmp_path / "features.pt"), batch_size=4, samples=1)
+    one, cpu = sets.Set("LN-COCO val", None, "draw"), torch.device("cpu")
+    model = Painter()
+    whole = drawing.draw(model, s, one, asked, root, folder, 0, "paper", cpu)
+    assert model.drawn == 6 and whole["n"] == 6 and whole["samples"] == 1 and whole["fid"] > 0
+    (folder / "000005.png").unlink()
+    model = Painter()
+    assert drawing.draw(model, s, one, asked, root, folder, 0, "paper", cpu) == whole and model.drawn == 2
+
+    class Reddest:
+        def text_features(self, texts):
+            return torch.tensor([[1.0, 0, 0]] * len(texts))
+
+        def image_features(self, images, crop):
+            colors = torch.stack([torch.tensor(list(i.resize((1, 1)).getpixel((0, 0)))).float() for i in images])
+            return colors - 100
+
+    monkeypatch.setattr(drawing.mining, "load_clip", lambda *a: Reddest())
+    model = Painter()
+    many = evaluation.EvalSettings(features=s.features, batch_size=4, samples=3)
+    assert drawing.draw(model, many, one, asked, root, tmp_path / "best", 0, "paper", cpu)["samples"] == 3
+    assert model.drawn == 18
+    assert (
+        drawing.draw(
+            Painter(),
+            evaluation.EvalSettings(features=s.features),
+            sets.Set("MS-COCO val-30K", None, "draw"),
+            asked,
+            root,
+            tmp_path / "eight",
+            0,
+            "paper",
+            cpu,
+        )["samples"]
+        == 8
+    )
+    with pytest.raises(UserError, match="is no TorchScript file"):
+        drawing.features_of(evaluation.EvalSettings(features=str(root / "0.png")))

@@ -1,0 +1,447 @@
+"""The whole model: what trains where, where gradients go, a step of each stage, answers and drawings."""
+
+import pytest
+import torch
+from conftest import batch_of, documents, make
+from PIL import Image
+
+import recipe
+from model import Deem
+from readers import Picture, Text
+from recipe import Rates
+from runs import UserError
+from settings import PRESETS, Settings
+
+# The table of the official configurations: parts that train, by stage and variant.
+COMMON = {"eyes", "synchroniser", "gate", "offsets", "soi", "new head"}
+DECODER = {"net", "net offsets", "context", "null"}
+TABLE = {
+    (1, "deem"): COMMON | DECODER | {"trunk", "condition"},
+    (1, "deem-star"): COMMON | DECODER | {"unet"},
+    (1, "clean"): COMMON | DECODER | {"trunk"},
+    (1, "both"): COMMON | DECODER | {"trunk", "condition", "unet"},
+    (2, "deem"): COMMON | {"llm", "condition"},
+    (2, "deem-star"): COMMON | {"llm"},
+    (3, "deem"): COMMON | {"llm", "regions"},
+}
+RATES = {  # stage 1 and stages 2, 3
+    1: {"trunk": 2e-5, "eyes": 1e-4, "condition": 1e-4, "synchroniser": 1e-4, "gate": 1e-4, "offsets": 1e-5,
+        "soi": 1e-4, "new head": 1e-4, "unet": 1e-5, "net": 1e-4, "net offsets": 1e-5, "context": 1e-4, "null": 1e-4},
+    2: {"eyes": 1e-5, "condition": 1e-5, "llm": 1e-6, "synchroniser": 5e-6, "gate": 5e-6, "offsets": 5e-6, "soi": 1e-5,
+        "new head": 1e-5, "regions": 1e-5},
+}  # fmt: skip
+
+
+def regions_batch(model, n=2):
+    b = batch_of(model, documents(n))
+    b.masks = torch.zeros(len(b.row), 64, 64)
+    b.masks[:, :20, 10:40] = 1
+    return b
+
+
+@pytest.mark.parametrize("stage, variant", list(TABLE))
+def test_a_step_of_each_stage_with_the_real_classes(stage, variant):
+    """ConvNeXt, LlamaForCausalLM, UNet2DConditionModel and AutoencoderKL, small and random: exactly the table's parts
+    change, and all of what they need is there."""
+    model, s = make("tiny", stage=stage, variant=variant)
+    assert {type(model.llm).__name__, type(model.encoder.trunk.network).__name__} == {"LlamaForCausalLM", "ConvNeXt"}
+    assert (model.denoiser is None) == (stage == 3)
+    model.freeze(stage, variant)
+    two = [d for d in documents(20) if sum(not hasattr(x, "text") for x in d) == 2][
+        :1
+    ]  # its second image reads the first
+    b = regions_batch(model) if stage == 3 else batch_of(model, documents(2, stage) + (two if stage == 1 else []))
+    groups = model.trainable_groups(stage, variant, rates=s.rates())
+    optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != "name"} for g in groups])
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    model.train()
+    for g in model.gates():  # closed gates let no gradient through to what lies behind them
+        g.data += 0.1
+    if model.denoiser is not None:
+        for block in (*model.denoiser.net.down, model.denoiser.net.mid):
+            torch.nn.init.normal_(block.conv.weight, std=0.1)
+    before |= {k: p.detach().clone() for k, p in model.named_parameters()}
+    for _ in range(2):
+        out = model.losses(b, 0)
+        out["total"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(out) - {"total"} == {1: {"ntp", "nip", "csr"}, 2: {"ntp", "csr"}, 3: {"ntp"}}[stage] - (
+        set() if recipe.CSR[variant] else {"csr"}
+    )
+    changed = {recipe.part_of(k) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    assert changed == TABLE[stage, variant]
+    for g in groups:
+        part = g["name"].removesuffix(", no decay")
+        assert g["lr"] == RATES[min(stage, 2)][part]
+        assert g["weight_decay"] == (0.05 if "no decay" not in g["name"] else 0.0)
+        assert part not in ("offsets", "net offsets", "gate") or g["weight_decay"] == 0
+    kept = [k for k, p in model.named_parameters() if "lm_head.base" in k]
+    assert kept and all(torch.equal(dict(model.named_parameters())[k], before[k]) for k in kept)
+
+
+def gradients(model, b):
+    model.zero_grad()
+    model.losses(b, 0)["total"].backward()
+    return {k: float(p.grad.abs().sum()) if p.grad is not None else 0.0 for k, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("preset", ["digits", "tiny"])
+def test_without_the_caption_loss_the_encoder_learns_from_the_diffusion_loss_alone(preset):
+    model, _ = make(preset, lambda_ntp=0.0, lambda_nip=0.0)
+    model.freeze(1, "deem")
+    b = batch_of(model, documents(4))
+    g = gradients(model, b)
+    for part in ("trunk", "eyes", "condition"):
+        assert sum(v for k, v in g.items() if recipe.part_of(k) == part) > 0
+    assert all(v == 0 for k, v in g.items() if recipe.part_of(k) in ("llm", "synchroniser", "unet", "vae", "context"))
+    assert g["text_head.weight"] == 0
+    model.loss.csr = 0.0
+    model.loss.nip = 0.0
+    assert "csr" not in model.losses(b, 0)
+    with_out = model.losses(b, 0)
+    assert set(with_out) == {"total"}
+
+
+def test_frozen_unet_passes_gradients_and_keeps_none():
+    model, _ = make("digits")
+    model.freeze(1, "deem")
+    gradients(model, batch_of(model, documents(4)))
+    assert all(p.grad is None for p in model.denoiser.unet.parameters())
+    assert model.encoder.trunk.stages[0][0].weight.grad.abs().sum() > 0
+
+
+def test_csr_use_mmfs_is_the_only_side_path():
+    """Off: own maps reach the U-Net neither in value nor in gradient; on: they do (trap 2)."""
+    for switch, moves in (("off", False), ("on", True)):
+        model, _ = make("digits", csr_use_mmfs=switch, lambda_ntp=0.0, lambda_nip=0.0)
+        for block in (*model.denoiser.net.down, model.denoiser.net.mid):
+            torch.nn.init.normal_(block.conv.weight, std=0.3)
+        b = batch_of(model, documents(4))
+        seen = model.encode_images(b.images)
+        seen.maps = [m.detach().requires_grad_() for m in seen.maps]
+        model.denoising(b, seen, None, 0)["csr"].backward()
+        assert all((m.grad is not None and m.grad.abs().sum() > 0) == moves for m in seen.maps)
+        model.freeze(1, "deem")
+        assert any(p.requires_grad for p in model.denoiser.net.parameters()) == moves
+
+
+def test_nip_draws_are_the_same_with_and_without_csr():
+    """Streams of CSR and NIP are apart: switching one off does not change the other."""
+    model, _ = make("digits")
+    model.eval()
+    b = batch_of(model, documents(6))
+    whole = model.losses(b, 5)
+    model.loss.csr = 0.0
+    assert torch.allclose(model.losses(b, 5)["nip"], whole["nip"], atol=1e-6)
+    model.loss.csr, model.loss.nip = 5.0, 0.0
+    assert torch.allclose(model.losses(b, 5)["csr"], whole["csr"], atol=1e-6)
+    assert not torch.allclose(model.losses(b, 6)["csr"], whole["csr"], atol=1e-6)
+
+
+def test_total_is_the_weighted_sum():
+    model, _ = make("digits", lambda_csr=2.0, lambda_nip=3.0, lambda_ntp=0.5)
+    out = model.losses(batch_of(model, documents(4)), 0)
+    assert torch.allclose(out["total"], 0.5 * out["ntp"] + 3 * out["nip"] + 2 * out["csr"])
+
+
+def test_ntp_by_hand():
+    model, _ = make("digits")
+    model.eval()
+    b = batch_of(model, documents(3))
+    logits = model.llm.lm_head(model.hidden(b, model.encode_images(b.images))).log_softmax(-1)
+    terms = [
+        -logits[i, k - 1, b.labels[i, k]]
+        for i in range(len(b.ids))
+        for k in range(1, b.ids.shape[1])
+        if b.labels[i, k] >= 0
+    ]
+    assert torch.allclose(model.losses(b, 0)["ntp"], torch.stack(terms).mean(), atol=1e-5)
+
+
+def test_context_of_an_image_is_its_document_backwards():
+    model, _ = make("digits")
+    docs = [[Text("there is a 3 ."), Picture(Image.new("RGB", (16, 16)))]]
+    b = batch_of(model, docs)
+    h = model.hidden(b, model.encode_images(b.images))
+    states, keep = model.image_context(h, b)
+    from encoder import sincos_1d
+
+    soi = int(b.soi[0])
+    assert keep[0].tolist() == [k <= soi for k in range(b.ids.shape[1])]
+    for back in range(soi + 1):
+        want = model.context_proj(h[0, soi - back]) + sincos_1d(64, torch.tensor([back]))[0]
+        assert torch.allclose(states[0, back], want, atol=1e-5)
+
+
+def test_images_that_open_a_document_have_no_next_image_loss():
+    model, _ = make("digits")
+    picture = Picture(Image.new("RGB", (16, 16), (200, 200, 200)))
+    opener = batch_of(model, [[picture, Text("there is a 3 .")]])
+    assert model.losses(opener, 0)["nip"] == 0
+    later = batch_of(model, [[Text("there is a 3 ."), picture], [picture, Text("there is a 3 .")]])
+    alone = batch_of(model, [[Text("there is a 3 ."), picture]])
+    model.loss.null_share = 0.0
+    model.eval()
+    assert model.losses(later, 0)["nip"] > 0 and model.losses(alone, 0)["nip"] > 0
+
+
+def test_traps_four_and_seven():
+    model, _ = make("digits", nip_target="twice", lambda_csr=0.0)
+    b = batch_of(model, documents(8))
+    model.eval()
+    a = model.losses(b, 0)["nip"]
+    model.loss.twice = False
+    assert not torch.allclose(a, model.losses(b, 0)["nip"])
+    model, s = make("digits", stage=2, form="official")
+    assert s.loss().waste and s.loss().nip == 0
+    b = batch_of(model, documents(4))
+    out = model.losses(b, 0)
+    assert "nip" in out and torch.allclose(out["total"], out["ntp"] + 5 * out["csr"])
+    model, s = make("digits", stage=2)
+    assert not s.loss().waste and "nip" not in model.losses(b, 0)
+
+
+def test_official_form_sets_every_switch():
+    s = Settings(preset="deem", dataset="paper", form="official", stage=2)
+    s.resolve()
+    assert (s.csr_use_mmfs, s.squeeze, s.frozen, s.llm_lr) == ("on", 0.6, "train", 1e-5)
+    s = Settings(preset="deem", dataset="paper", form="official")
+    s.resolve()
+    assert (s.flip, s.nip_target, s.trunk_lr, s.lr, s.batch, s.max_images, s.resolution) == (
+        "independent", "twice", 2e-5, 1e-4, 4, 15, 256,
+    )  # fmt: skip
+    s = Settings(preset="deem", dataset="paper", stage=3)
+    s.resolve()
+    assert (s.flip, s.squeeze, s.llm_lr, s.batch, s.resolution, s.warmup, s.steps) == (
+        "none",
+        1.0,
+        1e-6,
+        2,
+        448,
+        500,
+        10000,
+    )
+
+
+def test_masks_weigh_csr_and_tokens():
+    model, _ = make("tiny", lambda_ntp=0.0, lambda_nip=0.0)
+    model.eval()
+    b = regions_batch(model)
+    masked = model.losses(b, 0)["csr"]
+    b.masks = torch.ones_like(b.masks)
+    whole = model.losses(b, 0)["csr"]
+    b.masks = None
+    assert torch.allclose(whole, model.losses(b, 0)["csr"], atol=1e-6) and not torch.allclose(masked, whole)
+
+
+def test_checkpointing_changes_nothing():
+    model, _ = make("tiny")
+    b = batch_of(model, documents(2))
+    model.freeze(1, "deem")
+    for part in (model.resampler, *model.resampler.layers, *(l.attention for l in model.resampler.layers),
+                 *(l.cross for l in model.resampler.layers if l.cross)):  # fmt: skip
+        part.dropout = 0.0
+    model.train()
+    model.encoder.trunk.eval()
+    a, g = model.losses(b, 0)["total"].item(), gradients(model, b)
+    model.checkpointing()
+    assert model.losses(b, 0)["total"].item() == pytest.approx(a, rel=1e-5)
+    again = gradients(model, b)
+    assert all(again[k] == pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in g.items())
+
+
+def test_share_of_images():
+    model, _ = make("digits", images_share=0.5)
+    b = batch_of(model, documents(6))
+    cut, seen = model.part(b, model.encode_images(b.images))
+    assert len(cut.row) == len(seen) == -(-len(b.row) // 2) and torch.isfinite(model.losses(b, 0)["total"])
+
+
+def test_rows_without_pictures():
+    model, _ = make("digits")
+    out = model.losses(batch_of(model, [[Text("there is a 3 .")]]), 0)
+    assert set(out) == {"ntp", "total"} and torch.isfinite(out["total"])
+
+
+def test_llava_reads_patches_and_its_variant_has_csr():
+    from dataclasses import replace
+
+    p = replace(PRESETS["tiny"], reader="mlp", patch=16, llm_every=0)
+    s = Settings(preset="llava", variant="llava-csr", dataset="files", files=("x",))
+    s.check()
+    s.resolve()
+    model = Deem(p, loss=s.loss())
+    assert p.per_image == 16 and model.context is None
+    b = batch_of(model, documents(2))
+    for stage, variant, want in (
+        (1, "llava-csr", {"trunk", "eyes", "condition", "soi", "new head"}), (1, "llava", {"eyes", "soi", "new head"}),
+        (2, "llava", {"eyes", "soi", "new head", "llm"}),
+    ):  # fmt: skip
+        model.loss = Settings(preset="llava", variant=variant, stage=stage).loss()
+        model.freeze(stage, variant)
+        assert {recipe.part_of(k) for k, q in model.named_parameters() if q.requires_grad} == want
+        assert ("csr" in model.losses(b, 0)) == (variant == "llava-csr")
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def prompt(word, shade=0):
+    return [Picture(Image.new("RGB", (16, 16), (shade,) * 3)), Text(f"Is there a {word} in the image?", learn=False)]
+
+
+def test_yes_no_are_log_probabilities_of_the_next_token():
+    model, _ = make("digits")
+    model.eval()
+    short, long = prompt("3", 40), [Text("there is a 3 .", learn=False), *prompt("8", 90)]
+    both = model.yes_no([short, long])
+    for i, p in enumerate((short, long)):
+        b, seen = model.prepare([p], None, left=False)
+        scores = model.llm.lm_head(model.hidden(b, seen)[0, -1]).log_softmax(-1)
+        want = [scores[model.tok.encode(w)[0]] for w in ("yes", "no")]
+        assert torch.allclose(both[i], torch.stack(want), atol=1e-5)  # padding on the left changes nothing
+
+
+def test_encoded_images_can_be_reused():
+    model, _ = make("digits")
+    model.eval()
+    prompts_ = [prompt("3", 40), prompt("8", 40), prompt("8", 200)]
+    seen = model.encode_images(model.pictures([prompts_[0][0], prompts_[2][0]]))
+    assert torch.allclose(model.yes_no(prompts_), model.yes_no(prompts_, seen.select([0, 0, 1])), atol=1e-6)
+    with pytest.raises(ValueError, match="2 encoded images for 3"):
+        model.yes_no(prompts_, seen)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_greedy_decoding_with_images(beams):
+    """Cached decoding with left padding equals decoding one token at a time from scratch; beams find no worse text."""
+    model, _ = make("digits")
+    model.eval()
+    for g in model.gates():
+        g.data += 0.5
+    given = [prompt("3", 40), [Text("there is a 3 .", learn=False), *prompt("8", 220)]]
+    texts = model.generate(given, num_beams=beams, max_new_tokens=4)
+
+    def greedy(parts):
+        said = []
+        for _ in range(4):
+            b, seen = model.prepare([[*parts, Text(" ".join(said), learn=False)] if said else parts], None, left=False)
+            scores = model.llm.lm_head(model.hidden(b, seen)[0, -1])
+            scores[sorted(model.tok.new.values())] = -1e9
+            k = int(scores.argmax())
+            if k == model.tok.eos:
+                break
+            said.append(model.tok.words[k])
+        return said
+
+    for text, parts in zip(texts, given, strict=True):
+        want = greedy(parts)
+        if all(not w.startswith("<") for w in want):
+            if beams == 1:
+                assert text == " ".join(want)
+            else:
+                options = model.option_scores([parts], [[text or "yes", " ".join(want) or "yes"]])[0]
+                assert torch.isfinite(options).all()
+
+
+def test_option_scores_sum_log_probabilities():
+    model, _ = make("digits")
+    model.eval()
+    got = model.option_scores([prompt("3"), prompt("4", 99)], [["yes", "there is a 3"], ["no"]])
+    assert [len(g) for g in got] == [2, 1]
+    b, seen = model.prepare([[*prompt("3"), Text("there is a 3")]], None, left=False)
+    scores = model.llm.lm_head(model.hidden(b, seen)).log_softmax(-1)[0]
+    ids = model.tok.encode("there is a 3")
+    first = b.ids.shape[1] - len(ids)
+    want = sum(scores[first - 1 + i, k] for i, k in enumerate(ids))
+    assert torch.allclose(got[0][1], want, atol=1e-4)
+
+
+def test_drawing_the_next_image():
+    model, _ = make("digits")
+    model.eval()
+    docs = [[Text("there is a 3 .")], [prompt("3", 120)[0], Text("there is a 8 .")]]
+    out = model.draw(docs, steps=3, guidance=2.0, seed=0)
+    assert out.shape == (2, 3, 16, 16) and torch.isfinite(out).all()
+    assert torch.equal(out, model.draw(docs, steps=3, guidance=2.0, seed=0))
+    assert model.draw([[Text("there is a 3 .")]], steps=2).shape == (1, 3, 16, 16)
+    third, _ = make("tiny", stage=3)
+    with pytest.raises(UserError, match="stage 3 loads none"):
+        third.draw([[Text("there is a 3 .")]])
+
+
+def test_reconstruction_from_tokens():
+    model, _ = make("digits")
+    model.eval()
+    x = torch.rand(2, 3, 16, 16)
+    assert model.reconstruct(x, steps=3).shape == (2, 3, 16, 16)
+    assert model.reconstruct(x, x, steps=10, strength=0.65, maps=True).shape == (2, 3, 16, 16)
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def test_llama_folder_gets_six_new_tokens(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = ["<unk>", "<s>", "</s>", "is", "there", "a", "3", "yes", "no", "."]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48,
+                                         num_hidden_layers=5,
+                                         num_attention_heads=2))  # fmt: skip
+    place = tmp_path / "vicuna-7b-v1.5"
+    llama.save_pretrained(place)
+    hf.save_pretrained(place)
+    from dataclasses import replace
+
+    p = replace(PRESETS["tiny"], llm="lmsys/vicuna-7b-v1.5", tokenizer=())
+    model = Deem(p, folder=tmp_path).eval()
+    assert model.llm.model.embed_tokens.num_embeddings == len(words) + 6
+    ids = torch.tensor([[1, 4, 3, 5, 6]])
+    model.context.set(None, None)
+    ours = model.llm(ids).logits
+    assert torch.allclose(ours[..., : len(words)], llama.eval()(ids).logits, atol=1e-5)
+    assert torch.allclose(model.llm.lm_head.new.bias, torch.tensor(-5.0))
+    b = batch_of(model, [[Text("there is a 3 ."), Picture(Image.new("RGB", (64, 64))), Text("yes")]])
+    assert (
+        torch.isfinite(model.losses(b, 0)["total"]) and len(model.generate([[Text("there is")]], max_new_tokens=3)) == 1
+    )
+    with pytest.raises(UserError, match="language model .* is missing"):
+        Deem(replace(p, llm="lmsys/nosuch"), folder=tmp_path)
+    (place / "config.json").write_text("{")
+    with pytest.raises(UserError, match="could not be loaded"):
+        Deem(p, folder=tmp_path)
+
+
+def test_parameters_of_the_paper_size():
+    """At the paper's size, on no device: the trained parameters of stage I lie near the printed 494.9 M (README)."""
+    from resampler import Resampler
+
+    with torch.device("meta"):
+        r = Resampler(77, 768, 12, 12, 1024)
+    n = sum(p.numel() for p in r.parameters())
+    assert 100e6 < n < 110e6  # BLIP-2's Q-Former without its text half
+
+
+def test_every_parameter_has_a_part():
+    for preset, stage in (("digits", 1), ("tiny", 1), ("tiny", 3)):
+        model, _ = make(preset, stage=stage)
+        assert {recipe.part_of(k) for k, _ in model.named_parameters()} <= {*recipe.PARTS}
+    with pytest.raises(KeyError):
+        recipe.part_of("nothing.weight")
+
+
+@pytest.mark.parametrize("stage, variant, word", [(4, "deem", "--stage 4"), (1, "nosuch", "--variant nosuch")])
+def test_unknown_stage_and_variant(stage, variant, word):
+    with pytest.raises(UserError, match=word):
+        recipe.trained(stage, variant)
+
+
+def test_rates_of_a_part():
+    r = Rates(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert [r.of(k) for k in ("eyes", "trunk", "unet", "llm", "gate", "net offsets", "net")] == [1, 2, 3, 4, 5, 6, 1]

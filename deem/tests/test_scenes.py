@@ -1,0 +1,129 @@
+"""The digit scenes: pictures, captions, questions, mined lists, pairs, and the study over them."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make
+
+import benchmarks
+import scenes
+import study
+from scenes import stream
+
+
+def test_scenes_are_a_function_of_their_stream():
+    a, b = (scenes.make(20, stream(3, "x"), scenes.pools()[0]) for _ in range(2))
+    assert np.array_equal(a.images, b.images) and np.array_equal(a.cells, b.cells)
+    c = scenes.make(20, stream(4, "x"), scenes.pools()[0])
+    assert not np.array_equal(a.images, c.images)
+    assert stream(0, "a").integers(2**60) != stream(0, "b").integers(2**60)
+
+
+def test_cells_hold_what_they_say():
+    s = scenes.make(60, stream(0, "x"), scenes.pools()[0])
+    assert s.images.shape == (60, 16, 16) and 0 <= s.images.min() and s.images.max() <= 1
+    for image, cells in zip(s.images, s.cells, strict=True):
+        assert 1 <= (cells >= 0).sum() <= 4
+        for k in range(4):
+            core = image[8 * (k // 2) + 2 : 8 * (k // 2) + 6, 8 * (k % 2) + 2 : 8 * (k % 2) + 6]
+            assert (core.sum() > 0) == (cells[k] >= 0)
+    assert all((s.details[i, k] == 0).all() == (s.cells[i, k] < 0) for i in range(60) for k in range(4))
+
+
+def test_company_gives_language_a_prior():
+    s = scenes.make(800, stream(0, "x"), scenes.pools()[0])
+    with_three = [c for c in s.cells if 3 in c and (c >= 0).sum() > 1]
+    share = np.mean([8 in c for c in with_three])
+    assert share > 0.4  # by chance about a quarter
+    free = scenes.make(800, stream(0, "x"), scenes.pools()[0], company=0.0)
+    assert np.mean([8 in c for c in free.cells if 3 in c and (c >= 0).sum() > 1]) < share - 0.2
+
+
+def test_train_and_test_scans_are_apart():
+    train, test = scenes.pools()
+    assert not {*train.tolist()} & {*test.tolist()} and len(train) + len(test) == 1797
+
+
+def test_captions_and_questions():
+    cells = np.array([3, -1, 8, 3])
+    assert scenes.listing(cells) == "there is a 3 and a 8 ."
+    assert scenes.truth("there", cells, 3) and not scenes.truth("there", cells, 4)
+    assert scenes.truth("left", cells, 8) and not scenes.truth("two", cells, 3)
+    rng = stream(0, "q")
+    said = [scenes.question(rng, cells) for _ in range(200)]
+    assert {a for _, a in said} == {"yes", "no"}
+    model, _ = make("digits")
+    for asked, answer in said:
+        model.tok.encode(asked + answer)  # every word is known
+
+
+def test_reader_goes_on_where_it_was():
+    a, b = scenes.SceneReader(0, 1, n=30), scenes.SceneReader(0, 1, n=30)
+    for _ in range(5):
+        next(a)
+    b.restore(a.state())
+    assert next(a).text == next(b).text
+    two = [scenes.SceneReader(0, 1, n=30, rank=r, world=2) for r in range(2)]
+    one = scenes.SceneReader(0, 1, n=30)
+    assert [next(one).text for _ in range(4)] == [next(two[i % 2]).text for i in range(4)]
+
+
+def test_mined_questions_are_wrong_for_the_small_clip():
+    mined, clip = scenes.mined(0), scenes.small_clip(0)
+    assert set(mined) == {"A", "R", "V"} and all(len(v) > 10 for v in mined.values())
+    assert all(right != wrong and image.shape == (16, 16) for rows in mined.values() for image, right, wrong in rows)
+    images, labels, _ = scenes.scans()
+    test = scenes.pools()[1]
+    assert (clip.predict(images[test].reshape(len(test), -1)) == labels[test]).mean() > 0.7
+
+
+def test_pairs_differ_in_their_answers():
+    for first, second in scenes.pairs(0, 30):
+        assert first[1] == second[1] and {first[2], second[2]} == {"yes", "no"}
+        assert not np.array_equal(first[0], second[0])
+
+
+def test_every_list_is_balanced_and_always_yes_has_half():
+    asked, images = study.questions(0, 12)
+    assert max(q.image for q in asked) < len(images)
+    rows = [
+        {"benchmark": q.meta["benchmark"], "group": q.group, "pair": q.pair, "label": q.answer, "answer": "yes"}
+        for q in asked
+    ]
+    found = study.answer_scores(rows)
+    assert all(
+        v == 50.0 for k, v in found.items() if k.endswith(("always_yes", "accuracy")) and not k.startswith("MMVP")
+    )
+    assert found["MMVP_accuracy"] == 0.0 and found["MMVP_single_accuracy"] == 50.0
+    right = study.answer_scores([{**r, "answer": r["label"]} for r in rows])
+    assert right["POPE_accuracy"] == right["RobustVQA_accuracy"] == right["MMVP_accuracy"] == 100.0
+
+
+def test_probe_finds_what_tokens_hold(monkeypatch):
+    model, _ = make("digits")
+    kept = {}
+
+    def told(model, part):
+        kept["n"] = kept.get("n", 0) + 1
+        return np.eye(11)[part.cells + 1].reshape(len(part), -1)
+
+    monkeypatch.setattr(study, "features", told)
+    assert study.probe(model, 0)["probe_uncaptioned"] == 100.0
+    monkeypatch.setattr(study, "features", lambda m, part: np.ones((len(part), 4)))
+    assert study.probe(model, 0)["probe_uncaptioned"] < 40
+
+
+def test_denoising_ratio_is_one_without_information():
+    model, _ = make("digits")
+    model.condition_head.weight.data.zero_()
+    held = scenes.make(16, stream(0, "x"), scenes.pools()[1])
+    assert study.denoising(model, held, 0, maps=False)["csr_ratio"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_answers_are_the_models(monkeypatch):
+    model, _ = make("digits")
+    asked, images = study.questions(0, 10)
+    asked = asked[:6]
+    monkeypatch.setattr(type(model), "yes_no", lambda self, p, images: torch.tensor([[0.0, -1.0]] * len(p)))
+    assert {r["answer"] for r in study.answers(model, asked, images)} == {"yes"}
+    assert isinstance(asked[0], benchmarks.Question)

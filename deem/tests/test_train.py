@@ -1,0 +1,276 @@
+"""The loop: schedule, streams, exact resume, two processes, stages one after the other."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import HERE, documents, make, run
+
+import pretrain
+import runs
+import scenes
+import train
+from runs import UserError
+from settings import Settings
+from trainer import Feeder, schedule
+
+FEW = ["--batch", "3", "--scene-count", "60", "--pretrain-text", "2", "--pretrain-encoder", "2", "--pretrain-denoiser",
+       "2", "--questions", "10", "--device", "cpu"]  # fmt: skip
+
+
+def metrics(out, seed=0, name="record"):
+    m = json.loads((out / f"seed{seed}" / f"{name}.json").read_text())["metrics"]
+    return {k: v for k, v in m.items() if not k.endswith("seconds")}
+
+
+def weights(out, seed=0):
+    return runs.read_tensors(out / f"seed{seed}" / "model.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two stages that nothing disturbed, and the base that the others share."""
+    folder = tmp_path_factory.mktemp("whole")
+    out = folder / "run"
+    done = run(
+        "train.py", *FEW, "--steps", "6", "--then", "2", "--then-steps", "3", "--out", out, "--base", folder / "base"
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_leaves_its_files(whole):
+    seed = whole / "seed0"
+    assert {"record.json", "record-stage2.json", "model.safetensors", "metrics.jsonl", "answers.jsonl"} <= {
+        p.name for p in seed.iterdir()
+    }
+    records = [json.loads(line) for line in (whole / "records.jsonl").read_text().splitlines()]
+    assert sorted(r["setting"] for r in records) == ["stage 1", "stage 2"]
+    assert not list(whole.rglob("checkpoint/*.safetensors"))
+    m = metrics(whole)
+    assert m["steps"] == 6 and m["POPE_random_always_yes"] == 50.0 and m["trained_parameters"] < m["parameters"]
+    rows = [json.loads(x) for x in (seed / "answers.jsonl").read_text().splitlines()]
+    assert {r["benchmark"] for r in rows} == {"POPE", "RobustVQA", "MMVP"}
+    assert not torch.equal(weights(whole)["llm.model.norm.weight"], weights(whole / "stage2")["llm.model.norm.weight"])
+    first, later = weights(whole), weights(whole / "stage2")
+    assert torch.equal(first["encoder.trunk.norm.weight"], later["encoder.trunk.norm.weight"])  # frozen in stage 2
+
+
+def test_evaluating_again_gives_the_records_numbers(whole):
+    import study
+
+    for folder, name in ((whole, "record"), (whole / "stage2", "record")):
+        model, s = train.load_run(folder, "cpu")
+        found, _ = study.score(model, s, 0)
+        stored = metrics(folder, name=name)
+        assert all(stored[k] == v for k, v in found.items())
+    assert metrics(whole, name="record-stage2") == metrics(whole / "stage2")
+
+
+def test_stops_and_goes_on_bitwise(whole, tmp_path):
+    """--max-steps, then the same command: the same weights and records as the run that nothing disturbed."""
+    out, words = (
+        tmp_path / "run",
+        [*FEW, "--steps", "6", "--then", "2", "--then-steps", "3", "--base", whole.parent / "base"],
+    )
+    first = run("train.py", *words, "--out", out, "--max-steps", "4")
+    assert first.returncode == 0 and "stopped after step 4 of 6" in first.stdout, first.stderr
+    assert not (out / "records.jsonl").exists() and not (out / "seed0" / "record.json").exists()
+    second = run("train.py", *words, "--out", out)
+    assert second.returncode == 0, second.stderr
+    for a, b in ((whole, out), (whole / "stage2", out / "stage2")):
+        assert metrics(a) == metrics(b)
+        x, y = weights(a), weights(b)
+        assert x.keys() == y.keys() and all(torch.equal(v, y[k]) for k, v in x.items())
+    again = run("train.py", *words, "--out", out)
+    assert again.returncode == 0 and "is complete" in again.stdout
+
+
+def test_killed_run_goes_on_bitwise(whole, tmp_path):
+    """kill -9 in the middle, then the same command."""
+    out = tmp_path / "run"
+    words = [*FEW, "--steps", "6", "--then", "2", "--then-steps", "3", "--base", whole.parent / "base", "--out", out]
+    words += ["--checkpoint-steps", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, words)], cwd=HERE, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    path = out / "checkpoint" / "seed0.safetensors"
+    until = time.time() + 200
+    while not path.exists() and process.poll() is None and time.time() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.exists() and not (out / "records.jsonl").exists()
+    (out / "seed0").mkdir(exist_ok=True)
+    (out / "seed0" / ".half.tmp").write_text("left over")
+    os.utime(out / "seed0" / ".half.tmp", (0, 0))
+    done = run("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert metrics(whole) == metrics(out) and metrics(whole / "stage2") == metrics(out / "stage2")
+    assert all(torch.equal(v, weights(out)[k]) for k, v in weights(whole).items())
+    assert not (out / "seed0" / ".half.tmp").exists()
+
+
+def test_two_processes_train(tmp_path):
+    """Two CPU processes share a step; every process reads its own part of the documents."""
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
+         "train.py", *FEW, "--steps", "3",
+         "--out", str(out), "--base", str(tmp_path / "base"), "--max-steps", "2"],
+        cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    readers = json.loads(runs.read_tensors(out / "checkpoint" / "seed0.safetensors")[1]["readers"])
+    assert [r["at"] for r in readers] == [12, 13]  # 2 steps of 3 documents each, every second one
+
+
+def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
+    base = whole.parent / "base"
+    assert len(list(base.glob("digits-seed0-*/model.safetensors"))) == 1
+    model, s = make("digits", scene_count=60, pretrain_text=2, pretrain_encoder=2, pretrain_denoiser=2, base=str(base))
+    before = (next(base.glob("*")) / "model.safetensors").stat().st_mtime
+    pretrain.base(model, s, 0)
+    assert (next(base.glob("*")) / "model.safetensors").stat().st_mtime == before
+    other, s = make(
+        "digits", scene_count=60, pretrain_text=1, pretrain_encoder=1, pretrain_denoiser=1, base=str(tmp_path)
+    )
+    pretrain.base(other, s, 0)
+    name = "encoder.trunk.stages.0.0.weight"
+    assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
+    third, _ = make("digits")
+    pretrain.base(third, s, 0)
+    assert all(
+        torch.equal(p, dict(third.named_parameters())[k]) for k, p in other.named_parameters() if pretrain.learned(k)
+    )
+    assert not pretrain.learned("llm.model.layers.0.synchroniser.gate")
+
+
+def test_schedule():
+    assert [round(schedule(k, 10, 4), 3) for k in (0, 3, 4)] == [0.25, 1.0, 1.0]
+    assert schedule(10, 10, 4) == pytest.approx(0) and schedule(7, 10, 4) == pytest.approx(0.5)
+    assert all(schedule(k, 10, 0) >= schedule(k + 1, 10, 0) for k in range(10))
+
+
+def test_batches_depend_on_seed_and_place_alone():
+    model, s = make("digits", scene_count=60, batch=4)
+    feeder = lambda: Feeder(s, model, scenes.SceneReader(3, 1, n=60), 3, 0)  # noqa: E731
+    a, b = feeder(), feeder()
+    a.batch(0, 0)
+    state = a.reader.state()
+    later = a.batch(1, 0)
+    b.reader.restore(state)
+    again = b.batch(1, 0)
+    assert torch.equal(later.ids, again.ids) and torch.equal(later.images, again.images)
+    assert not torch.equal(later.images[:2], a.batch(2, 0).images[:2])
+
+
+def test_frozen_trunk_mode(monkeypatch):
+    from trainer import Trainer, accelerator_of
+
+    for frozen, on in (("eval", False), ("train", True)):
+        model, s = make("tiny", variant="deem-star", frozen=frozen)
+        t = Trainer(
+            s, model, Feeder(s, model, scenes.SceneReader(0, 1, n=20), 0, 0), accelerator_of(torch.device("cpu")), 0
+        )
+        t.modes()
+        assert model.encoder.trunk.training == on and model.training
+    model, s = make("tiny")
+    t = Trainer(
+        s, model, Feeder(s, model, scenes.SceneReader(0, 1, n=20), 0, 0), accelerator_of(torch.device("cpu")), 0
+    )
+    t.modes()
+    assert model.encoder.trunk.training and not model.denoiser.latents.training
+
+
+def test_nan_ends_the_run_with_the_step(tmp_path, whole):
+    done = run(
+        "train.py", *FEW, "--steps", "4", "--lr", "1e30", "--out", tmp_path / "x", "--base", whole.parent / "base"
+    )
+    assert done.returncode == 2 and "not a finite number" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x" / "seed0" / "record.json").exists()
+
+
+def test_stage_three_from_files(tmp_path):
+    """Region instructions in COCO form, the real classes, masks and five region tokens; weights of stage 2 below."""
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (60 * i, 90, 120)).save(tmp_path / "images" / f"{i}.png")
+    box = [[5, 5, 25, 5, 25, 20, 5, 20]]
+    data = {
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in range(3)],
+        "annotations": [{"id": i, "image_id": i, "segmentation": box, "caption": "there is a 3"} for i in range(3)],
+    }
+    (tmp_path / "regions.json").write_text(json.dumps(data))
+    words = ["--preset", "tiny", "--batch", "2", "--device", "cpu"]
+    done = run("train.py", *words, "--stage", "2", "--steps", "2", "--out", tmp_path / "two", "--scene-count", "20")
+    assert done.returncode == 0, done.stderr
+    words += [
+        "--stage",
+        "3",
+        "--steps",
+        "2",
+        "--dataset",
+        "files",
+        "--files-kind",
+        "regions",
+        "--files",
+        tmp_path / "regions.json",
+    ]
+    words += [
+        "--image-root",
+        tmp_path / "images",
+        "--prompt-form",
+        "plain",
+        "--init",
+        tmp_path / "two",
+        "--out",
+        tmp_path / "three",
+    ]
+    done = run("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    m = metrics(tmp_path / "three")
+    assert m["steps"] == 2 and "csr" not in m and "nip" not in m and m["ntp"] > 0
+    model, s = train.load_run(tmp_path / "three", "cpu")
+    assert model.denoiser is None and s.stage == 3 and model.encoder.region_proj is not None
+
+
+def test_init_checks_the_model(whole):
+    model, s = make("tiny")
+    with pytest.raises(UserError, match="another model"):
+        train.read_weights(model, whole / "seed0" / "model.safetensors", s)
+
+
+def test_load_run_errors(tmp_path, whole):
+    with pytest.raises(UserError, match="no file"):
+        train.load_run(tmp_path, "cpu")
+    (tmp_path / "settings.json").write_text('{"nosuch": 1}')
+    with pytest.raises(UserError, match="another version"):
+        train.load_run(tmp_path, "cpu")
+    with pytest.raises(UserError, match="train the run first"):
+        train.load_run(whole, "cpu", seed=9)
+
+
+def test_documents_hold_one_or_two_scenes():
+    found = [sum(not hasattr(p, "text") for p in d) for d in documents(80)]
+    assert {*found} == {1, 2} and 0.05 < found.count(2) / 80 < 0.5
+
+
+def test_label_may_name_settings():
+    s = Settings(label="lambda={lambda_csr:g}")
+    s.resolve()
+    assert s.label == "lambda=5"
+    s = Settings(label="{nosuch}")
+    with pytest.raises(UserError, match="nosuch"):
+        s.resolve()

@@ -1,0 +1,284 @@
+"""Train a model of the paper in one of its three stages, with or without the feedback of the diffusion model (CSR).
+
+    python train.py --variant deem --seeds 0 1 2                    # digit scenes: needs no data; evaluates at the end
+    python train.py --variant clean --seeds 0 1 2                   # the same without CSR
+    python train.py --preset deem --stage 1 --dataset paper --precision bf16 --checkpointing --download
+    python train.py --preset deem --stage 2 --init runs/paper/NAME --dataset paper --precision bf16 --checkpointing
+    accelerate launch --config_file configs/fsdp.yaml train.py --preset deem --stage 1 --dataset paper ...
+
+The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import recipe
+import runs
+import sources
+from model import Deem
+from pretrain import base, runs_seed
+from runs import UserError
+from settings import Settings
+from trainer import Feeder, Trainer, accelerator_of
+
+IGNORE = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps", "workers")
+
+
+def build(s: Settings, seed: int, device: torch.device) -> Deem:
+    """The model of a stage before training: random parts from the seed, pretrained ones from their sources, what --init
+    trained on top."""
+    torch.manual_seed(runs_seed(seed, "weights"))
+    dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
+    folder = runs.data_dir(s.data_dir) / "weights"
+    model = Deem(s.parts(), folder=folder, download=s.download, dtype=dtype, diffusion=s.stage < 3, loss=s.loss())
+    chosen = recipe.trained(s.stage, s.variant)
+    for name, p in model.named_parameters():  # what trains keeps float32 weights
+        if recipe.part_of(name) in chosen:
+            p.data = p.data.float()
+    model.to(device)
+    if s.preset == "digits" and not s.init:
+        base(model, s, seed)
+    if s.init:
+        read_weights(model, Path(s.init) / f"seed{seed}" / "model.safetensors", s)
+    return model
+
+
+def read_weights(model: Deem, path: Path, s: Settings) -> None:
+    """Weights of a run on top of the model; parts that the stage does not load are left out."""
+    tensors, _ = runs.read_tensors(path)
+    own = dict(model.named_parameters())
+    lost = {k for k in tensors if k not in own and not k.startswith(("denoiser.", "condition_head.", "context_"))}
+    wrong = lost | {k for k, v in tensors.items() if k in own and own[k].shape != v.shape}
+    if wrong:
+        raise UserError(f"{path} is of another model ({min(wrong)}); use the --preset it was trained with")
+    with torch.no_grad():
+        for k, v in tensors.items():
+            if k in own:
+                own[k].copy_(v)
+
+
+def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
+    """(model in eval mode, settings) of a run written by train.py; UserError when it is not there."""
+    folder = Path(folder)
+    given = runs.read_json(folder / "settings.json")
+    known = {k for k in Settings.__dataclass_fields__}
+    if not isinstance(given, dict) or {*given} - known:
+        raise UserError(f"{folder / 'settings.json'} was written by another version or command; train the run again")
+    s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    seed = s.seeds[0] if seed is None else seed
+    path = folder / f"seed{seed}" / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"no file {path}; train the run first")
+    s.init = s.init if not s.small else ""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
+    place = runs.data_dir(s.data_dir) / "weights"
+    model = Deem(s.parts(), folder=place, dtype=dtype, diffusion=s.stage < 3, loss=s.loss()).to(device)
+    read_weights(model, path, s)
+    return model.eval(), s
+
+
+def inherited(s: Settings, seed: int) -> dict:
+    """Weights that an earlier stage trained and this one did not touch: a run's file holds both."""
+    if not s.init:
+        return {}
+    return runs.read_tensors(Path(s.init) / f"seed{seed}" / "model.safetensors")[0]
+
+
+def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool = False) -> bool:
+    """One seed of one stage: training, evaluation, record; `later`: a stage of --then. False when --max-steps
+    ended it before the last step."""
+    folder = Path(s.out) / f"seed{seed}"
+    final, clock = folder / "model.safetensors", time.perf_counter()
+    names = recipe.benchmarks_of(s.stage, s.variant, s.benchmarks, first=not later)
+    asked = benchmarks_of(s, seed, names) if names else None  # what is missing is told before training
+    model = build(s, seed, accelerator.device)
+    feeder = Feeder(s, model, sources.reader(s, seed, accelerator), seed, accelerator.process_index)
+    t = Trainer(s, model, feeder, accelerator, seed)
+    counts = {"parameters": sum(p.numel() for p in model.parameters())}
+    counts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    path = Path(s.out) / "checkpoint" / f"seed{seed}.safetensors"
+    t.load(path)
+    if run:
+        run.log(seed, [], keep_to=t.step)
+    until = min(s.steps, t.step + s.max_steps) if s.max_steps else s.steps
+    title = f"stage {s.stage} {s.label} seed {seed}"
+    before = t.step
+    seconds = t.fit(path, lambda lines: run.log(seed, lines), until=until, title=title)
+    if t.step < s.steps:
+        print(f"stopped after step {t.step} of {s.steps}; start again with the same command to go on")
+        return False
+    tensors = t.weights(s.small)
+    if run is None:
+        return True
+    tensors = {**inherited(s, seed), **tensors} if not s.small else tensors
+    runs.write_tensors(final, tensors)
+    for k, g in enumerate(model.gates()):
+        counts[f"gate_{k}"] = float(g.detach().tanh())
+    skipped = {"skipped": feeder.reader.skipped} if s.dataset != "digits" else {}
+    metrics = {"steps": t.step, **skipped, "step_seconds": seconds / max(1, t.step), **counts}
+    metrics |= {k: v for k, v in last_line(folder).items() if k in ("ntp", "nip", "csr", "total")}
+    if s.dataset == "digits":
+        import study
+
+        found, rows = study.score(model, s, seed)
+        metrics |= found
+        runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, seed))
+        runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    where = {"table": s.table, "dataset": sources.title(s), "setting": setting(s), "method": s.label, "scale": s.scale}
+    total = t.before + time.perf_counter() - clock if before else time.perf_counter() - clock
+    about = sources.about(s, seed)
+    if asked:
+        answer(s, seed, run, model, asked, accelerator.device)
+    run.record(seed, seconds=total, data=about, metrics=metrics, where=where, device=accelerator.device)
+    path.unlink(missing_ok=True)
+    return True
+
+
+def benchmarks_of(s: Settings, seed: int, names: tuple[str, ...]):
+    """Settings of eval.py for what a stage is scored on; UserError for an unknown name or data that is not there."""
+    import eval as evaluation
+
+    known = [n for n in names if n not in evaluation.BENCHMARKS]
+    if known:
+        raise UserError(f"--benchmarks {known[0]} is unknown; use stage or one of {', '.join(evaluation.BENCHMARKS)}")
+    given = {"run": s.out, "benchmark": names, "table": s.benchmark_table, "scale": s.scale, "data_dir": s.data_dir}
+    e = evaluation.EvalSettings(**given, seeds=(seed,), download=s.download)
+    e.check()
+    evaluation.check_data(e, runs.data_dir(s.data_dir) / "deem")
+    return e
+
+
+def answer(s: Settings, seed: int, run: runs.Run, model: Deem, asked, device) -> None:
+    """Benchmarks of eval.py, each with a record of its own in the run."""
+    import eval as evaluation
+
+    label = s.label if s.label != recipe.LABELS[s.variant] else recipe.LATER.get((s.stage, s.variant), s.label)
+    root = runs.data_dir(s.data_dir) / "deem"
+    evaluation.evaluate(asked, run, seed, model.eval(), s.prompt_form, label, root, device)
+
+
+def last_line(folder: Path) -> dict:
+    """The last line of metrics.jsonl that can be read."""
+    path = folder / "metrics.jsonl"
+    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return {}
+
+
+def setting(s: Settings) -> str:
+    """Column of the own tables: stage, form, what differs from the paper's settings."""
+    parts = [f"stage {s.stage}"]
+    if s.form == "official":
+        parts.append("as released")
+    elif s.csr_use_mmfs == "on" and recipe.CSR[s.variant]:
+        parts.append("with maps")
+    return ", ".join(parts)
+
+
+def describe(s: Settings, model: Deem, accelerator) -> str:
+    parts = recipe.table(model)
+    lines = [f"{s.label}, stage {s.stage}, preset {s.preset}, {s.steps} steps of {s.batch} x {s.accum} rows on each of "
+             f"{accelerator.num_processes} processes; {accelerator.device}"]  # fmt: skip
+    w = s.loss()
+    lines.append(f"loss: {w.ntp:g} NTP + {w.nip:g} NIP + {w.csr:g} CSR (maps {s.csr_use_mmfs}, squeeze {s.squeeze:g})")
+    for part, (n, trained) in parts.items():
+        rate = f"at {s.rates().of(part):g}" if trained else "frozen"
+        lines.append(f"  {part:14s} {n / 1e6:10.3f} M, {trained / 1e6:10.3f} M trained {rate}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    given = runs.parse(Settings, __doc__)
+    s = replace(given)
+    s.check()
+    s.resolve()
+    device = runs.device(s.device)
+    torch.set_float32_matmul_precision("high")
+    accelerator = accelerator_of(device)
+    if s.init and not s.dry_run:
+        for seed in s.seeds:
+            if not (Path(s.init) / f"seed{seed}" / "model.safetensors").is_file():
+                raise UserError(f"--init {s.init} holds no weights of seed {seed}; train that stage first")
+    if s.dry_run:
+        with torch.device("meta") if s.preset == "digits" else torch.device("cpu"):
+            model = Deem(s.parts(), folder=runs.data_dir(s.data_dir) / "weights", diffusion=s.stage < 3, loss=s.loss())
+        model.freeze(s.stage, s.variant)
+        print(describe(s, model, accelerator))
+        return
+    run = runs.Run(Path(s.out), s, IGNORE) if accelerator.is_main_process else None
+    if (Path(s.out) / "records.jsonl").is_file():
+        if run:
+            print(f"{s.out} is complete; delete it to run again")
+            show(run.finish())
+        return
+    accelerator.wait_for_everyone()
+    whole, later = True, {}
+    for seed in s.seeds:
+        whole = stages(s, given, seed, run, later, accelerator) and whole
+    if run and whole:
+        for inner in later.values():
+            inner.finish()
+        show(run.finish())
+        print(f"records in {s.out}")
+
+
+# What --then starts anew: a later stage has its own defaults of these.
+FRESH = {"batch": 0, "warmup": -1, "max_tokens": 0, "max_images": 0, "resolution": 0, "then": ()}
+FRESH |= dict.fromkeys(("lr", "trunk_lr", "unet_lr", "llm_lr", "mmfs_lr", "offsets_lr"), -1.0)
+
+
+def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later: dict, accelerator) -> bool:
+    """The run's stage, then those of --then, each from the weights of the one before and with a record that the run
+    keeps too. `given`: the settings before defaults were put in; `later`: run folders of the later stages."""
+    folder = Path(s.out) / f"seed{seed}"
+    if not (folder / "record.json").is_file():
+        if not train(s, seed, run, accelerator):
+            return False
+        accelerator.wait_for_everyone()
+    before = s.out
+    for stage in s.then:
+        own = replace(given, stage=stage, init=before, out=f"{s.out}/stage{stage}", steps=s.then_steps, **FRESH)
+        own.check()
+        own.resolve()
+        record, inner = folder / f"record-stage{stage}.json", Path(own.out) / f"seed{seed}" / "record.json"
+        if not record.is_file():
+            if run and stage not in later:
+                later[stage] = runs.Run(Path(own.out), own, IGNORE)
+            if not inner.is_file() and not train(own, seed, later.get(stage), accelerator, later=True):
+                return False
+            accelerator.wait_for_everyone()
+            if run:
+                for path in inner.parent.glob("record-*.json"):  # of benchmarks
+                    runs.write_json(folder / f"record-stage{stage}{path.name[6:]}", runs.read_record(path))
+                runs.write_json(record, runs.read_record(inner))
+        before = own.out
+    return True
+
+
+def show(records: list[dict]) -> None:
+    keys = (
+        "csr_ratio",
+        "probe_uncaptioned",
+        "POPE_accuracy",
+        "RobustVQA_accuracy",
+        "MMVP_accuracy",
+        "ntp",
+        "csr",
+        "nip",
+    )
+    for r in records:
+        m = r["metrics"]
+        found = ", ".join(f"{k} {m[k]:.3g}" for k in keys if k in m)
+        print(f"{r['method']}, {r['setting']}, seed {r['seed']}: {found} ({r['seconds']:.0f} s)")
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,255 @@
+"""The training loop of all stages: rows out of documents, accumulation, schedule, clipping, checkpoints, processes."""
+
+import contextlib
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import Tensor
+from tqdm import tqdm
+
+import recipe
+import runs
+import sequences
+from model import Deem
+from pretrain import runs_seed
+from runs import UserError
+from sequences import Batch, Packer
+from views import two_views
+
+LOG_EVERY = 20  # steps between lines of metrics.jsonl; the only waits for the device
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the rate in step 0, 1, ...: linear over `warmup` steps, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def accelerator_of(device: torch.device) -> Accelerator:
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[DistributedDataParallelKwargs()])
+
+
+class Feeder:
+    """Micro-batches out of a reader of documents; its place is the reader's, kept in the checkpoint."""
+
+    def __init__(self, s, model: Deem, reader, seed: int, rank: int):
+        self.s, self.p, self.tok, self.reader, self.seed, self.rank = s, model.p, model.tok, reader, seed, rank
+        self.packer = Packer(model.tok, model.p.per_image, s.max_tokens, s.max_images) if s.max_tokens else None
+        self.pool = ThreadPoolExecutor(s.workers) if s.workers else None
+
+    def batch(self, step: int, k: int) -> Batch:
+        """Micro-batch k of a step; what is random in it besides the documents is a function of seed, step, k, rank."""
+        if self.packer:
+            rows = [self.packer.row(self.reader) for _ in range(self.s.batch)]
+        else:
+            rows = [sequences.encode(next(self.reader).parts, self.tok, self.p.per_image) for _ in range(self.s.batch)]
+        b, pictures = sequences.collate(rows, self.tok)
+        rng = random.Random(runs_seed(self.seed, "views", step, k, self.rank))
+        tosses = [random.Random(rng.getrandbits(62)) for _ in pictures]
+        made = list((self.pool.map if self.pool else map)(self.views, pictures, tosses))
+        if made:
+            b.images, b.targets = (torch.stack(x) for x in zip(*made, strict=True))
+            b.masks = self.masks(pictures)
+        return b
+
+    def views(self, picture, rng: random.Random) -> tuple[Tensor, Tensor]:
+        sizes = (self.p.resolution, self.p.decoder_resolution)
+        return two_views(picture.load(), sizes, crop=self.s.stage == 1, flip=self.s.flip, rng=rng)
+
+    def masks(self, pictures: list) -> Tensor | None:
+        found = [getattr(p, "mask", None) for p in pictures]
+        if self.s.stage < 3 or all(m is None for m in found):
+            return None
+        side = (self.p.resolution, self.p.resolution)
+        out = []
+        for m in found:
+            full = torch.ones(1, 1, *side) if m is None else torch.as_tensor(m)[None, None].float()
+            out.append(torch.nn.functional.interpolate(full, side, mode="nearest")[0, 0])
+        return torch.stack(out)
+
+
+class Trainer:
+    """A model with its optimizer and its feeder; `step` counts optimizer steps."""
+
+    def __init__(self, s, model: Deem, feeder: Feeder, accelerator: Accelerator, seed: int):
+        self.s, self.model, self.feeder, self.accelerator, self.seed = s, model, feeder, accelerator, seed
+        model.freeze(s.stage, s.variant)
+        self.groups = model.trainable_groups(s.stage, s.variant, rates=s.rates())
+        self.rates = [g["lr"] for g in self.groups]
+        self.names = [g.pop("name") for g in self.groups]
+        betas, eps = ((0.9, 0.995), 1e-6) if s.stage == 1 else ((0.9, 0.999), 1e-8)
+        self.optimizer = torch.optim.AdamW(self.groups, betas=betas, eps=eps, fused=True)
+        if s.checkpointing:
+            model.checkpointing()
+        if s.compile and model.denoiser is not None:
+            model.denoiser.unet.compile()
+        kind = accelerator.distributed_type
+        self.sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.spread = accelerator.num_processes > 1 or self.sharded
+        self.call = model
+        if self.spread:
+            if kind == DistributedType.DEEPSPEED:
+                # No data loader goes through `prepare`, so DeepSpeed has to be told the size of a micro-batch.
+                accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = s.batch
+            self.call, self.optimizer = accelerator.prepare(model, self.optimizer)
+        dev = accelerator.device.type
+        self.autocast = torch.autocast(dev, torch.bfloat16) if s.precision == "bf16" else contextlib.nullcontext()
+        self.step, self.before = 0, 0.0
+
+    def modes(self) -> None:
+        """Training mode; a frozen trunk's drop-path is off unless --frozen train."""
+        self.model.train()
+        if self.s.frozen == "eval" and "trunk" not in recipe.trained(self.s.stage, self.s.variant):
+            self.model.encoder.trunk.eval()
+        if self.model.denoiser is not None:
+            self.model.denoiser.latents.eval()
+
+    def update(self) -> dict[str, Tensor]:
+        """One optimizer step; means of the losses over its micro-batches, on the device."""
+        share = schedule(self.step, self.s.steps, self.s.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        rank, logged = self.accelerator.process_index, {}
+        for k in range(self.s.accum):
+            b = self.feeder.batch(self.step, k).to(self.accelerator.device)
+            # Dropout and drop-path draw from torch's own stream: it starts anew for each micro-batch, so that a resumed
+            # run draws the same.
+            torch.manual_seed(runs_seed(self.seed, "dropout", self.step, k, rank))
+            last = k == self.s.accum - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps inside the backward pass
+            wait = self.accelerator.no_sync(self.call) if self.spread and not last else contextlib.nullcontext()
+            with wait:
+                with self.autocast:
+                    out = self.call(b, runs_seed(self.seed, "noise", self.step, k, rank))
+                if "total" not in out or not out["total"].requires_grad:
+                    raise UserError(
+                        "nothing to learn: every loss of this stage has weight 0, or the rows hold no image"
+                    )
+                for key, value in out.items():
+                    logged[key] = logged.get(key, 0) + value.detach() / self.s.accum
+                (self.accelerator.backward if self.spread else Tensor.backward)(out["total"] / self.s.accum)
+        chosen = [p for g in self.optimizer.param_groups for p in g["params"]]
+        clip = self.accelerator.clip_grad_norm_ if self.spread else torch.nn.utils.clip_grad_norm_
+        norm = clip(self.call.parameters() if self.sharded else chosen, self.s.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return logged | ({} if norm is None else {"grad_norm": torch.as_tensor(norm)})
+
+    def fit(self, path: Path, log: Callable[[list[dict]], None], *, until: int, title: str) -> float:
+        """Run to step `until`, with a checkpoint every --checkpoint-steps and at the end if that is not the last step.
+        Returns the seconds spent, those of earlier starts included."""
+        s, lines, lead = self.s, [], self.accelerator.is_main_process
+        started, bad = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
+
+        def flush() -> None:
+            if not math.isfinite(float(bad)):
+                raise UserError(
+                    f"{title}: the loss or its gradient is not a finite number in a step up to {self.step}; the last "
+                    "checkpoint before it is kept; lower the learning rate"
+                )
+            rows = [{k: v if isinstance(v, int | float) else float(v) for k, v in line.items()} for line in lines]
+            if lead and rows:
+                log(rows)
+            lines.clear()
+
+        self.modes()
+        for _ in tqdm(range(self.step, until), title, until, initial=self.step, disable=None if lead else True):
+            logged = self.update()
+            bad += sum(0 * v.float().to(bad.device) for v in logged.values())
+            self.step += 1
+            if self.step % LOG_EVERY == 0 or self.step == until:
+                lines.append({"step": self.step, "lr_share": schedule(self.step - 1, s.steps, s.warmup), **logged})
+            if (s.checkpoint_steps and self.step % s.checkpoint_steps == 0) or self.step == until:
+                flush()
+                if self.step < s.steps:
+                    self.save(path, self.before + time.perf_counter() - started)
+        self.model.eval()
+        return self.before + time.perf_counter() - started
+
+    # ------------------------------------------------------------------------------------------------------ checkpoint
+
+    @property
+    def plain_optimizer(self):
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def trained_names(self) -> dict[str, Tensor]:
+        return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Trained weights, moments, the step and each process's place in its data."""
+        place = path.with_suffix(f".rank{self.accelerator.process_index}.json")
+        meta = {"step": str(self.step), "seconds": str(seconds)}
+        if self.sharded:
+            folder, new = path.with_suffix(""), path.with_suffix(".new")
+            self.accelerator.save_state(str(new))
+            runs.write_json(new / place.name, self.feeder.reader.state())
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                runs.write_json(new / "step.json", meta)
+                shutil.rmtree(folder, ignore_errors=True)
+                new.rename(folder)
+            return self.accelerator.wait_for_everyone()
+        states = self.gathered(self.feeder.reader.state())
+        if not self.accelerator.is_main_process:
+            return None
+        tensors = {f"model.{k}": v for k, v in self.trained_names().items()}
+        flat = [p for g in self.plain_optimizer.param_groups for p in g["params"]]
+        for i, p in enumerate(flat):
+            tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in self.plain_optimizer.state.get(p, {}).items()}
+        return runs.write_tensors(path, tensors, meta | {"readers": json.dumps(states)})
+
+    def gathered(self, value) -> list:
+        if self.accelerator.num_processes == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    def load(self, path: Path) -> bool:
+        """Go on from a checkpoint if there is one."""
+        rank = self.accelerator.process_index
+        if self.sharded:
+            folder = path.with_suffix("")
+            if not (folder / "step.json").is_file():
+                return False
+            self.accelerator.load_state(str(folder))
+            meta = runs.read_json(folder / "step.json")
+            state = runs.read_json(folder / path.with_suffix(f".rank{rank}.json").name)
+        elif path.is_file():
+            tensors, meta = runs.read_tensors(path)
+            try:
+                with torch.no_grad():
+                    for k, p in self.trained_names().items():
+                        p.copy_(tensors[f"model.{k}"])
+                for i, p in enumerate(p for g in self.plain_optimizer.param_groups for p in g["params"]):
+                    own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
+                    # In the memory format of the parameter; the count of steps stays a number of its own.
+                    self.plain_optimizer.state[p] = {
+                        k: v if k == "step" else torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in own.items()
+                    }
+                state = json.loads(meta["readers"])[rank]
+            except (RuntimeError, KeyError, IndexError) as error:
+                raise UserError(f"{path} belongs to another run ({error}); delete it to start the run again") from None
+        else:
+            return False
+        self.feeder.reader.restore(state)
+        self.step, self.before = int(meta["step"]), float(meta["seconds"])
+        return True
+
+    def weights(self, everything: bool) -> dict[str, Tensor]:
+        """What a run keeps: every weight of a small model, else what this run and its --init trained."""
+        if self.sharded:
+            full = self.accelerator.get_state_dict(self.call)
+            keep = {k for k, p in self.accelerator.unwrap_model(self.call).named_parameters() if p.requires_grad}
+            return {k: v for k, v in full.items() if everything or k in keep}
+        return {k: p for k, p in self.model.named_parameters() if everything or p.requires_grad}
