@@ -51,7 +51,7 @@ def pictures(records: list[dict], base: Path) -> dict[str, dict]:
         path = base / r["run"] / f"seed{r['seed']}" / "pictures.safetensors"
         if r["method"] not in out and path.is_file():
             out[r["method"]] = runs.read_tensors(path)[0] | {"seed": r["seed"]}
-    return out
+    return {m: out[m] for m in [*COLOURS, *out] if m in out}  # one order in every picture
 
 
 def reconstructions(records: list[dict], base: Path):
@@ -127,8 +127,10 @@ def pope(records: list[dict], base: Path):
             if column == 0:
                 axis.set_ylabel(label)
         axes[0][column].set_title({"stage 1": "after alignment", "stage 2": "after instruction tuning"}[stage])
-    axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
+    handles = {h.get_label(): h for axis in axes[0] for h in axis.containers if h.get_label() in methods}
+    more = {"ncols": len(handles), "frameon": False, "fontsize": 9}
+    figure.legend([handles[m] for m in methods], methods, loc="lower center", bbox_to_anchor=(0.5, 1.0), **more)
     return (
         figure,
         "tiny-POPE: accuracy and share of yes, mean and deviation over seeds; dotted: always yes, and balance.",
@@ -154,7 +156,8 @@ def losses(records: list[dict], base: Path):
     for axis, (key, title) in zip(
         axes, (("ntp", "next token"), ("nip", "next image"), ("csr", "own image (CSR)")), strict=True
     ):
-        for method, runs_ in curves.items():
+        for method in [*(m for m in COLOURS if m in curves), *sorted(curves.keys() - COLOURS.keys())]:
+            runs_ = curves[method]
             rows = [[(x["step"], x[key]) for x in lines if key in x] for lines in runs_]
             rows = [r for r in rows if r and len(r) == len(rows[0])]
             if rows:

@@ -244,6 +244,38 @@ def test_stage_three_from_files(tmp_path):
     assert m["steps"] == 2 and "csr" not in m and "nip" not in m and m["ntp"] > 0
     model, s = train.load_run(tmp_path / "three", "cpu")
     assert model.denoiser is None and s.stage == 3 and model.encoder.region_proj is not None
+    assert m["skipped"] == 0
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    words[words.index(tmp_path / "three")] = tmp_path / "broken"
+    done = run("train.py", *words)
+    assert done.returncode == 2 and "1.png" in done.stderr and "Traceback" not in done.stderr
+    done = run("train.py", *words, "--broken", "skip")
+    assert done.returncode == 2 and "other settings (broken" in done.stderr  # never a mixture of both in one folder
+    words[words.index(tmp_path / "broken")] = tmp_path / "skipped"
+    done = run("train.py", *words, "--broken", "skip")
+    assert done.returncode == 0 and "1.png" in done.stderr, done.stderr
+    assert metrics(tmp_path / "skipped")["skipped"] >= 1
+
+
+def test_what_a_benchmark_lacks_is_told_before_training(tmp_path):
+    words = [
+        "--preset",
+        "tiny",
+        "--steps",
+        "2",
+        "--batch",
+        "2",
+        "--device",
+        "cpu",
+        "--scene-count",
+        "20",
+        "--data-dir",
+        tmp_path,
+    ]
+    for name, told in (("pope", "pope"), ("nosuch", "--benchmarks nosuch is unknown")):
+        done = run("train.py", *words, "--benchmarks", name, "--out", tmp_path / name)
+        assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / name / "seed0" / "metrics.jsonl").exists()
 
 
 def test_init_checks_the_model(whole):
