@@ -139,10 +139,12 @@ class Packer:
     """Fill rows of `limit` tokens with documents; an image that would be cut ends the row, with what follows it.
 
     A document that does not fit is cut at the row's end, as the released code does; at most `max_images` a row.
+    `single`: one document a row, as in stages II and III.
     """
 
-    def __init__(self, tok, per_image: int, limit: int, max_images: int):
+    def __init__(self, tok, per_image: int, limit: int, max_images: int, single: bool = False):
         self.tok, self.per_image, self.limit, self.max_images = tok, per_image, limit, max_images
+        self.single = single
 
     def row(self, documents) -> Sequence_:
         """Takes documents (anything with .parts) from an iterator until the row is full."""
@@ -164,6 +166,8 @@ class Packer:
                 break
             rows.append(row)
             used, images = used + len(row), images + len(row.images)
+            if self.single:
+                break
         return join(rows)
 
 

@@ -44,7 +44,8 @@ class Feeder:
 
     def __init__(self, s, model: Deem, reader, seed: int, rank: int):
         self.s, self.p, self.tok, self.reader, self.seed, self.rank = s, model.p, model.tok, reader, seed, rank
-        self.packer = Packer(model.tok, model.p.per_image, s.max_tokens, s.max_images) if s.max_tokens else None
+        limits = (model.tok, model.p.per_image, s.max_tokens, s.max_images, s.stage > 1)
+        self.packer = Packer(*limits) if s.max_tokens else None
         self.pool = ThreadPoolExecutor(s.workers) if s.workers else None
 
     def batch(self, step: int, k: int) -> Batch:

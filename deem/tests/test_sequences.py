@@ -83,6 +83,10 @@ def test_packer_fills_rows_and_counts_images():
         assert 0 < len(row) <= 40 and len(row.images) <= 4
         assert row.ids[0] == TOK.bos and row.ids.count(TOK.soi) == len(row.images)
     assert len(Packer(TOK, 3, 40, 4).row(iter([]))) == 0
+    source = iter(docs)
+    for d in docs[:20]:  # stages II and III: a row is a document, with all its pictures
+        row = Packer(TOK, 3, 400, 16, single=True).row(source)
+        assert row.ids == encode(d.parts, TOK, 3).ids
 
 
 def test_words_outside_the_vocabulary_are_told():
