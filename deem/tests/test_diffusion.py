@@ -168,6 +168,10 @@ def test_drawing():
     start = torch.zeros(2, 4, 8, 8)
     near = model.denoiser.draw(c, steps=100, seed=1, start=start, strength=0.02, guidance=1.0)
     assert (near - 0.5).abs().mean() < 0.2
+    # Guidance goes on from the null condition: 1 is the condition alone, 0 the null condition alone.
+    one, almost, none = (model.denoiser.draw(c, steps=3, seed=1, guidance=g) for g in (1.0, 1.0 + 1e-6, 0.0))
+    null = model.denoiser.draw(model.denoiser.null.expand(2, -1, -1), steps=3, seed=1, guidance=1.0)
+    assert torch.allclose(one, almost, atol=1e-4) and torch.allclose(none, null, atol=1e-4)
 
 
 def test_stable_diffusion_folder(tmp_path):

@@ -179,3 +179,18 @@ def test_later_images_are_not_read():
     assert torch.equal(h[:, : second + 1], g[:, : second + 1]) and not torch.allclose(
         h[:, second + 1 :], g[:, second + 1 :]
     )
+
+
+def test_the_gate_is_a_hyperbolic_tangent():
+    torch.manual_seed(0)
+    gated = mmfs.GatedMMFS(8, 6, levels=2, base=4, eps=1e-6, width=8, heads=2, points=2)
+    maps = [torch.randn(1, 2, 6, s, s) for s in (4, 2)]
+    h, context = torch.randn(1, 3, 8), mmfs.ImageContext()
+    assert torch.equal(gated(h, context), h)  # nothing to read
+    context.set(maps, torch.ones(1, 3, 2, dtype=torch.bool))
+    assert torch.equal(gated(h, context), h)  # closed
+    found = []
+    for gate in (0.5, 3.0):
+        gated.gate.data.fill_(gate)
+        found.append((gated(h, context) - h) / math.tanh(gate))
+    assert found[0].abs().max() > 1e-3 and torch.allclose(*found, atol=1e-5)

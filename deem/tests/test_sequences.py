@@ -72,6 +72,7 @@ def test_left_padding_moves_everything():
     assert b.ids[0, shift:].tolist() == rows[0].ids and not b.attend[0, :shift].any()
     assert (b.soi - right.soi).tolist() == [shift, 0]
     assert torch.equal(b.visible[0, shift:], right.visible[0, : len(rows[0])]) and not b.visible[0, :shift].any()
+    assert not right.visible[0, len(rows[0]) :].any() and right.visible[0, : len(rows[0])].any()
 
 
 def test_packer_fills_rows_and_counts_images():
