@@ -184,6 +184,21 @@ def test_images_that_open_a_document_have_no_next_image_loss():
     model.loss.null_share = 0.0
     model.eval()
     assert model.losses(later, 0)["nip"] > 0 and model.losses(alone, 0)["nip"] > 0
+    one = batch_of(model, [[Text("there"), picture]])  # BOS, a word, <SOI>: three are enough
+    assert one.soi.item() - one.bos.item() + 1 == 3 and model.losses(one, 0)["nip"] > 0
+
+
+def test_the_net_beside_the_unet_begins_with_nothing():
+    """Zero convolutions: with maps or without, the first prediction is the U-Net's own."""
+    for preset in ("digits", "tiny"):
+        model, _ = make(preset)
+        model.eval()
+        b = batch_of(model, documents(2))
+        seen = model.encode_images(b.images)
+        z = torch.randn(len(b.images), *model.denoiser.latents.encode(b.targets).shape[1:])
+        t, there = torch.full((len(z),), 300), torch.ones(len(z), dtype=torch.bool)
+        plain = model.denoiser(z, t, seen.condition)
+        assert torch.allclose(model.denoiser(z, t, seen.condition, seen.maps, there), plain, atol=1e-6)
 
 
 def test_traps_four_and_seven():
