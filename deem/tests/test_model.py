@@ -188,6 +188,17 @@ def test_images_that_open_a_document_have_no_next_image_loss():
     assert one.soi.item() - one.bos.item() + 1 == 3 and model.losses(one, 0)["nip"] > 0
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_null_condition_stands_for_the_dropped_context(share):
+    model, _ = make("digits")
+    model.loss.null_share, model.loss.ntp, model.loss.csr = share, 0.0, 0.0
+    picture = Picture(Image.new("RGB", (16, 16), (200, 200, 200)))
+    model.losses(batch_of(model, [[Text("there is a 3 ."), picture]]), 0)["total"].backward()
+    null, context = model.denoiser.null.grad, model.context_proj.weight.grad
+    used = [g is not None and bool(g.abs().max() > 0) for g in (null, context)]
+    assert used == ([True, False] if share else [False, True])
+
+
 def test_the_net_beside_the_unet_begins_with_nothing():
     """Zero convolutions: with maps or without, the first prediction is the U-Net's own."""
     for preset in ("digits", "tiny"):
