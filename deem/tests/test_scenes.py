@@ -127,3 +127,31 @@ def test_answers_are_the_models(monkeypatch):
     monkeypatch.setattr(type(model), "yes_no", lambda self, p, images: torch.tensor([[0.0, -1.0]] * len(p)))
     assert {r["answer"] for r in study.answers(model, asked, images)} == {"yes"}
     assert isinstance(asked[0], benchmarks.Question)
+
+
+def test_denoising_compares_own_tokens_with_those_of_another_scene(monkeypatch):
+    """A denoiser that answers with its condition: the error tells which scene's tokens it was given."""
+    held = scenes.make(6, stream(0, "x"), scenes.pools()[1])
+
+    class Told(torch.nn.Module):
+        device = torch.device("cpu")
+        scale = torch.arange(6.0)
+
+        def encode_images(self, images):
+            return type("Seen", (), {"maps": [], "condition": self.scale[:, None, None]})
+
+        def __call__(self, z, time, condition):
+            return condition[:, :, :, None].expand_as(z)
+
+        latents = type("Z", (), {"encode": staticmethod(lambda v, g: torch.zeros(6, 1, 2, 2))})
+
+        def noised(self, z, noise, time):
+            return z, self.scale[:, None, None, None].expand_as(z)  # what its own tokens would answer
+
+    told = Told()
+    told.denoiser = told
+    monkeypatch.setattr(study, "images_of", lambda *a: None)
+    monkeypatch.setattr(study, "views", lambda *a: None)
+    found = study.denoising(told, held, 0, maps=False)
+    other = sum((a - (a - 1) % 6) ** 2 for a in range(6)) / 6
+    assert found["csr_own"] == 0 and found["csr_ratio"] == 0 and found["csr_other"] == pytest.approx(other)
