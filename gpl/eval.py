@@ -1,7 +1,7 @@
 """Evaluate a trained run again from its checkpointed weights, or score its class-prior estimators.
 
-    python eval.py --run runs/demo/f1-gpl-texas
-    python eval.py --run runs/demo/f1-gpl-texas --estimators --bootstrap 200
+    python eval.py --run runs/demo/own-gpl-texas
+    python eval.py --run runs/demo/own-gpl-texas --estimators --bootstrap 200
 
 The run must be complete; nothing is written.
 """

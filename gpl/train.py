@@ -100,8 +100,8 @@ class Settings:
 
     estimators: bool = False
     """Also write a record for each class-prior estimator, made from this run's scores."""
-    table: str = "f1"
-    """Table of RESULTS.md the records belong to."""
+    table: str = "own"
+    """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
     setting: str = ""
     """Setting inside the table; default r_p=<r_p>."""
     label: str = ""

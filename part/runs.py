@@ -94,6 +94,8 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
         value = getattr(parsed, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{field.name.replace('_', '-')} must be a finite number, not {value}")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves the ~ of --out=~/x as it is
+            setattr(parsed, field.name, str(home(value)))
     seeds = getattr(parsed, "seeds", ())
     if (
         any(s < 0 or s >= 2**31 for s in seeds)
@@ -105,13 +107,17 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
     return parsed
 
 
+def home(path: str | Path) -> Path:
+    """The path with ~ and ~user put in."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or no home folder
+        raise UserError(f"{path}: the home folder it names is not known; give a full path") from None
+
+
 def data_dir(given: str) -> Path:
     """--data-dir, else $REPRO_DATA, else ./data."""
-    path = Path(given or os.environ.get("REPRO_DATA") or HERE / "data")
-    try:
-        return path.expanduser()
-    except RuntimeError:  # no such user, or no home folder
-        raise UserError(f"data folder {path}: the home folder it names is not known; give a full path") from None
+    return home(given or os.environ.get("REPRO_DATA") or HERE / "data")
 
 
 def device(name: str):

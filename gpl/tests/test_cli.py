@@ -293,7 +293,7 @@ def test_claims_hold_fail_and_stay_open():
 
 
 def test_figures_are_drawn_from_records(tmp_path, trained):
-    record = {**runs.read_record(trained / "seed0" / "record.json"), "run": "x"}
+    record = {**runs.read_record(trained / "seed0" / "record.json"), "table": "f1", "run": "x"}
     other = {**record, "data": {**record["data"], "h": 0.6}, "dataset": "other", "run": "y"}
     swept = {**other, "table": "rp", "setting": "r_p=0.2", "run": "z"}
     drawn = figures.draw([record, other, swept], tmp_path, "paper")

@@ -55,6 +55,14 @@ def test_bad_seeds_are_refused(seeds):
         runs.parse(Settings, "", ["--seeds", *seeds])
 
 
+def test_a_home_folder_is_put_in_place_of_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert runs.parse(Settings, "", ["--out=~/x"]).out == "/somewhere/x"
+    assert runs.parse(Settings, "", ["--out", "a~/x"]).out == "a~/x"
+    with pytest.raises(UserError, match="home folder it names is not known"):
+        runs.parse(Settings, "", ["--out", "~nosuchuser/x"])
+
+
 def test_unknown_option_is_named_in_one_line():
     with pytest.raises(UserError, match="--epsilon"):
         runs.parse(Settings, "", ["--epsilon", "1"])
