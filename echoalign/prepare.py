@@ -30,7 +30,7 @@ import selection
 import stable
 from readers import Part
 from runs import HERE, UserError
-from semi import clean_probability
+from semi import clean_probability, scaled
 from trainer import Learner, Phase, Task, fit
 
 
@@ -355,7 +355,7 @@ class Prepared:
         if wanted("small-loss"):
             yield "small-loss", -self.warm_losses["mean"].double(), self.by_small_loss
         if wanted("GMM on loss"):
-            p = clean_probability(self.warm_losses["last"])
+            p = clean_probability(scaled(self.warm_losses["last"]))
             yield "GMM on loss", -self.warm_losses["last"].double(), p > s.divide_threshold
         if wanted("kNN agreement"):
             value = selection.knn_agreement(self.original_features, y, s.neighbours)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from semi import clean_probability
+from semi import clean_probability, scaled
 
 
 def knn_agreement(features: Tensor, y: Tensor, k: int = 10, chunk: int = 1024) -> Tensor:
@@ -46,7 +46,7 @@ def per_class_gmm(value: Tensor, y: Tensor) -> Tensor:
     out = torch.zeros(len(y), dtype=torch.float64)
     for k in y.unique():
         mine = y == k
-        out[mine] = clean_probability(-value[mine]) if int(mine.sum()) > 2 else 0.5
+        out[mine] = clean_probability(scaled(-value[mine])) if int(mine.sum()) > 2 else 0.5
     return out
 
 

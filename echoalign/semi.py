@@ -1,4 +1,4 @@
-"""The two semi-supervised baselines, DivideMix and ProMix, in the loop of trainer.py."""
+"""DivideMix, and what it shares with ProMix (promix.py), in the loop of trainer.py."""
 
 import math
 
@@ -6,20 +6,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer import Learner, Phase
 
 
-def clean_probability(losses: Tensor) -> Tensor:
-    """Posterior of the low-mean component of a two-component GMM on min-max scaled losses [n] -> [n]; 1/2 everywhere
-    when all losses are equal."""
-    v = losses.double().cpu()
+def scaled(losses: Tensor) -> Tensor:
+    """Min-max to [0, 1], float64; zeros when all are equal."""
+    v = losses.double()
+    return (v - v.min()) / (v.max() - v.min()).clamp(min=1e-12)
+
+
+def clean_probability(v: Tensor) -> Tensor:
+    """Posterior of the low-mean component of a two-component GMM on scaled losses [n] -> [n]; 1/2 everywhere when all
+    losses are equal."""
+    v = v.double().cpu()
     if not torch.isfinite(v).all() or float(v.max() - v.min()) < 1e-12:
         return torch.full_like(v, 0.5)
-    v = ((v - v.min()) / (v.max() - v.min())).numpy()[:, None]
-    gmm = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(v)
-    return torch.from_numpy(gmm.predict_proba(v)[:, int(gmm.means_[:, 0].argmin())].copy())
+    gmm = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(v.numpy()[:, None])
+    return torch.from_numpy(gmm.predict_proba(v.numpy()[:, None])[:, int(gmm.means_[:, 0].argmin())].copy())
 
 
 def sharpen(p: Tensor, temperature: float = 0.5) -> Tensor:
@@ -101,10 +106,23 @@ class DivideMix(TwoViews):
         s = self.s
         return torch.optim.SGD(net.parameters(), s.semi_lr, 0.9, weight_decay=5e-4, fused=True)
 
+    def setup(self) -> None:
+        if self.task.rho >= 0.9:  # losses differ little then: each division is made from those of five epochs
+            self.buffers["history"] = torch.full((2, 5, len(self.y)), math.nan, device=self.device)
+
+    def division(self, k: int) -> Tensor:
+        """Probability [n] that a label is right, from network k."""
+        v = scaled(self.losses(k))
+        if "history" in self.buffers:
+            past = self.buffers["history"]
+            past[k] = torch.cat([past[k, 1:], v[None].to(past)])
+            v = past[k].nanmean(0)
+        return clean_probability(v).float().to(self.device)
+
     def epoch(self, phase: str, epoch: int, at: int) -> Tensor:
         if phase == "warmup":
             return self.warm(at)
-        w = [clean_probability(self.losses(k)).float().to(self.device) for k in range(2)]
+        w = [self.division(k) for k in range(2)]
         self.train_mode()
         total = torch.zeros(2, device=self.device)
         for k in range(2):
@@ -151,104 +169,3 @@ class DivideMix(TwoViews):
         mean = torch.softmax(logits, 1).mean(0)
         prior = torch.full_like(mean, 1 / self.classes)
         return loss + (prior * torch.log(prior / mean.clamp(min=1e-12))).sum()
-
-
-class WithAuxiliary(nn.Module):
-    """A classifier with a second head, trained on pseudo-labels, that inference does not use."""
-
-    def __init__(self, net: nn.Module, classes: int):
-        super().__init__()
-        self.net, self.auxiliary = net, nn.Linear(net.head.in_features, classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.net.features(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f = self.net.features(x)
-        return self.net.head(f), self.auxiliary(f)
-
-
-def base_selection(losses: Tensor, y: Tensor, share: float) -> Tensor:
-    """Class-wise small losses: of each noisy class at most share n / C samples, the smallest -> bool [n]."""
-    keep = torch.zeros(len(y), dtype=torch.bool, device=y.device)
-    classes = torch.unique(y)
-    quota = int(share * len(y) / max(1, len(classes)))
-    for k in classes:
-        mine = torch.nonzero(y == k)[:, 0]
-        keep[mine[torch.argsort(losses[mine], stable=True)[:quota]]] = True
-    return keep
-
-
-class ProMix(TwoViews):
-    """Xiao et al. (2023): class-wise small losses, grown by samples whose label is predicted with confidence above tau;
-    supervised MixUp on those, debiased pseudo-labels for the auxiliary head on the rest."""
-
-    def network(self, k: int) -> nn.Module:
-        net = WithAuxiliary(super().network(k), self.kind.classes)
-        return net.to(self.device, memory_format=torch.channels_last)
-
-    def optimizer(self, net):  # not fused: the auxiliary head has no gradient in the warm-up
-        return torch.optim.SGD(net.parameters(), self.s.semi_lr, 0.9, weight_decay=5e-4)
-
-    def setup(self) -> None:
-        self.buffers["bias"] = torch.full((2, self.classes), 1 / self.classes, device=self.device)
-        self.tau = self.s.promix_tau if self.s.promix_tau >= 0 else 0.99 if self.classes <= 10 else 0.95
-
-    def learning_rate(self, phase: str, epoch: int) -> float:
-        warm = self.phases()[0].epochs
-        done = epoch + (warm if phase == "main" else 0)
-        return self.s.semi_lr * 0.5 * (1 + math.cos(math.pi * done / self.s.epochs))
-
-    def select(self, k: int) -> Tensor:
-        logits = self.predict(self.x, k=k)
-        base = base_selection(F.cross_entropy(logits, self.y, reduction="none"), self.y, self.s.promix_rho)
-        p = torch.softmax(logits, 1)
-        confident = (p.amax(1) > self.tau) & (p.argmax(1) == self.y)
-        return base | confident
-
-    def epoch(self, phase: str, epoch: int, at: int) -> Tensor:
-        if phase == "warmup":
-            return self.warm(at)
-        chosen = [self.select(k) for k in range(2)]
-        self.train_mode()
-        total = torch.zeros(2, device=self.device)
-        for k in range(2):
-            crops, draw = self.draws(at, k)
-            index = torch.nonzero(chosen[1 - k])[:, 0]
-            rest = torch.nonzero(~chosen[1 - k])[:, 0]
-            n = -(-len(index) // max(2, self.s.semi_batch))
-            b_u = self.shuffled(rest, at, k, 1, n) if len(rest) > 1 else [None] * n
-            for i, u in zip(self.shuffled(index, at, k, 0, n), b_u, strict=True):
-                loss = self.promix_step(k, i, u, crops, draw)
-                self.step(loss, k)
-                total += torch.stack([loss.detach(), torch.ones_like(loss)])
-        return total[0] / total[1].clamp(min=1)
-
-    def promix_step(self, k, i, u, crops, draw) -> Tensor:
-        x = self.augment(self.x[i], crops)
-        one = F.one_hot(self.y[i], self.classes).float()
-        lam = draw.beta(4, 4)
-        order = torch.from_numpy(draw.permutation(len(i))).to(self.device)
-        mixed, soft = mix(x, one, max(lam, 1 - lam), order)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.s.precision == "bf16"):
-            main, _ = self.plain[k].both(x)
-            blended, _ = self.plain[k].both(mixed)
-        loss = F.cross_entropy(main.float(), self.y[i]) + soft_cross_entropy(blended.float(), soft)
-        if u is None:
-            return loss
-        weak, strong = self.augment(self.x[u], crops), self.augment(self.x[u], crops)
-        with torch.no_grad():
-            logits = self.forward(k, weak)
-            bias = self.buffers["bias"][k]
-            self.buffers["bias"][k] = 0.9999 * bias + 0.0001 * torch.softmax(logits, 1).mean(0)
-            p = torch.softmax(logits - self.s.promix_debias * torch.log(bias), 1)
-            sure, guess = p.max(1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.s.precision == "bf16"):
-            _, aside = self.plain[k].both(strong)
-        # debiased margin: frequent pseudo-labels must be won by a larger margin
-        aside = aside.float() + self.s.promix_debias * torch.log(self.buffers["bias"][k])
-        each = F.cross_entropy(aside, guess, reduction="none")
-        return loss + (each * (sure > self.tau).float()).mean()

@@ -7,6 +7,7 @@ import hints
 import methods
 import models
 import noise as label_noise
+import promix
 import readers
 import semi
 import stable
@@ -36,7 +37,7 @@ METHODS: dict[str, tuple[str, type[Learner]]] = {
     "elr": ("ELR", methods.Elr),
     "cores": ("CORES", methods.Cores),
     "dividemix": ("DivideMix", semi.DivideMix),
-    "promix": ("ProMix", semi.ProMix),
+    "promix": ("ProMix", promix.ProMix),
 }
 # Released code: threshold of the CLIP similarity by (data set, noise); it belongs to the authors' generator.
 PUBLISHED_TAU = {("cifar10", "instance"): "0.52", ("cifar100", "instance"): "0.52", ("cifar10", "random1"): "0.43"}
@@ -219,7 +220,7 @@ class Settings:
     semi_lr: Number = 0.02
     """DivideMix, ProMix: rate (published: DivideMix 0.02, ProMix 0.05)."""
     semi_batch: int = 64
-    """DivideMix, ProMix: labelled images a step (published: 64, ProMix 256)."""
+    """DivideMix: labelled images a step (published: 64); ProMix: images a step (256)."""
     divide_threshold: Number = 0.5
     """DivideMix, GMM on loss: posterior above which a sample counts as clean."""
     lambda_u: Number = -1.0
@@ -227,9 +228,13 @@ class Settings:
     promix_tau: Number = -1.0
     """ProMix: confidence that adds a sample; -1: 0.99 (10 classes), 0.95."""
     promix_rho: Number = 0.5
-    """ProMix: share of a class in the base selection (published: 0.5 to 0.7)."""
-    promix_debias: Number = 0.8
-    """ProMix: strength of the debiasing (published: 0.8 or 0.5)."""
+    """ProMix: share of a class in the base selection (published: 0.7 for 20 % symmetric noise, else 0.5)."""
+    promix_debias: Number = -1.0
+    """ProMix: strength of the debiasing; -1: 0.8 (10 classes), 0.5 (published)."""
+    promix_ramp: int = 50
+    """ProMix: epochs over which strong views and mixing come in (published: 50)."""
+    promix_expand: int = 250
+    """ProMix: last epochs, with label guessing (published: 250)."""
 
     eval_every: int = 0
     """Epochs between evaluations; 0: 5, wheel sets 10; the last ones are always measured."""
@@ -273,11 +278,20 @@ class Settings:
         at_least |= {"batch": 2, "test_batch": 1, "checkpoint_every": 1, "eval_last": 1, "parts": 1, "parts_steps": 1}
         at_least |= {"anchors": 1, "forget_ramp": 1, "semi_batch": 2, "epochs": 0, "edit_steps": 0, "pretrain": 0}
         at_least |= {"train_limit": 0, "small_loss_epochs": 0, "estimate_epochs": 0, "revise_epochs": 0, "warmup": 0}
+        at_least |= {"promix_ramp": 0, "promix_expand": 0}
         at_least |= {"eval_every": 0, "finetune": -1, "lr": 0, "weight_decay": 0, "norm_std": 1e-6}
         for name, low in at_least.items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {max(low, 0)}, not {getattr(self, name)}")
-        share = ("strength", "control_end", "val_fraction", "forget_rate", "small_loss_ratio", "promix_tau")
+        share = (
+            "strength",
+            "control_end",
+            "val_fraction",
+            "forget_rate",
+            "small_loss_ratio",
+            "promix_tau",
+            "promix_debias",
+        )
         plain = (
             "control_start",
             "control_dropout",

@@ -16,14 +16,7 @@ from settings import Settings
 HERE = Path(train.__file__).parent
 TINY = ["--dataset", "digits", "--epochs", "3", "--finetune", "2", "--small-loss-epochs", "2", "--eval-last", "1"]
 TINY += ["--device", "cpu", "--eval-every", "2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+torch.set_num_threads(1)  # sums are compared bit by bit with those of other processes
 
 
 @pytest.fixture(scope="session")

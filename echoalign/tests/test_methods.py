@@ -123,7 +123,8 @@ def test_jocor_values():
 
 def test_dividemix_parts():
     losses = torch.cat([torch.rand(60) * 0.2, 2 + torch.rand(30)])
-    p = semi.clean_probability(losses)
+    p = semi.clean_probability(semi.scaled(losses))
+    assert semi.scaled(losses).min() == 0 and semi.scaled(losses).max() == 1 and not semi.scaled(torch.ones(5)).any()
     assert (p[:60] > 0.5).all() and (p[60:] < 0.5).all()
     assert semi.clean_probability(torch.ones(5)).tolist() == [0.5] * 5
     assert semi.sharpen(torch.tensor([[0.8, 0.2]]))[0].tolist() == pytest.approx([0.64 / 0.68, 0.04 / 0.68])
@@ -133,11 +134,6 @@ def test_dividemix_parts():
     assert [semi.unlabelled_weight(s, r, n) for r, n in ((0.2, "symmetric"), (0.4, "asymmetric"), (0.5, "instance"),
             (0.8, "symmetric"))] == [0, 0, 25, 150]  # fmt: skip
     assert semi.unlabelled_weight(settings("--lambda-u", "3"), 0.2, "symmetric") == 3
-
-
-def test_base_selection_of_promix():
-    losses, y = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]), torch.tensor([0, 0, 0, 1, 1, 1])
-    assert semi.base_selection(losses, y, 0.5).tolist() == [False, True, False, False, True, False]
 
 
 # -------------------------------------------------------------------------------------------------------- the selectors
