@@ -26,6 +26,7 @@ class Job:
     needs: tuple[str, ...]
     hours: float
     gb: float  # left on disk by a seed, in 1e9 bytes
+    makes: tuple[str, ...]  # the tables that its records stand in
 
     def command(self, scale: str) -> list[str]:
         words = [self.script, "--out", f"runs/{scale}/{self.name}", "--scale", scale, "--seeds", *map(str, self.seeds)]
@@ -63,7 +64,8 @@ def jobs(plan: dict, scale: str, only: str = "*") -> list[Job]:
             needs = tuple(n.format(**args) for n in entry.get("needs", []))
             needs = tuple(n for n in needs if n in plan.get("data", {}))
             cost = entry.get("hours", 0.0), entry.get("gb", plan.get("gb", {}).get(scale, 0.0))
-            out.append(Job(name, entry.get("script", "train.py"), args, tuple(entry["seeds"]), needs, *cost))
+            makes = tuple(n.format(**args) for n in entry.get("makes") or filter(None, [args.get("table")]))
+            out.append(Job(name, entry.get("script", "train.py"), args, tuple(entry["seeds"]), needs, *cost, makes))
     names = [job.name for job in out]
     twice = {n for n in names if names.count(n) > 1}
     if twice:

@@ -10,8 +10,10 @@ shows is said in plan.yaml under `tables`; claims.py and figures.py add what is 
 import csv
 import dataclasses
 import json
+import math
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,13 +114,14 @@ def long(found: list[dict]) -> pd.DataFrame:
 
 
 def read_printed(path: Path) -> pd.DataFrame:
-    """paper.csv; a malformed line is named by its number. An empty value is a printed number that is not known."""
-    rows = []
+    """paper.csv; a malformed line is named by its number. An empty value is a printed number that is not known. The
+    column `line` is not in the file: the line's number."""
+    rows, first = [], {}
     try:
-        path.read_text(encoding="utf-8")
+        path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as UTF-8 text ({error})") from None
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # with the mark that spreadsheets put in front, or not
         reader = csv.reader(file)
         if next(reader, None) != COLUMNS:
             raise UserError(f"{path}:1: the header must be {','.join(COLUMNS)}")
@@ -131,8 +134,25 @@ def read_printed(path: Path) -> pd.DataFrame:
                     row[key] = float(row[key]) if row[key] else float("nan")
                 except ValueError:
                     raise UserError(f"{path}:{reader.line_num}: {key} '{row[key]}' is not a number") from None
+                if cells[COLUMNS.index(key)] and not math.isfinite(row[key]) or key == "std" and row[key] < 0:
+                    raise UserError(f"{path}:{reader.line_num}: {key} '{row[key]:g}' is no printed number")
+            name = tuple(cells[:5])
+            if name in first:
+                raise UserError(
+                    f"{path}:{reader.line_num}: the same cell as line {first[name]} ({', '.join(name)}); fill in that one"
+                )
+            first[name] = row["line"] = reader.line_num
             rows.append(row)
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=[*COLUMNS, "line"])
+
+
+def check_tables(description: dict, printed: pd.DataFrame, path: Path) -> None:
+    """UserError for a line of paper.csv whose table plan.yaml does not name: neither under `tables` nor as one of
+    `facts`, which are kept beside the tables and shown in none."""
+    named = [v.get("printed", v.get("where", {})).get("table", []) for v in description["tables"]]
+    known = {*description.get("facts", []), *(n for ns in named for n in (ns if isinstance(ns, list) else [ns]))}
+    for row in printed[~printed["table"].isin(known)].itertuples() if named and all(named) else ():
+        raise UserError(f"{path}:{row.line}: plan.yaml has no table '{row.table}'; use one of {', '.join(sorted(known))}")
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -237,12 +257,14 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     if view.get("note"):
         lines += [" ".join(view["note"].split()), ""]
     unit = f" in {view['unit']}" if view.get("unit") else ""
+    own = [cell for cell in grid.values() if cell.expected]
+    if not grid:
+        return "\n".join([*lines, "No records yet.", ""]), 0, 0
     lines += [f"Cells: {head}{unit}" + (f", mean ± std (ddof 0) over {seeds} seeds." if seeds else "."), ""]
     lines += ["| | " + " | ".join(str(labels.get(c, c)) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for r in rows:
         shown = [grid[r, c].text(digits, beside and r not in view.get("extra_rows", {}), seeds) for c in columns]
         lines.append(f"| {labels.get(r, r)} | " + " | ".join(shown) + " |")
-    own = [cell for cell in grid.values() if cell.expected]
     return "\n".join(lines) + "\n", sum(len(c.values) > 0 for c in own), len(own)
 
 
@@ -272,6 +294,7 @@ def described(view: dict, scale: str, frame: pd.DataFrame, printed: pd.DataFrame
         },
         **{"where": {k: v for k, v in view.get("where", {}).items() if k in KEYS}},
         **{"rows": [str(labels.get(r, r)) for r in rows], "columns": [str(labels.get(c, c)) for c in columns]},
+        **{"row_names": [str(r) for r in rows], "column_names": [str(c) for c in columns]},
         "cells": [[cell(r, c) for c in columns] for r in rows],
     }
 
@@ -284,6 +307,7 @@ def described_runs(plan: dict, scale: str, found: list[dict]) -> dict:
         out[job.name] = {
             **{"command": "python " + shlex.join(job.command(scale)), "hours": job.hours, "seeds": len(job.seeds)},
             **{"needs": [plan["data"][n] for n in job.needs], "table": str(job.args.get("table", ""))},
+            **{"makes": list(job.makes)},
             **{"records": len(mine), "seconds": round(sum(r["seconds"] for r in mine), 1)},
             **{"commits": sorted({r["code"]["commit"] + ("+changes" if r["code"]["dirty"] else "") for r in mine})},
             **{"devices": sorted({r["host"]["device"] for r in mine})},
@@ -332,10 +356,13 @@ def page(root: Path, scale: str) -> dict:
     import figures
 
     description, printed = plans.load_plan(root / "plan.yaml"), read_printed(root / "paper.csv")
+    check_tables(description, printed, root / "paper.csv")
     shown = ("smoke",) if scale == "smoke" else ("demo", "paper")
     found = {s: records(root, s) for s in shown}
     frames = {s: long(f) for s, f in found.items()}
     target = root / ("runs/smoke/RESULTS.md" if scale == "smoke" else "RESULTS.md")
+    if scale == "paper" and not found["demo"]:  # they are not committed: a fresh clone has none
+        print(f"note: no records of scale demo here, so {target} loses its numbers; make them first", file=sys.stderr)
 
     rows, score, said = claim_rows([c for c in claims.CLAIMS if c.scale in shown], frames)
     lines = [f"# Results: {description['title']}", "", " ".join(description["summary"].split()), ""]

@@ -108,9 +108,36 @@ def test_two_records_of_one_seed_are_refused(printed):
 
 
 def test_two_printed_numbers_for_a_cell_are_refused(tmp_path):
-    (tmp_path / "paper.csv").write_text(PAPER + "main,d1,s,m1,f1,47,,%,again\n")
+    (tmp_path / "paper.csv").write_text(PAPER + "main,d1,other,m1,f1,47,,%,again\n")
     with pytest.raises(UserError, match="2 rows for main, m1, d1"):
         tables.render(VIEW, frame(record()), tables.read_printed(tmp_path / "paper.csv"))
+
+
+def test_a_table_without_records_and_printed_numbers_says_so(printed):
+    text, measured, every = tables.render({**VIEW, "where": {"table": "own"}}, frame(record()), printed)
+    assert "No records yet." in text and "|" not in text and (measured, every) == (0, 0)
+
+
+@pytest.mark.parametrize("mark, end", [("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")])
+def test_files_of_spreadsheets_are_read(tmp_path, printed, mark, end):
+    (tmp_path / "paper.csv").write_bytes((mark + PAPER.replace("\n", end)).encode())
+    assert tables.read_printed(tmp_path / "paper.csv").equals(printed)
+
+
+def test_a_line_of_no_table_is_named(printed, tmp_path):
+    (tmp_path / "paper.csv").write_text(PAPER + "mian,d1,s,m1,f1,1,,%,x\n")
+    wrong, path = tables.read_printed(tmp_path / "paper.csv"), tmp_path / "paper.csv"
+    with pytest.raises(UserError, match=r"paper.csv:5: plan.yaml has no table 'mian'; use one of main"):
+        tables.check_tables({"tables": [VIEW]}, wrong, path)
+    tables.check_tables({"tables": [VIEW], "facts": ["mian"]}, wrong, path)
+    tables.check_tables({"tables": [{**VIEW, "where": {"table": ["main"]}}]}, printed, path)
+    with pytest.raises(UserError, match="no table 'main'"):  # what `printed` selects counts, not what `where` does
+        tables.check_tables({"tables": [{**VIEW, "printed": {"table": "t1"}}]}, printed, path)
+
+
+def test_every_line_of_this_folder_has_a_table():
+    path = tables.HERE / "paper.csv"
+    tables.check_tables(plans.load_plan(), tables.read_printed(path), path)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +146,10 @@ def test_two_printed_numbers_for_a_cell_are_refused(tmp_path):
         ("a,b\n", "paper.csv:1: the header"),
         (HEADER + "main,d1,s,m1,f1,1,,%,x\nmain,d1\n", "paper.csv:3: 2 cells"),
         (HEADER + "main,d1,s,m1,f1,abc,,%,x\n", "paper.csv:2: value 'abc'"),
+        (HEADER + "main,d1,s,m1,f1,inf,,%,x\n", "paper.csv:2: value 'inf'"),
+        (HEADER + "main,d1,s,m1,f1,1,nan,%,x\n", "paper.csv:2: std 'nan'"),
+        (HEADER + "main,d1,s,m1,f1,1,-2,%,x\n", "paper.csv:2: std '-2'"),
+        (PAPER + "main,d2,s,m1,f1,3,,%,x\n", "paper.csv:5: the same cell as line 3"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, text, words):
@@ -171,6 +202,12 @@ def test_page_collects_counts_and_is_the_same_twice(root):
     tables.collect(root)
     tables.page(root, "paper")
     assert (root / "RESULTS.md").read_text() == text
+
+
+def test_a_page_without_demo_records_says_what_it_loses(root, capsys):
+    tables.collect(root)
+    tables.page(root, "paper")
+    assert "no records of scale demo here" in capsys.readouterr().err
 
 
 def test_smoke_page_stays_among_the_runs(root):
@@ -228,6 +265,7 @@ def test_a_table_as_data(printed):
         **{"variants": ["paper"], "expected": True},
     }
     assert out["cells"][0][1] == {"n": 0, "runs": [], "variants": [], "expected": True}  # printed number not known
+    assert out["row_names"] == ["m1", "m2"] and out["column_names"] == ["d1", "d2"]
     json.dumps(out, allow_nan=False)
 
 
@@ -245,6 +283,9 @@ def test_planned_runs_as_data():
     assert out["a-1"]["records"] == 1 and out["a-2"]["records"] == 0 and out["a-2"]["hours"] == 2
     assert "train.py" in out["a-1"]["command"] and "--k 1" in out["a-1"]["command"]
     assert out["a-1"]["needs"] == [{"path": "p", "origin": "o"}] and out["a-1"]["table"] == "main"
+    assert out["a-1"]["makes"] == ["main"]
+    entry["makes"] = ["{table}", "own-{k}"]
+    assert tables.described_runs(plan, "paper", [])["a-2"]["makes"] == ["main", "own-2"]
     assert tables.described_runs(plan, "demo", []) == {}
 
 
