@@ -108,23 +108,35 @@ def imports(text, folder, others):
                 yield node.lineno, name
 
 
+def lacking(folder, run):
+    """Paths of data and weights that a run of report.json needs and that are not here."""
+    root = os.environ.get("REPRO_DATA")
+    place = Path(root).expanduser() if root else Path(folder, "data")
+    return sorted(n["path"] for n in run["needs"] if not (place / n["path"]).exists())
+
+
 def audit(*folders):
-    """The runs of scale paper that have no records yet: commands, hours, data that is missing."""
-    lines, root = [], os.environ.get("REPRO_DATA")
+    """The runs of scale paper that have no records yet: commands, hours, data that is missing; then where paper and
+    released code differ, with the switch that chooses and its effect."""
+    lines = []
     for folder in folders:
         found = sorted(Path(folder).glob("runs/*/report.json"), key=lambda p: p.stat().st_mtime)
         if not found:
             lines.append(f"{folder}: {f'make reproduce-{folder} first' if Path(folder).is_dir() else 'not here yet'}")
             continue
-        runs = json.loads(found[-1].read_text()).get("runs", {}).get("paper", {})
+        report = json.loads(found[-1].read_text(encoding="utf-8"))
+        runs = report["runs"].get("paper", {})
         left = {name: r for name, r in runs.items() if not r["records"]}
         hours = sum(r["hours"] for r in left.values())
         lines.append(f"{folder}: {len(runs) - len(left)} of {len(runs)} runs have records, {hours:.1f} hours left")
         for name, r in left.items():
-            place = Path(root).expanduser() if root else Path(folder, "data")
-            lack = sorted(n["path"] for n in r["needs"] if not (place / n["path"]).exists())
-            lines.append(f"  {name}: {r['hours']:g} h{'; missing ' + ', '.join(lack) if lack else ''}")
+            lack = lacking(folder, r)
+            tables = ", ".join(r.get("makes", [r["table"]]))
+            lines.append(f"  {name} (table {tables}): {r['hours']:g} h{'; missing ' + ', '.join(lack) if lack else ''}")
             lines.append(f"    cd {folder} && .venv/bin/{r['command']}")
+        for d in report.get("differences", []):
+            lines.append(f"  differs: {d['finding']}")
+            lines.append(f"    switch: {d['switch']}{'; effect: ' + d['effect'] if d['effect'] else ''}")
     return "\n".join(lines)
 
 
@@ -132,5 +144,8 @@ if __name__ == "__main__":
     command = {f.__name__: f for f in (stamp, cache, closing, count, lint, audit)}[sys.argv[1]]
     answer = command(*sys.argv[2:])
     if answer:
-        print(answer)
+        try:
+            print(answer, flush=True)
+        except BrokenPipeError:  # the reader left (`make audit | head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(command is lint and bool(answer))

@@ -6,7 +6,7 @@ A folder that was reproduced has runs/<scale>/report.json, written with its RESU
 folder only README.md and RESULTS.md are shown. Nothing is measured or judged here.
 """
 
-import html
+import functools
 import json
 import os
 import re
@@ -16,15 +16,11 @@ import sys
 from pathlib import Path
 
 import yaml
+from cells import KEY, Makers, counts, place, table_html
 
 HERE = Path(__file__).resolve().parent
-KEY = (
-    '<p class="key"><span class="agree">within</span><span class="outside">outside</span><span class="alone">printed '
-    'number not known</span><span class="missing">not measured</span></p>\n'
-    "\nWithin: the difference to the printed number is at most its printed ±, or {tolerance}, whichever is larger. A "
-    "measured number leads to the run behind it.\n"
-)
-POINTS, SHARE = 1.0, 0.05  # tolerance where a table states none: points of per cent, else a share of the printed number
+sys.path.append(str(HERE.parent))
+from workspace import lacking  # noqa: E402
 
 
 def latest(folder: Path) -> dict | None:
@@ -39,95 +35,31 @@ def latest(folder: Path) -> dict | None:
         sys.exit(f"{found[-1]}: not valid JSON ({error}); make reproduce-{folder.name} writes it anew")
 
 
-def e(text: object) -> str:
-    return html.escape(str(text), quote=True)
-
-
-def anchor(run: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
-
-
+@functools.cache
 def date(commit: str) -> str:
-    done = subprocess.run(["git", "show", "-s", "--format=%cs", commit[:40]], capture_output=True, text=True)
+    done = subprocess.run(["git", "show", "-s", "--format=%cs", commit], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+def commits(runs: list[dict]) -> list[str]:
+    """`day commit` of the code that made the records, newest first; +changes: not all of it was committed."""
+    found = {c for r in runs for c in r["commits"]}
+    told = [(date(c.split("+")[0]), c[:10] + ("+changes" if "+" in c else "")) for c in found]
+    return [f"{day or 'date not known'} `{c}`" for day, c in sorted(told, reverse=True)]
 
 
-def tolerance(table: dict, cell: dict) -> float:
-    """How far a measured number may lie from the printed one."""
-    stated = table["tolerance"]
-    if stated is None:
-        percent = any(word in table["unit"] for word in ("cent", "%", "point"))
-        stated = POINTS if percent else SHARE * abs(cell["printed"])
-    return max(stated, cell.get("printed_std", 0.0))
-
-
-def kind(table: dict, cell: dict) -> str:
-    """agree | outside | alone (printed number not known) | missing (not measured)."""
-    if "measured" not in cell:
-        return "missing"
-    if "printed" not in cell:
-        return "alone"
-    return "agree" if abs(cell["measured"] - cell["printed"]) <= tolerance(table, cell) else "outside"
-
-
-def number(value: float, std: float | None, digits: int) -> str:
-    return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
-
-
-def planned_at(table: dict, report: dict) -> str:
-    """Place on the runs page where the runs behind a table begin; empty if the plan names none."""
-    names = table["where"].get("table", [])
-    names = names if isinstance(names, list) else [names]
-    here = {r["table"] for r in report["runs"].get(table["scale"], {}).values()}
-    return next((anchor(f"table-{table['scale']}-{n}") for n in names if n in here), "")
-
-
-def cell_html(table: dict, cell: dict, planned: str) -> str:
-    digits, lines = table["digits"], []
-    if "measured" in cell:
-        text = number(cell["measured"], cell.get("std"), digits)
-        lines.append(f'<a href="runs.html#{anchor(cell["runs"][0])}">{text}</a>' if cell["runs"] else text)
-        lines[-1] += f" <small>n={cell['n']}</small>"
-    else:
-        lines.append(f'<a href="runs.html#{planned}">not run</a>' if planned else "not run")
-    if "printed" in cell:
-        gap = f" ({cell['measured'] - cell['printed']:+.{digits}f})" if "measured" in cell else ""
-        lines.append(f"<small>printed {number(cell['printed'], cell.get('printed_std'), digits)}{gap}</small>")
-    elif cell["expected"]:
-        lines.append("<small>printed —</small>")
-    other = [v for v in cell["variants"] if v not in ("paper", "generated", "wheel")]
-    lines += [f"<small>data: {e(', '.join(other))}</small>"] if other else []
-    return f'<td class="{kind(table, cell)}">{"<br>".join(lines)}</td>'
-
-
-def table_html(table: dict, report: dict) -> str:
-    planned = planned_at(table, report)
-    head = "".join(f"<th>{md(c)}</th>" for c in table["columns"])
-    rows = "".join(
-        f"<tr><th>{md(r)}</th>{''.join(cell_html(table, c, planned) for c in cells)}</tr>\n"
-        for r, cells in zip(table["rows"], table["cells"], strict=True)
-    )
-    wrap = '<div class="md-typeset__scrollwrap"><div class="md-typeset__table">'
+def provenance(report: dict, scale: str) -> str:
+    """One line on the records of a scale: how many, data and its variant, machine, code."""
+    runs = report["runs"].get(scale, {})
+    mine = [r for r in runs.values() if r["records"]]
+    if not mine:
+        return "No records of this scale here."
+    data, devices = (sorted({x for r in mine for x in r[key]}) for key in ("data", "devices"))
     return (
-        f'{wrap}<table class="cells"><thead><tr><th></th>{head}</tr></thead><tbody>\n{rows}</tbody></table></div></div>'
+        f"{sum(r['records'] for r in mine)} records of {len(mine)} of the {len(runs)} planned runs, "
+        f"{sum(r['seconds'] for r in mine) / 3600:.2f} hours. Data: {', '.join(data)}. Machine: {'; '.join(devices)}. "
+        f"Code: {', '.join(commits(mine))}."
     )
-
-
-def md(text: str) -> str:
-    """The little Markdown that labels use."""
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", e(text))
-
-
-def counts(report: dict, scale: str = "paper") -> dict[str, int]:
-    cells = [
-        (t, c) for t in report["tables"] if t["scale"] == scale for row in t["cells"] for c in row if c["expected"]
-    ]
-    kinds = [kind(t, c) for t, c in cells]
-    out = {k: kinds.count(k) for k in ("agree", "outside", "alone", "missing")}
-    return {**out, "cells": len(cells), "printed": sum("printed" in c for _, c in cells)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -151,14 +83,15 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
         note = f"\n\n!!! note\n    `make reproduce-{folder}` makes this page with links from every cell to its run.\n"
         head, _, rest = without_links(body, "figures/").partition("\n")
         return head + note + rest
-    lines = [f"# {report['title']}", "", "[How it was built](readme.md) · [every run and its command](runs.md)", ""]
+    lines = ["---", f"title: Results of {folder}", "---", "", f"# {report['title']}", ""]
+    lines += ["[How it was built](readme.md) · [every run and its command](runs.md) · "]
+    lines += ["[where paper and released code differ](../differences.md)", ""]
     lines += ["## Claims", "", "| | claim | source | scale | numbers | verdict |", "|---|---|---|---|---|---|"]
     for c in report["claims"]:
         look = {"holds": "held", "does not hold": "failed"}.get(c["verdict"], "")
         cells = [c["id"], c["text"], c["source"], c["scale"], c["numbers"]]
         shown = " | ".join(str(x).replace("|", "\\|") for x in cells)
         lines.append(f'| {shown} | <span class="{look}">{c["verdict"]}</span> |')
-    stated = f"{POINTS:g} point (per cent), {SHARE:.0%} of it elsewhere, unless the table says otherwise"
     for scale, title in (("paper", "The paper's tables"), ("demo", "Demo"), ("smoke", "Smoke")):
         tables = [t for t in report["tables"] if t["scale"] == scale]
         if not tables:
@@ -166,15 +99,17 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
         lines += ["", f"## {title}", ""]
         if scale == "paper":
             n = counts(report)
-            lines += [KEY.format(tolerance=stated), ""]
+            lines += [KEY, ""]
             lines += [
                 f"{n['cells']} cells, {n['printed']} with a printed number; {n['cells'] - n['missing']} measured: "
             ]
             lines += [f"{n['agree']} within, {n['outside']} outside, {n['alone']} without a printed number.", ""]
+        lines += [provenance(report, scale), ""]
+        makers = Makers(report, scale)
         for t in tables:
             own = f" Tolerance {t['tolerance']:g}." if t["tolerance"] is not None else ""
             lines += [f"### {t['title']}", "", t["note"] + own, ""]
-            lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t, report), ""]
+            lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t, makers), ""]
         for f in (f for f in report["figures"] if f["scale"] == scale):
             lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
     return "\n".join(lines)
@@ -183,9 +118,11 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
 def runs_page(folder: str, report: dict, docs: Path) -> str:
     """The audit: each run with the command that makes it, its cost, what it lacks, and its records."""
     lines = [
+        *("---", f"title: Runs of {folder}", "---", ""),
         f"# Runs of {folder}",
         "",
-        "Commands start in the folder. Hours are estimates for one device; seconds were measured.",
+        f"Commands start in the folder `{folder}`; `python` is that of its environment, `.venv/bin/python`. Hours are "
+        "estimates for one device; seconds were measured.",
         "",
     ]
     for scale in ("paper", "demo", "smoke"):
@@ -200,22 +137,20 @@ def runs_page(folder: str, report: dict, docs: Path) -> str:
             f"{done} of {len(runs)} runs have records; the others: about {hours:.1f} hours.",
             "",
         ]
-        begun = set()
         for name, r in runs.items():
-            if r["table"] not in begun:  # where a table's cells without a record lead
-                begun.add(r["table"])
-                lines += [f'<a id="{anchor("table-" + scale + "-" + r["table"])}"></a>', ""]
-            lines += [f"### {name} {{ #{anchor(name)} }}", "", "```sh", r["command"], "```", ""]
+            lines += [f"### {name} {{ #{place(scale, name)} }}", "", "```sh", r["command"], "```", ""]
             state = (
                 f"{r['records']} records, {r['seconds']:.0f} s"
                 if r["records"]
                 else f"not run, about {r['hours']:g} hours"
             )
-            lines += [f"* table `{r['table']}`, {r['seeds']} seeds; {state}"]
+            tables = ", ".join(f"`{t}`" for t in r.get("makes", [r["table"]])) or "its default"
+            lines += [f"* table {tables}, {r['seeds']} seed{'s' * (r['seeds'] != 1)}; {state}"]
+            gone = lacking(folder, r)
             lines += [f"* needs `{n['path']}` from {n['origin']}" for n in r["needs"]]
+            lines += [f"* not here: {', '.join(f'`{path}`' for path in gone)}"] if gone else []
             if r["records"]:
-                commits = ", ".join(f"`{c[:10]}{'+changes' if '+' in c else ''}` {date(c)}" for c in r["commits"])
-                lines += [f"* {', '.join(r['devices'])}; code {commits}; data {', '.join(r['data'])}"]
+                lines += [f"* {', '.join(r['devices'])}; code {', '.join(commits([r]))}; data {', '.join(r['data'])}"]
                 file = record_file(folder, scale, name, docs)
                 lines += [f'* <a href="{file}">records, a line each</a>'] if file else []
             lines.append("")
@@ -231,53 +166,88 @@ def record_file(folder: str, scale: str, name: str, docs: Path) -> str:
     )
     if not source.is_file():
         return ""
-    target = docs / folder / "records" / f"{scale}-{anchor(name)}.jsonl"
+    target = docs / folder / "records" / f"{place(scale, name)}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
     return f"records/{target.name}"
 
 
+def claims_held(report: dict, scale: str) -> str:
+    verdicts = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
+    known = [v for v in verdicts if v != "not measured"]
+    left = len(verdicts) - len(known)
+    held = f"{known.count('holds')} of {len(known)}" if known else ""
+    return ", ".join(filter(None, [held, f"{left} not measured" if left else ""])) or "none stated"
+
+
+def front_row(folder: str, title: str, report: dict) -> str:
+    n = counts(report)
+    paper = report["runs"].get("paper", {}).values()
+    ready = sum(not r["records"] and not lacking(folder, r) for r in paper)
+    cells = [f"[**{folder}**]({folder}/index.md): {title}", *(claims_held(report, s) for s in ("demo", "paper"))]
+    cells += [n["cells"], n["printed"], n["cells"] - n["missing"], n["agree"], n["outside"]]
+    cells += [f"{sum(r['records'] > 0 for r in paper)} / {ready} / {len(paper)}"]
+    told = []
+    for scale in ("demo", "paper"):
+        runs = [r for r in report["runs"].get(scale, {}).values() if r["records"]]
+        variants = sorted({d.rpartition("(")[2].rstrip(")") for r in runs for d in r["data"]})
+        machines = sorted({d for r in runs for d in r["devices"]})
+        told += [f"{scale}: data {', '.join(variants)}; {', '.join(machines)}; {commits(runs)[0]}"] if runs else []
+    return "| " + " | ".join(map(str, [*cells, "<br>".join(told)])) + " |"
+
+
+FRONT = """\
+---
+hide: [navigation, toc]
+---
+
+# Ten papers, reproduced
+
+Printed numbers beside measured ones, and the run behind each. A paper's page has its claims and tables, its page of
+runs the command, cost, missing data and records of each. [Differences](differences.md) says where paper and released
+code differ, by which switch one chooses, and what that is worth.
+
+{table}
+
+* **Claims**: inequalities that the paper states or implies, checked over several seeds; the paper's page has their
+  numbers. Scale demo is small and needs no data: its numbers are not the paper's.
+* **Cells**: those of the paper's tables, and of tables of other sources that are quoted beside them. **Printed**: the
+  printed number is known. **Measured**: there are records of scale paper; they are **within** or **outside** the
+  tolerance that the paper's page states.
+* **Runs** behind the paper's tables: with records / ready, that is with all their data and weights here, but without
+  records / in all.
+* **Records**: variant of the data (`paper`: the paper's; `generated`: made here; `wheel`: real data out of a Python
+  package), machine, day and commit of the newest code that made some; `+changes`: not all of that was committed.
+
+## A printed number that is missing
+
+Fill in the value of the cell's line in `X/paper.csv`, or add a line if it has none:
+
+```csv
+table,dataset,setting,method,metric,value,std,unit,source
+```
+
+`source` says where it is printed. Then `make reproduce-X && make report`; with the records here nothing is run again.
+A malformed line is named by its number.
+"""
+
+
 def front(folders: list[str], reports: dict[str, dict | None]) -> str:
     readme = Path("README.md").read_text(encoding="utf-8")
     titles = dict(re.findall(r"^\| \[?`(\w+)`\]?(?:\(\w+\))? \| (.*?) \|", readme, re.M))
-    lines = ["---", "hide: [navigation, toc]", "---", "", "# Ten papers, reproduced", ""]
-    lines += ["Printed numbers beside measured ones, and the run behind each.", ""]
-    lines += ["| paper | claims held: demo | paper | cells: all | printed | measured | within | outside | records |"]
-    lines += ["|---" * 9 + "|"]
+    head = ["paper", "claims that hold, demo", "the same, paper's data", "cells", "printed", "measured", "within"]
+    head += ["outside", "runs: recorded / ready / all", "records"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for folder in folders:
         title, report = titles.get(folder, ""), reports.get(folder)
         if not Path(folder, "requirements.in").is_file():
-            lines.append(f"| **{folder}**: {title} | not here yet | | | | | | | |")
-            continue
-        if report is None:
-            lines.append(f"| [**{folder}**]({folder}/index.md): {title} | not reproduced here | | | | | | | |")
-            continue
-        held = []
-        for scale in ("demo", "paper"):
-            mine = [c for c in report["claims"] if c["scale"] == scale]
-            known = [c for c in mine if c["verdict"] != "not measured"]
-            left = f", {len(mine) - len(known)} not measured" if len(known) < len(mine) else ""
-            held.append(f"{sum(c['verdict'] == 'holds' for c in known)} of {len(known)}{left}" if mine else "")
-        n = counts(report)
-        runs = [r for by_name in report["runs"].values() for r in by_name.values() if r["records"]]
-        commits = sorted({c[:10] for r in runs for c in r["commits"]})
-        when = sorted(filter(None, (date(c) for c in commits)))
-        machines = ", ".join(sorted({d for r in runs for d in r["devices"]}))
-        origin = f"{machines}; {when[-1] if when else ''} `{commits[-1] if commits else ''}`" if runs else ""
-        lines.append(
-            f"| [**{folder}**]({folder}/index.md): {title} | {held[0]} | {held[1]} | {n['cells']} | {n['printed']} | "
-            f"{n['cells'] - n['missing']} | {n['agree']} | {n['outside']} | {origin} |"
-        )
-    lines += [
-        "",
-        "Cells are those of the paper's tables; only records of scale paper stand in them. Each page has demo tables.",
-        "",
-    ]
-    lines += ["## A printed number that is missing", "", "Add a line to `X/paper.csv`:", "", "```csv"]
-    lines += ["table,dataset,setting,method,metric,value,std,unit,source", "```", ""]
-    lines += ["with where it is printed, then `cd X && .venv/bin/python tables.py --scale paper` and `make report`. "]
-    lines += ["Nothing is run again; a malformed line is named by its number.", ""]
-    return "\n".join(lines)
+            lines.append(f"| **{folder}**: {title} | not here yet |" + " |" * 8)
+        elif report is None:
+            told = f"not reproduced here: `make reproduce-{folder}`"
+            lines.append(f"| [**{folder}**]({folder}/index.md): {title} | {told} |" + " |" * 8)
+        else:
+            lines.append(front_row(folder, title, report))
+    return FRONT.replace("{table}", "\n".join(lines))
 
 
 def section(folder: str, heading: str) -> str:
@@ -326,7 +296,8 @@ def main() -> None:
             text = readme.read_text(encoding="utf-8")
             for name in re.findall(r"!\[[^\]]*\]\((?!https?:)([^)]+)\)", text):
                 shutil.copy(Path(folder, name), here / Path(name).name)
-            (here / "readme.md").write_text(without_links(text), encoding="utf-8")
+            title = f"---\ntitle: README of {folder}\n---\n\n"
+            (here / "readme.md").write_text(title + without_links(text), encoding="utf-8")
             pages.append({"README": f"{folder}/readme.md"})
         nav.append({folder: pages})
     (docs / "differences.md").write_text(differences(folders, reports), encoding="utf-8")
@@ -348,7 +319,14 @@ def main() -> None:
         },
         "theme": {
             **{"name": "material", "font": False, "palette": palette},
-            "features": ["navigation.tabs", "navigation.sections", "navigation.top", "search.highlight", "toc.follow"],
+            "features": [
+                "navigation.tabs",
+                "navigation.sections",
+                "navigation.top",
+                "search.highlight",
+                "toc.follow",
+                "content.code.copy",
+            ],
         },
         **{"use_directory_urls": False, "extra_css": ["style.css"], "plugins": ["search", "offline"]},
         "extra": {"polyfills": ["iframe-worker.js"]},
