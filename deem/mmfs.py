@@ -72,9 +72,14 @@ class MMFS(nn.Module):
         for layer in (self.value, self.out, self.mix, self.weights):
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, maps: list[Tensor], mask: Tensor) -> Tensor:
+    def values(self, maps: list[Tensor]) -> list[Tensor]:
+        """W_v F: L tensors (B, N, C_v, H, W) -> (B N heads, width / heads, H, W)."""
+        w, bias = self.value.weight[:, :, None, None], self.value.bias
+        return [F.conv2d(m.flatten(0, 1), w, bias).reshape(-1, w.shape[0] // self.heads, *m.shape[-2:]) for m in maps]
+
+    def forward(self, query: Tensor, reference: Tensor, maps: list[Tensor] | None, mask: Tensor, values=None) -> Tensor:
         """query (B, Q, C); reference (Q or 1, 2) in [0, 1]; maps: L tensors (B, N, C_v, H, W); mask (B, N) or
-        (B, Q, N) bool -> (B, Q, C)."""
+        (B, Q, N) bool -> (B, Q, C). values: those of the maps, if they were made before."""
         b, nq, _ = query.shape
         n, h, p, levels = mask.shape[-1], self.heads, self.points, self.levels
         mask = mask[:, None].expand(b, nq, n) if mask.ndim == 2 else mask
@@ -93,9 +98,7 @@ class MMFS(nn.Module):
         shares = logits.permute(0, 2, 3, 1, 4, 5).flatten(3).softmax(-1).view(b, h, nq, n, levels, p + 1)
         shares = shares[..., :-1].permute(0, 3, 1, 2, 4, 5).reshape(b * n * h, nq, levels, p)
         total = 0
-        for level, m in enumerate(maps):
-            v = F.conv2d(m.flatten(0, 1), self.value.weight[:, :, None, None], self.value.bias)
-            v = v.reshape(b * n * h, -1, *m.shape[-2:])
+        for level, v in enumerate(self.values(maps) if values is None else values):
             total = total + sample(v, places, shares[:, :, level])
         total = total.view(b, n, h, nq, -1).sum(1).transpose(1, 2).flatten(2)
         return self.out(total.to(query.dtype))
@@ -108,21 +111,18 @@ class ImageContext:
     """What the synchronising layers of a language model read in one forward pass; empty without images.
 
     maps: levels of (S, N, C, H, W); visible (S, K, N) bool: image n may be read at position k. Steps of generation
-    read the last position's row; beams are copies that lie next to each other."""
+    read the last position's row; beams are copies of a row that lie next to each other: more queries to its maps."""
 
     def __init__(self):
-        self.maps: list[Tensor] | None = None
-        self.visible: Tensor | None = None
+        self.set(None, None)
 
     def set(self, maps: list[Tensor] | None, visible: Tensor | None) -> None:
         self.maps, self.visible = maps, visible
+        self.values: dict[nn.Module, list[Tensor]] = {}  # of each layer, kept over the steps of a generation
 
-    def rows(self, batch: int, length: int) -> tuple[list[Tensor], Tensor]:
-        visible = self.visible[:, -length:] if length < self.visible.shape[1] else self.visible
-        beams = batch // len(visible)
-        if beams == 1:
-            return self.maps, visible
-        return [m.repeat_interleave(beams, 0) for m in self.maps], visible.repeat_interleave(beams, 0)
+    def rows(self, batch: int, length: int) -> Tensor:
+        """Visible images of each query, (S, beams x length, N)."""
+        return self.visible[:, -length:].repeat(1, batch // len(self.visible), 1)
 
 
 class GatedMMFS(nn.Module):
@@ -136,11 +136,15 @@ class GatedMMFS(nn.Module):
         self.register_buffer("centre", torch.full((1, 2), 0.5), persistent=False)
 
     def forward(self, h: Tensor, context: ImageContext) -> Tensor:
-        if context.maps is None:
-            return h
-        maps, visible = context.rows(h.shape[0], h.shape[1])
-        maps = [self.value_norm(m.movedim(2, -1)).movedim(-1, 2) for m in maps]
-        y = self.mmfs(self.query_norm(h), self.centre, maps, visible)
+        if context.maps is None:  # nothing to read: all weight is on the ignore tokens, the output's bias is left
+            return h + (self.gate.tanh() * self.mmfs.out.bias).to(h.dtype)
+        visible, values = context.rows(*h.shape[:2]), context.values.get(self)
+        if values is None:
+            values = self.mmfs.values([self.value_norm(m.movedim(2, -1)).movedim(-1, 2) for m in context.maps])
+            if not torch.is_grad_enabled():
+                context.values[self] = values
+        q = self.query_norm(h).view(*visible.shape[:2], -1)
+        y = self.mmfs(q, self.centre, None, visible, values).view_as(h)
         return h + (self.gate.tanh() * y).to(h.dtype)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from runs import UserError
 
@@ -143,16 +144,26 @@ def _used(model: nn.Module, name: str) -> bool:
     return level == model.encoder.token_level or level >= count - levels or model.loss.maps or model.p.masks
 
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, LlamaRMSNorm)
+
+
+def biases_and_norms(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone; learned queries and vectors are not among them."""
+    norms = {f"{k}." for k, m in model.named_modules() if isinstance(m, NORMS)}
+    names = [k for k, _ in model.named_parameters()]
+    return {k for k in names if k.endswith(".bias") or k.removesuffix(k.rpartition(".")[2]) in norms}
+
+
 def groups(model: nn.Module, stage: int, variant: str, rates: Rates | None = None) -> list[dict[str, Any]]:
     """Groups {name, params, lr, weight_decay}: a part, split into what decays and what does not (biases, norms,
     sampling offsets, gates). Call freeze first."""
     r, out = rates or RATES[stage], {}
-    chosen = trained(stage, variant)
+    chosen, spared = trained(stage, variant), biases_and_norms(model)
     for name, p in model.named_parameters():
         part = part_of(name)
         if part not in chosen or not p.requires_grad:
             continue
-        decay = r.weight_decay if p.ndim > 1 and part not in NO_DECAY and not name.endswith(".queries") else 0.0
+        decay = r.weight_decay if part not in NO_DECAY and name not in spared else 0.0
         key = f"{part}{'' if decay else ', no decay'}"
         group = out.setdefault(key, {"name": key, "params": [], "lr": r.of(part), "weight_decay": decay})
         group["params"].append(p)

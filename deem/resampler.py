@@ -82,7 +82,8 @@ class Resampler(nn.Module):
 
     def forward(self, memory: Tensor, keep: Tensor | None = None) -> Tensor:
         """keep (B, m) bool: memory that may be read; every row needs at least one."""
-        x = F.dropout(self.norm(self.queries), self.dropout, self.training).expand(len(memory), -1, -1)
+        x = self.norm(self.queries).expand(len(memory), -1, -1)
+        x = F.dropout(x, self.dropout, self.training)  # behind expand: each sample has a draw of its own
         mask = None if keep is None else keep[:, None, None, :]
         for layer in self.layers:
             if self.checkpointing and self.training:

@@ -264,7 +264,8 @@ class Settings:
         self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze
         tossed = "none" if digits or self.stage > 1 else "independent" if code else "shared"
         self.flip = tossed if self.flip == "auto" else self.flip
-        self.nip_target = ("twice" if code else "right") if self.nip_target == "auto" else self.nip_target
+        slip = code and recipe.CSR[self.variant]  # without CSR's pass in front NIP's is the first and maps once
+        self.nip_target = ("twice" if slip else "right") if self.nip_target == "auto" else self.nip_target
         self.nip_in_stage2 = ("waste" if code else "skip") if self.nip_in_stage2 == "auto" else self.nip_in_stage2
         self.frozen = ("train" if code else "eval") if self.frozen == "auto" else self.frozen
         self.prompt_form = "plain" if self.dataset == "digits" else self.prompt_form
