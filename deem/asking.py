@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import benchmarks as bm
+import parsers
 import prompts
 import runs
 import vqa
@@ -141,9 +141,9 @@ def _record(k: int, q: Question, kind: str, more: dict) -> dict:
         if key in q.meta:
             out[key] = q.meta[key]
     if kind == "yesno":
-        out |= {"parsed": bm.parse_answer(more["answer"]), "parsed_pope": bm.parse_pope(more["answer"])}
+        out |= {"parsed": parsers.parse_answer(more["answer"]), "parsed_pope": parsers.parse_pope(more["answer"])}
     if kind == "choice":
-        out["parsed"] = bm.parse_choice(more["answer"], q.meta["options"])
+        out["parsed"] = parsers.parse_choice(more["answer"], q.meta["options"])
         out["right"] = out["parsed"] == q.answer
     return out
 

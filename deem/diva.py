@@ -214,13 +214,14 @@ def vlm(s: DivaSettings, clip) -> dict[str, float]:
     """MMVP-VLM of the CLIP whose tower is trained, if the benchmark is there."""
     import benchmarks
     import mining
+    import parsers
 
     root = runs.data_dir(s.data_dir) / "deem"
     if not (root / "mmvp_vlm").is_dir():
         print(f"no {root / 'mmvp_vlm'}: MMVP-VLM is not measured")
         return {}
     found = mining.score_vlm(clip, benchmarks.read_mmvp_vlm(root / "mmvp_vlm"), root)
-    return benchmarks.score_pairs(found)
+    return parsers.score_pairs(found)
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from typing import Literal
 
 import torch
 
-import benchmarks as bm
 import mining
+import parsers
 import prompts
 import runs
 import scores
@@ -49,7 +49,7 @@ class EvalSettings:
     """Folder with deem/; default $REPRO_DATA, else ./data."""
     items: int = 0
     """Only the first so many questions of each set; 0: all (paper)."""
-    parser: Literal[tuple(bm.PARSERS)] = "deem"
+    parser: Literal[tuple(parsers.PARSERS)] = "deem"
     """How yes/no answers are read: deem (released code, paper's tables), pope (authors of POPE), strict (lmms-eval).
     The record also has the scores by pope."""
     fast: bool = False
@@ -110,11 +110,11 @@ def score(kind: str, records: Sequence[dict], s: EvalSettings | None = None) -> 
     """Metrics of a set from its records, with `score`, the one the paper prints."""
     s = s or EvalSettings()
     if kind == "yesno":
-        out = bm.score_yes_no(records, s.parser)
+        out = parsers.score_yes_no(records, s.parser)
     elif kind == "choice":
-        out = bm.score_pairs(records)
+        out = parsers.score_pairs(records)
     elif kind == "name":
-        right = [bm.name_answer(r["answer"]) == r["label"].strip().lower() for r in records]
+        right = [parsers.name_answer(r["answer"]) == r["label"].strip().lower() for r in records]
         out = {"accuracy": 100 * sum(right) / len(right), "n": len(right)}
     elif kind in ("vqa", "vizwiz"):
         out = scores.score_vqa(records, kind)
@@ -227,9 +227,9 @@ def score_clip(s: EvalSettings, questions: Sequence[Question], root: Path, devic
     """MMVP-VLM of a CLIP model: pair accuracy in all and by visual pattern."""
     clip = mining.load_clip(s.clip, s.clip_weights, device, s.download)
     records = mining.score_vlm(clip, questions, root)
-    out = bm.score_pairs(records)
+    out = parsers.score_pairs(records)
     for group in dict.fromkeys(q.group for q in questions):
-        out[f"accuracy {group}"] = bm.score_pairs([r for r in records if r["group"] == group])["accuracy"]
+        out[f"accuracy {group}"] = parsers.score_pairs([r for r in records if r["group"] == group])["accuracy"]
     return out
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import extract_answer
+from parsers import extract_answer
 from runs import UserError
 
 # ----------------------------------------------------------------------------------------------------- short answers

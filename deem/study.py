@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import benchmarks
+import parsers
 import prompts
 import scenes
 from model import Deem, Seen
@@ -130,16 +131,16 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
     for name, groups in (("POPE", benchmarks.POPE_KINDS), ("RobustVQA", SUBSETS)):
         for group in groups:
             some = [r for r in rows if (r["benchmark"], r["group"]) == (name, group)]
-            found = benchmarks.score_yes_no(some)
+            found = parsers.score_yes_no(some)
             keys = ("accuracy", "f1", "precision", "recall", "yes_ratio", "unparsed", "pope_accuracy")
             out |= {f"{name}_{group}_{k}": found[k] for k in keys}
             out[f"{name}_{group}_n"] = len(some)
-            always = benchmarks.score_yes_no([{**r, "answer": "yes"} for r in some])["accuracy"]
+            always = parsers.score_yes_no([{**r, "answer": "yes"} for r in some])["accuracy"]
             out[f"{name}_{group}_always_yes"] = always
         out[f"{name}_accuracy"] = float(np.mean([out[f"{name}_{g}_accuracy"] for g in groups]))
         out[f"{name}_yes_ratio"] = float(np.mean([out[f"{name}_{g}_yes_ratio"] for g in groups]))
     pairs = [{**r, "right": r["answer"] == r["label"]} for r in rows if r["benchmark"] == "MMVP"]
-    found = benchmarks.score_pairs(pairs)
+    found = parsers.score_pairs(pairs)
     return out | {"MMVP_accuracy": found["accuracy"], "MMVP_single_accuracy": found["single_accuracy"]}
 
 

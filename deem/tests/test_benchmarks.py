@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 import benchmarks as bm
+import parsers
 from runs import UserError
 
 POPE = Path(os.environ.get("REPRO_DATA", "nowhere")) / "deem" / "pope"
@@ -66,17 +67,17 @@ SAID = (  # answer, read by the released code, read by POPE's authors
 
 @pytest.mark.parametrize(("text", "released", "authors"), SAID)
 def test_the_parsers_read_answers_as_their_authors_do(text, released, authors):
-    assert bm.parse_answer(text) == released
-    assert bm.parse_pope(text) == authors
+    assert parsers.parse_answer(text) == released
+    assert parsers.parse_pope(text) == authors
 
 
 def test_extract_answer_takes_what_stands_between_the_leading_words():
-    assert bm.extract_answer("It is a cat of the house") == "house"  # "the " is looked for before " of"
-    assert bm.extract_answer("There are two, maybe three") == "two"
-    assert bm.extract_answer("red and blue") == "red"
-    assert bm.extract_answer("the left or right") == "left"
-    assert bm.extract_answer("is this is that") == "th"  # between the first and the second "is "
-    assert bm.extract_answer("  42.5 ") == "42"
+    assert parsers.extract_answer("It is a cat of the house") == "house"  # "the " is looked for before " of"
+    assert parsers.extract_answer("There are two, maybe three") == "two"
+    assert parsers.extract_answer("red and blue") == "red"
+    assert parsers.extract_answer("the left or right") == "left"
+    assert parsers.extract_answer("is this is that") == "th"  # between the first and the second "is "
+    assert parsers.extract_answer("  42.5 ") == "42"
 
 
 @given(
@@ -84,11 +85,11 @@ def test_extract_answer_takes_what_stands_between_the_leading_words():
 )
 def test_scores_equal_the_published_arithmetic(rows):
     answers, labels = map(list, zip(*rows, strict=True))
-    got = bm.score_yes_no([{"answer": a, "label": b} for a, b in rows])
+    got = parsers.score_yes_no([{"answer": a, "label": b} for a, b in rows])
     try:
         expected = published_evaluator(answers, labels)
     except ZeroDivisionError:  # their code ends there; ours says 0
-        said = [bm.parse_pope(a) for a in answers]
+        said = [parsers.parse_pope(a) for a in answers]
         assert (
             not sum(s == "yes" for s in said)
             or "yes" not in labels
@@ -103,7 +104,7 @@ def test_scores_equal_the_published_arithmetic(rows):
 @given(st.lists(st.tuples(st.sampled_from(["yes", "no", ""]), st.sampled_from(["yes", "no"])), min_size=1, max_size=50))
 def test_binary_scores_equal_scikit_learn(rows):
     said, labels = map(list, zip(*rows, strict=True))
-    got = bm.binary_scores(said, labels)
+    got = parsers.binary_scores(said, labels)
     p, r, f, _ = precision_recall_fscore_support(labels, said, labels=["yes"], zero_division=0)
     assert got["accuracy"] == pytest.approx(100 * accuracy_score(labels, said))
     assert [got["precision"], got["recall"], got["f1"]] == pytest.approx([100 * x[0] for x in (p, r, f)])
@@ -116,19 +117,19 @@ def test_always_yes_gives_exactly_half(kind):
     questions = bm.build_pope(scenes, NAMES, kind=kind, images=20, seed=3)
     robust = bm.build_robustvqa({"imagenet_a": [{"file_name": "x", "gt_caption": "a", "error_caption": "b"}] * 7})
     for items in (questions, robust["imagenet_a"]):
-        got = bm.score_yes_no([{"answer": "Yes", "label": q.answer} for q in items])
+        got = parsers.score_yes_no([{"answer": "Yes", "label": q.answer} for q in items])
         assert got["accuracy"] == 50.0 and got["recall"] == 100.0 and got["yes_ratio"] == 100.0
-        got = bm.score_yes_no([{"answer": "no", "label": q.answer} for q in items])
+        got = parsers.score_yes_no([{"answer": "no", "label": q.answer} for q in items])
         assert got["accuracy"] == 50.0 and got["f1"] == 0.0 and got["yes_ratio"] == 0.0
 
 
 def test_nothing_to_score_and_unknown_parser_are_told():
     with pytest.raises(UserError, match="no answered question"):
-        bm.score_yes_no([])
+        parsers.score_yes_no([])
     with pytest.raises(UserError, match="parser loose is unknown"):
-        bm.score_yes_no([{"answer": "yes", "label": "yes"}], "loose")
+        parsers.score_yes_no([{"answer": "yes", "label": "yes"}], "loose")
     assert (
-        bm.score_yes_no([{"answer": "Yes.", "label": "yes"}], "strict")["accuracy"] == 0.0
+        parsers.score_yes_no([{"answer": "Yes.", "label": "yes"}], "strict")["accuracy"] == 0.0
     )  # lmms-eval: the whole text
 
 
@@ -285,7 +286,7 @@ def test_official_pope_files():
         questions = bm.read_pope(path)
         yes = sum(q.answer == "yes" for q in questions)
         counts[path.stem] = (len(questions), yes, len({q.image for q in questions}))
-        got = bm.score_yes_no([{"answer": "yes", "label": q.answer} for q in questions])
+        got = parsers.score_yes_no([{"answer": "yes", "label": q.answer} for q in questions])
         assert got["accuracy"] == pytest.approx(100 * yes / len(questions))
         assert (got["accuracy"] == 50.0) == (path.stem != "coco_pope_random_2910")
     assert len(counts) == 10 and counts.pop("coco_pope_random_2910") == (2910, 1500, 500)
@@ -336,7 +337,7 @@ def test_options_and_choices():
         ("(a)", "(a)"), ("B", "(b)"), ("a) Open", "(a)"), ("(b) Closed", "(b)"), ("open.", "(a)"), ("b.", "(b)"),
         ("perhaps", ""), ("", ""), ("all of them", ""),
     ):  # fmt: skip
-        assert bm.parse_choice(said, options) == mark, said
+        assert parsers.parse_choice(said, options) == mark, said
 
 
 def test_a_pair_counts_when_both_answers_are_right():
@@ -350,12 +351,12 @@ def test_a_pair_counts_when_both_answers_are_right():
         ("p3", True),
         ("p3", True),
     ]
-    got = bm.score_pairs([{"pair": p, "right": r} for p, r in rows])
+    got = parsers.score_pairs([{"pair": p, "right": r} for p, r in rows])
     assert got == {"accuracy": 50.0, "single_accuracy": 62.5, "n": 4}
     with pytest.raises(UserError, match="pair p9 has 1 answers"):
-        bm.score_pairs([{"pair": "p9", "right": True}])
+        parsers.score_pairs([{"pair": "p9", "right": True}])
     with pytest.raises(UserError, match="no answered question"):
-        bm.score_pairs([])
+        parsers.score_pairs([])
 
 
 def test_mmvp_files(tmp_path):

@@ -20,6 +20,7 @@ import asking
 import benchmarks
 import drawing
 import eval as evaluation
+import parsers
 import runs
 import scenes
 import sets
@@ -264,7 +265,7 @@ def test_pope_end_to_end(monkeypatch, trained, data, tmp_path, capsys):
 def test_items_parser_and_beams(monkeypatch, trained, data, tmp_path):
     base = ["--run", trained / "seed0", "--benchmark", "pope", "--data-dir", data, "--items", "6", "--device", "cpu"]
     by_parser = {}
-    for parser in benchmarks.PARSERS:
+    for parser in parsers.PARSERS:
         out = tmp_path / parser
         call(monkeypatch, *base, "--out", out, "--parser", parser, "--beams", "2", "--scale", "demo")
         record = json.loads((out / "records.jsonl").read_text().splitlines()[0])

@@ -13,6 +13,7 @@ from PIL import Image
 
 import benchmarks
 import mining
+import parsers
 import runs
 from runs import UserError
 
@@ -331,7 +332,7 @@ def test_mmvp_vlm_pairs(tmp_path):
     (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n" + "\n".join(rows))
     records = mining.score_vlm(Directions(), benchmarks.read_mmvp_vlm(tmp_path), tmp_path)
     assert [r["chosen"] for r in records] == [0, 1, 1, 1]
-    assert benchmarks.score_pairs(records) == {"accuracy": 50.0, "single_accuracy": 75.0, "n": 2}
+    assert parsers.score_pairs(records) == {"accuracy": 50.0, "single_accuracy": 75.0, "n": 2}
 
 
 def test_shuffling_is_not_disturbed_by_the_global_generator():
