@@ -164,7 +164,7 @@ class Denoiser(nn.Module):
         z = torch.randn(shape, generator=generator, device=condition.device)
         times = scheduler.timesteps
         if start is not None:
-            times = times[round(len(times) * (1 - strength)) :]
+            times = times[min(round(len(times) * (1 - strength)), len(times) - 1) :]  # one step at least
             z = self.noised(start, z, times[:1].to(z.device).expand(b))[0]
         guided = guidance != 1
         both = torch.cat([condition, self.null.expand(b, -1, -1).to(condition.dtype)]) if guided else condition

@@ -129,7 +129,7 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
         metrics |= found
         runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, seed))
         runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-    where = {"table": s.table, "dataset": sources.title(s), "setting": setting(s), "method": s.label, "scale": s.scale}
+    where = {**place(s), "scale": s.scale}
     total = t.before + time.perf_counter() - clock if before else time.perf_counter() - clock
     about = sources.about(s, seed)
     if asked:
@@ -157,9 +157,19 @@ def answer(s: Settings, seed: int, run: runs.Run, model: Deem, asked, device) ->
     """Benchmarks of eval.py, each with a record of its own in the run."""
     import eval as evaluation
 
-    label = s.label if s.label != recipe.LABELS[s.variant] else recipe.LATER.get((s.stage, s.variant), s.label)
     root = runs.data_dir(s.data_dir) / "deem"
-    evaluation.evaluate(asked, run, seed, model.eval(), s.prompt_form, label, root, device)
+    evaluation.evaluate(asked, run, seed, model.eval(), s.prompt_form, row(s), root, device)
+
+
+def place(s: Settings) -> dict[str, str]:
+    """Where a training record stands; the demo's tables are by stage, the paper's name a model after its stage."""
+    method = s.label if s.dataset == "digits" else row(s)
+    return {"table": s.table, "dataset": sources.title(s), "setting": setting(s), "method": method}
+
+
+def row(s: Settings) -> str:
+    """Row of the paper's tables: the given label, else the paper's name for the variant after this stage."""
+    return s.label if s.label != recipe.LABELS[s.variant] else recipe.LATER.get((s.stage, s.variant), s.label)
 
 
 def last_line(folder: Path) -> dict:
@@ -235,6 +245,16 @@ FRESH = {"batch": 0, "warmup": -1, "max_tokens": 0, "max_images": 0, "resolution
 FRESH |= dict.fromkeys(("lr", "trunk_lr", "unet_lr", "llm_lr", "mmfs_lr", "offsets_lr"), -1.0)
 
 
+def following(given: Settings, stage: int, init: str, out: str) -> Settings:
+    """Settings of a stage of --then."""
+    label = f"{given.label}, stage {stage}" if given.label else ""  # a row of its own
+    where = {"init": init, "out": f"{out}/stage{stage}", "label": label}
+    own = replace(given, stage=stage, steps=given.then_steps, **where, **FRESH)
+    own.check()
+    own.resolve()
+    return own
+
+
 def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later: dict, accelerator) -> bool:
     """The run's stage, then those of --then, each from the weights of the one before and with a record that the run
     keeps too. `given`: the settings before defaults were put in; `later`: run folders of the later stages."""
@@ -245,9 +265,7 @@ def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later:
         accelerator.wait_for_everyone()
     before = s.out
     for stage in s.then:
-        own = replace(given, stage=stage, init=before, out=f"{s.out}/stage{stage}", steps=s.then_steps, **FRESH)
-        own.check()
-        own.resolve()
+        own = following(given, stage, before, s.out)
         record, inner = folder / f"record-stage{stage}.json", Path(own.out) / f"seed{seed}" / "record.json"
         if not record.is_file():
             if run and stage not in later:
