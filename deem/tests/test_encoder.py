@@ -181,6 +181,13 @@ def test_resampler_masks_memory_and_shows_attention():
     assert torch.allclose(r(memory, keep), a, atol=1e-6)
 
 
+def test_dropout_of_the_queries_is_drawn_for_each_sample():
+    torch.manual_seed(0)
+    r = Resampler(3, 16, 0, 2, 8, dropout=0.5).train()
+    a, b = r(torch.randn(2, 6, 8))
+    assert not torch.equal(a == 0, b == 0)
+
+
 def test_one_toss_for_both_views():
     """Trap 1: with `shared` the decoder's view is mirrored exactly when the encoder's is; `independent` is not."""
     ramp = Image.linear_gradient("L").rotate(90).convert("RGB").resize((40, 40))
