@@ -7,6 +7,7 @@ What trains in which stage stands in recipe.py; the digit scenes use this class 
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from mmfs import GatedMMFS, synchronise
 from resampler import Resampler
 from runs import UserError
 from sequences import Batch
+
+# On a CPU oneDNN prepares each convolution anew for each number of images and keeps 1024 of them; a step of the digit
+# model has hundreds and a number of its own. Read when the first convolution runs; changes no result.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
 
 
 @dataclass(frozen=True)

@@ -194,3 +194,78 @@ def test_the_gate_is_a_hyperbolic_tangent():
         gated.gate.data.fill_(gate)
         found.append((gated(h, context) - h) / math.tanh(gate))
     assert found[0].abs().max() > 1e-3 and torch.allclose(*found, atol=1e-5)
+
+
+def test_gated_layer_by_hand():
+    """h + tanh(g) MMFS(RMSNorm(h), RMSNorm(F)) at the image's centre."""
+    torch.manual_seed(2)
+    gated = GatedMMFS(6, 5, levels=2, base=4, eps=1e-6, width=8, heads=2, points=3).double()
+    for p in gated.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    maps = [3 * torch.randn(2, 3, 5, s, s, dtype=torch.float64) for s in (4, 2)]
+    h, visible = torch.randn(2, 4, 6, dtype=torch.float64), torch.rand(2, 4, 3) < 0.6
+    context = ImageContext()
+    context.set(maps, visible)
+
+    def rms(x, norm, dim):
+        shape = [-1 if k == dim else 1 for k in range(x.ndim)]
+        return x / (x.pow(2).mean(dim, keepdim=True) + 1e-6).sqrt() * norm.weight.view(shape)
+
+    centre = torch.full((1, 2), 0.5, dtype=torch.float64)
+    normed = [rms(m, gated.value_norm, 2) for m in maps]
+    found = reference(gated.mmfs, rms(h, gated.query_norm, 2), centre, normed, visible)
+    assert torch.allclose(gated(h, context), h + gated.gate.tanh() * found, atol=1e-5)
+    with torch.no_grad():
+        whole = gated(h, context)
+        last = gated(h[:, -1:], context)  # a step of generation, with the values kept
+        copies = gated(h[:, -1:].repeat_interleave(2, 0), context)
+    assert torch.allclose(last, whole[:, -1:]) and torch.allclose(copies, last.repeat_interleave(2, 0))
+    assert list(context.values) == [gated]
+    context.set([m + 1 for m in maps], visible)
+    with torch.no_grad():
+        assert not torch.allclose(gated(h, context), whole)
+
+
+@pytest.mark.parametrize("side", [4, 2])
+def test_block_beside_the_unet_by_hand(side):
+    """Conv1x1(MMFS(LN(feature) + pos, LN(F))) at each pixel's centre."""
+    torch.manual_seed(3)
+    block = mmfs.MMFSBlock(8, 5, levels=2, size=side, table=4, width=8, heads=2, points=3, max_images=10)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    block = block.double()
+    block.positions = block.positions.double()
+    feature = torch.randn(2, 8, side, side, dtype=torch.float64)
+    maps = [3 * torch.randn(2, 1, 5, s, s, dtype=torch.float64) for s in (4, 2)]
+    mask = torch.tensor([[True], [False]])
+    table = torch.zeros(8, 4, 4, dtype=torch.float64)  # column in the first half, row in the second
+    for y in range(4):
+        for x in range(4):
+            for k, v in enumerate((x, y)):
+                angles = torch.tensor([v / 10000 ** (i / 2) for i in range(2)])
+                table[4 * k : 4 * k + 4, y, x] = torch.cat([angles.sin(), angles.cos()])
+    if side != 4:
+        table = torch.nn.functional.interpolate(table[None], (side, side), mode="bicubic")[0]
+
+    def norm(x, layer, dim):
+        shape = [-1 if k == dim else 1 for k in range(x.ndim)]
+        x = (x - x.mean(dim, keepdim=True)) / (x.var(dim, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * layer.weight.view(shape) + layer.bias.view(shape)
+
+    q = (norm(feature, block.query_norm, 1) + table).flatten(2).transpose(1, 2)
+    places = [[(x + 0.5) / side, (y + 0.5) / side] for y in range(side) for x in range(side)]
+    normed = [norm(m, block.value_norm, 2) for m in maps]
+    found = reference(block.mmfs, q, torch.tensor(places, dtype=torch.float64), normed, mask)
+    want = block.conv(found.transpose(1, 2).reshape(2, 8, side, side))
+    assert torch.allclose(block(feature, maps, mask), want, atol=1e-4)
+
+
+def test_net_has_a_block_for_each_skip_feature_and_the_middle():
+    """Stable Diffusion's form: 12 skip features and the middle; an offset counts cells of the feature's own grid."""
+    model, _ = make("tiny")
+    net = model.denoiser.net
+    assert [b.mmfs.base for b in net.down] == [8, 8, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1] and net.mid.mmfs.base == 1
+    assert [b.conv.in_channels for b in net.down] == [8] * 7 + [16] * 5 and net.mid.conv.in_channels == 16
+    assert all(b.mmfs.levels == 4 and b.mmfs.offsets.bias.abs().max() <= 1 for b in (*net.down, net.mid))
+    inside = [layer.synchroniser.mmfs for layer in model.llm.model.layers if hasattr(layer, "synchroniser")]
+    assert all(m.levels == 3 and m.base == 4 and 1 < m.offsets.bias.abs().max() <= 3 for m in inside)
