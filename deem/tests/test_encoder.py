@@ -135,6 +135,10 @@ def test_region_tokens():
     f = e.adapters[0](raw[0].permute(0, 2, 3, 1)) + resized(e.positions, 16, 16).view(16, 16, -1)
     assert torch.allclose(e(x, m).tokens[:, 0], e.region_proj(f[:, :8, :8].mean((1, 2))), atol=1e-5)
     assert torch.isfinite(e(x, torch.zeros(2, 64, 64)).tokens).all()
+    shape = torch.nn.functional.interpolate(m[:, None], (112, 112), mode="bilinear", align_corners=False).flatten(1)
+    a, b, c = (layer for layer in e.mask_mlp if isinstance(layer, torch.nn.Linear))
+    token = c(b(a(shape).clamp(min=0)).clamp(min=0))  # three layers, ReLU between them
+    assert torch.allclose(e(x, m).tokens[:, 4], token, atol=1e-5) and token.min() < 0
 
 
 def test_resampler_is_blip2s_without_qk_norm():
