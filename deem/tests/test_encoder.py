@@ -6,6 +6,7 @@ import random
 import open_clip
 import pytest
 import torch
+from conftest import make
 from PIL import Image
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -163,6 +164,32 @@ def test_resampler_is_blip2s_without_qk_norm():
     memory = torch.randn(2, 7, 16)
     want = q(query_embeds=r.queries, encoder_hidden_states=memory).last_hidden_state
     assert torch.allclose(r(memory), want, atol=1e-5)
+
+
+def test_attention_with_norms_on_queries_and_keys_by_hand():
+    """One head and query at a time: softmax(LN(W_q x) . LN(W_k m) / sqrt(d)) W_v m; masked memory has no share."""
+    torch.manual_seed(0)
+    a = Resampler(3, 8, 1, 2, 6, dropout=0.0).layers[0].cross.double()
+    for p in a.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x, memory = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 5, 6, dtype=torch.float64)
+    keep = torch.tensor([[True] * 5, [True, False, True, False, False]])
+
+    def norm(v, layer):
+        return (v - v.mean()) / (v.var(unbiased=False) + 1e-12).sqrt() * layer.weight + layer.bias
+
+    want = torch.zeros_like(x)
+    for i in range(2):
+        q, k, v = a.query(x[i]), a.key(memory[i]), a.value(memory[i])
+        for h in (slice(0, 4), slice(4, 8)):
+            for j in range(3):
+                some = [m for m in range(5) if keep[i, m]]
+                scores = torch.stack([norm(q[j, h], a.q_norm) @ norm(k[m, h], a.k_norm) / 2 for m in some]).softmax(0)
+                want[i, j, h] = sum(s * v[m, h] for s, m in zip(scores, some, strict=True))
+    assert torch.allclose(a(x, memory, keep[:, None, None]), a.norm(x + a.out(want)), atol=1e-8)
+    model, _ = make("digits")
+    assert all(isinstance(m.q_norm, torch.nn.LayerNorm) for m in (model.resampler.layers[0].attention,
+               model.resampler.layers[0].cross, model.context_reader.layers[0].cross))  # fmt: skip
 
 
 def test_resampler_masks_memory_and_shows_attention():
