@@ -105,11 +105,11 @@ class Answering:
             own = None if images is None else images.select(list(range(at, at + n)) * len(texts))
             at += n
             b, seen = self.prepare([[*fixed, Text(t)] for t in texts], own, left=False)
-            scores = self.llm.lm_head(self.hidden(b, seen)[:, :-1]).float().log_softmax(-1)
-            target = b.labels[:, 1:]
+            h, target = self.hidden(b, seen)[:, :-1], b.labels[:, 1:]
             keep = (target != sequences.IGNORED) & (target != self.tok.soi)
-            picked = scores.gather(2, target.clamp(min=0)[..., None])[..., 0]
-            out.append((picked * keep).sum(1).cpu())
+            scores = self.llm.lm_head(h[keep]).float().log_softmax(-1)  # where an option stands, and nowhere else
+            picked = scores.gather(1, target[keep][:, None])[:, 0]
+            out.append(picked.new_zeros(len(texts)).index_add(0, keep.nonzero()[:, 0], picked).cpu())
         return out
 
     @torch.no_grad()

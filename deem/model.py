@@ -164,6 +164,9 @@ class Deem(Answering, nn.Module):
                     self.denoiser.null.copy_(empty)
             self.context_proj = nn.Linear(d, d)
             self.context_reader = Resampler(p.queries, width, 1, p.decoder_heads, d, dropout=0.0)
+            self.places = torch.zeros(
+                0, d
+            )  # made when a context is read; no buffer, for processes differ in its length
 
     # --------------------------------------------------------------------------------------------------------- building
 
@@ -285,14 +288,15 @@ class Deem(Answering, nn.Module):
 
     def image_context(self, h: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
         """What R_D reads of each image: hidden states from its <SOI> back to its BOS, newest first, through a linear
-        map, plus 1-D positions: (B, L, d), and which of them there are (B, L) bool."""
+        map, plus 1-D positions: (B, L, d), and which of them there are (B, L) bool; L is the longest context."""
         lengths = b.soi - b.bos + 1
-        back = torch.arange(b.ids.shape[1], device=h.device)
+        back = torch.arange(int(lengths.max()), device=h.device)
         at = b.soi[:, None] - back
         keep = back < lengths[:, None]
         states = self.context_proj(h)[b.row[:, None], at.clamp(min=0)]  # a token once, not once an image behind it
-        places = sincos_1d(h.shape[-1], torch.arange(b.ids.shape[1])).to(h.device, states.dtype)
-        return states + places, keep
+        if len(self.places) < len(back) or self.places.device != h.device:
+            self.places = sincos_1d(h.shape[-1], torch.arange(len(back))).to(h.device)
+        return states + self.places[: len(back)].to(states.dtype), keep
 
     def losses(self, b: Batch, seed: int | None = None) -> dict[str, Tensor]:
         """ntp, nip, csr and their weighted sum. A loss whose weight is 0 is not computed and not in the answer.

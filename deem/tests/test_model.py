@@ -241,16 +241,36 @@ def test_denoising_losses_by_hand(maps):
 
 
 def test_context_of_an_image_is_its_document_backwards():
+    """Two documents of unlike length, and after them a longer one: positions count from <SOI> back."""
     model, _ = make("digits")
-    docs = [[Text("there is a 3 ."), Picture(Image.new("RGB", (16, 16)))]]
-    b = batch_of(model, docs)
-    h = model.hidden(b, model.encode_images(b.images))
-    states, keep = model.image_context(h, b)
+    picture = Picture(Image.new("RGB", (16, 16)))
+    for docs in (
+        [[Text("there is a 3 ."), picture], [Text("there"), picture]],
+        [[Text("there is a 3 . " * 3), picture]],
+    ):
+        b = batch_of(model, docs)
+        h = model.hidden(b, model.encode_images(b.images))
+        states, keep = model.image_context(h, b)
+        longest = int(b.soi.max()) + 1
+        assert states.shape == (len(docs), longest, 64)
+        for i, soi in enumerate(b.soi.tolist()):
+            assert keep[i].tolist() == [k <= soi for k in range(longest)]
+            for back in range(soi + 1):
+                want = model.context_proj(h[i, soi - back]) + sincos_1d(64, torch.tensor([back]))[0]
+                assert torch.allclose(states[i, back], want, atol=1e-5)
+
+
+def test_embeddings_of_a_picture():
+    """The learned vector is added to <SOI>'s own embedding; e^L stands in the place of the placeholders behind it."""
+    model, _ = make("digits")
+    torch.nn.init.normal_(model.soi)
+    b = batch_of(model, [[Text("there is a 3 ."), Picture(Image.new("RGB", (16, 16))), Text("yes")], [Text("no")]])
+    seen = model.encode_images(b.images)
+    want = torch.nn.functional.embedding(b.ids, model.llm.model.embed_tokens.weight).clone()
     soi = int(b.soi[0])
-    assert keep[0].tolist() == [k <= soi for k in range(b.ids.shape[1])]
-    for back in range(soi + 1):
-        want = model.context_proj(h[0, soi - back]) + sincos_1d(64, torch.tensor([back]))[0]
-        assert torch.allclose(states[0, back], want, atol=1e-5)
+    want[0, soi] += model.soi
+    want[0, soi + 1 : soi + 1 + model.p.per_image] = seen.text[0]
+    assert torch.allclose(model.embed(b, seen), want, atol=1e-6)
 
 
 def test_images_that_open_a_document_have_no_next_image_loss():
