@@ -30,7 +30,7 @@ MAKEFLAGS   += --no-print-directory
 # ---- What was asked for is checked before anything is built: one line, exit code 2.
 HERE  := $(patsubst %/requirements.in,%,$(wildcard $(FOLDERS:%=%/requirements.in)))
 EACH  := env lock test smoke reproduce plan bench clean clean-env
-ALL   := help env lock test smoke reproduce-all bench lint report audit test-slurm clean clean-env
+ALL   := help env lock lock-report test smoke reproduce-all bench lint report audit test-report test-slurm clean clean-env
 KNOWN := $(ALL) $(foreach t,$(EACH),$(HERE:%=$(t)-%))
 WRONG := $(firstword $(filter $(EACH:%=%-%),$(filter-out $(KNOWN),$(MAKECMDGOALS))))
 ifeq ($(filter oneshell,$(.FEATURES)),)
@@ -120,6 +120,12 @@ $(HERE:%=lock-%): lock-%: | python-ok $(UV_TOOL)
 		echo "$*: requirements.in could not be locked (message above): is the package index reachable?" >&2; exit 1; }
 	echo "$*/requirements.txt: $$(grep -c == requirements.txt) packages"
 
+lock-report: | python-ok $(UV_TOOL)
+	$(SET_CACHE)
+	cd .ci/site
+	"$(UV)" pip compile -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
+		--custom-compile-command "make lock" requirements.in -o requirements.txt
+
 # ---- One folder. Its workflow keeps the runs that are there: only missing ones, and what depends on them, are made.
 # JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run. At most one run for each GPU.
 # --nolock, because a run that was killed must not block its own restart.
@@ -179,7 +185,8 @@ env lock smoke bench clean clean-env:
 		echo "=== $@: $$f"
 		$(MAKE) $@-$$f </dev/null || failed+=" $$f"
 	done
-	$(if $(filter clean,$@),rm -rf site .ruff_cache .ci/.ruff_cache)
+	$(if $(filter clean,$@),rm -rf site .ruff_cache .ci/.ruff_cache .ci/runs)
+	$(if $(filter lock,$@),$(MAKE) lock-report)
 	$(if $(filter clean-env,$@),rm -rf .tools .cache)
 	$(FAILED)
 
@@ -199,7 +206,7 @@ reproduce-all: python-ok
 	$(MAKE) report || failed+=" report"
 	$(FAILED)
 
-## test                      the tests of all folders; the last line is `N passed, N failed, N skipped`
+## test                      the tests of all folders and of the report; the last line is `N passed, N failed, N skipped`
 test: python-ok
 	+codes=
 	$(for_each_folder)
@@ -208,7 +215,10 @@ test: python-ok
 		$(MAKE) test-$$f </dev/null || { code=1; failed+=" $$f"; }
 		codes+=" $$f=$$code"
 	done
-	$(HELPER) count $$codes
+	rm -f .ci/runs/junit.xml; code=0
+	echo "=== test: report"
+	$(MAKE) test-report </dev/null || { code=1; failed+=" report"; }
+	$(HELPER) count $$codes .ci=$$code
 	[ -z "$$failed" ]
 
 ## lint                      ruff, twin files, imports across folders, locks
@@ -236,10 +246,14 @@ report: .tools/site/.stamp
 		echo "the report's environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
 	touch $@
 
+## test-report               the tests of the report, the audit and this file
+test-report: .tools/site/.stamp
+	.tools/site/bin/python -m pytest -q -p no:cacheprovider --junitxml=.ci/runs/junit.xml .ci/tests
+
 ## test-slurm                smoke runs of two folders on a one-node Slurm made for it; needs root, slurm-wlm and munge
 test-slurm:
 	.ci/test-slurm
 
-## audit                     for every folder the runs its tables still lack: commands, hours, missing data
+## audit                     the runs that tables still lack: commands, hours, missing data; where paper and code differ
 audit: python-ok
 	$(HELPER) audit $(FOLDERS)

@@ -74,11 +74,11 @@ def plain(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", str(text).lower())
 
 
-def words(name: str, run: dict) -> set[str]:
-    """What a run says of itself: the words of its command and the parts of its name, alone and joined."""
+def words(name: str, run: dict) -> tuple[set[str], set[str]]:
+    """What a run says of itself: the words of its command; the parts of its name, alone and joined."""
     parts = name.split("-")
     joined = {"".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
-    return {plain(w) for w in joined} | {plain(w) for w in shlex.split(run["command"])}
+    return {plain(w) for w in shlex.split(run["command"])}, {plain(w) for w in joined}
 
 
 class Makers:
@@ -99,8 +99,8 @@ class Makers:
         fixed = [v for k, v in table["where"].items() if k != "table" and isinstance(v, str)]
         rows, columns = table.get("row_names", table["rows"]), table.get("column_names", table["columns"])
         for value in (*fixed, rows[row], columns[column]):
-            named = [n for n in found if plain(value) in self.words[n]]
-            found = named or found
+            by_command, by_name = ([n for n in found if plain(value) in self.words[n][i]] for i in (0, 1))
+            found = by_command or by_name or found
         return found
 
     def hours(self, names: list[str]) -> float:

@@ -1,0 +1,146 @@
+"""The whole site from hand-made reports: built, linked, and with nothing fetched from elsewhere."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import build
+import links
+import pytest
+from test_cells import cell, measured, run, table
+
+SITE = Path(build.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A workspace with a reproduced folder, one that was not, and one that is named and missing."""
+    root = tmp_path_factory.mktemp("workspace")
+    (root / "README.md").write_text(
+        "| [`one`](one) | First *paper* | x |\n| `two` | Second | x |\n| `three` | 3 | x |\n"
+    )
+    for name in ("one", "two"):
+        (root / name / "results" / "figures").mkdir(parents=True)
+        (root / name / "requirements.in").write_text("")
+        (root / name / "README.md").write_text(
+            f"# {name}\n\nSee [this](train.py) and [that](https://example.org).\n\n"
+            "![a picture](results/figures/a.png)\n\n## Deviations and open points\n\nNone [known](x.md).\n"
+        )
+        (root / name / "results" / "figures" / "a.png").write_bytes(b"png")
+    (root / "two" / "RESULTS.md").write_text("# Two\n\n![a](results/figures/a.png) [r](results/x.jsonl)\n")
+    done = run(records=2, seconds=7200, commits=["0" * 40 + "+changes"], devices=["CPU"], data=["d (half)"])
+    needs = [{"path": "sets/d", "origin": "example.org"}]
+    report = {
+        "title": "One, a paper",
+        "claims": [
+            {"id": i, "text": "a | b", "source": "s", "scale": scale, "numbers": "1 > 0", "verdict": verdict}
+            for i, scale, verdict in (
+                *((1, "demo", "holds"), (2, "demo", "does not hold")),
+                *((3, "demo", "not measured"), (4, "paper", "not measured")),
+            )
+        ],
+        "tables": [
+            table([measured(50.0, 50.0)], title="Main", note="Noted."),
+            table([cell(printed=1.0)], title="Later", row_names=["later"]),
+            table([measured(1.0, expected=False)], scale="demo", title="Small", tolerance=2.0),
+        ],
+        "figures": [{"path": "results/figures/a.png", "caption": "A figure", "scale": "demo"}],
+        "runs": {
+            "paper": {"r1": done, "later": run(needs=needs), "ready": run()},
+            "demo": {"r1": run(records=1, data=["g (generated)"], devices=["CPU"], commits=["f" * 40])},
+        },
+        "differences": [{"finding": "f1", "switch": "`--s`", "effect": "+1"}],
+    }
+    (root / "one" / "runs" / "paper").mkdir(parents=True)
+    (root / "one" / "runs" / "paper" / "report.json").write_text(json.dumps(report))
+    (root / "one" / "results" / "r1.jsonl").write_text("{}\n")
+    command = [sys.executable, str(SITE / "build.py"), "site", "one", "two", "three"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return root / "site"
+
+
+def text(path: Path) -> str:
+    words = re.sub(r"<[^>]+>", " ", path.read_text(encoding="utf-8"))
+    return " ".join(words.replace("¶", "").split())
+
+
+def test_front_page_counts(place):
+    page = text(place / "index.html")
+    row = re.search(r"one : First paper (.*?) two :", page)[1]
+    assert row.startswith("1 of 2, 1 not measured 1 not measured 2 2 1 1 0 1 / 1 / 3 ")
+    assert "demo: data generated; CPU; date not known ffffffffff" in row
+    assert "paper: data half; CPU; date not known 0000000000+changes" in row
+    assert "two : Second not reproduced here: make reproduce-two" in page and "three : 3 not here yet" in page
+    assert not (place / "three").exists()
+
+
+def test_a_papers_page(place):
+    page = (place / "one" / "index.html").read_text()
+    assert '<span class="held">holds</span>' in page and '<span class="failed">does not hold</span>' in page
+    assert "2 cells, 2 with a printed number; 1 measured: 1 within, 0 outside, 0 without" in text(
+        place / "one/index.html"
+    )
+    assert "2 records of 1 of the 3 planned runs, 2.00 hours. Data: d (half). Machine: CPU." in text(
+        place / "one/index.html"
+    )
+    assert '<td class="own"><a href="runs.html#demo-r1">' in page and "Tolerance 2." in page
+    assert 'href="runs.html#paper-later"' in page and 'src="figures/a.png"' in page
+
+
+def test_page_of_runs_has_command_cost_needs_and_records(place):
+    page = text(place / "one" / "runs.html")
+    assert "1 of 3 runs have records; the others: about 2.0 hours" in page
+    assert "needs sets/d from example.org not here: sets/d" in page
+    assert (place / "one" / "records" / "paper-r1.jsonl").read_text() == "{}\n"
+
+
+def test_a_folder_that_was_not_reproduced_shows_what_it_has(place):
+    page = (place / "two" / "index.html").read_text()
+    assert "make reproduce-two" in page and 'src="figures/a.png"' in page and "x.jsonl" not in page
+    assert not (place / "two" / "runs.html").exists()
+
+
+def test_differences_and_open_points(place):
+    page = text(place / "differences.html")
+    assert "f1 --s +1" in page and "None known." in page
+
+
+def test_links_live_and_nothing_is_fetched(place):
+    assert links.dead(place) == []
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ('<a href="gone.html">x</a>', "index.html: no file gone.html"),
+        ('<a href="#nowhere">x</a>', "index.html: no place #nowhere"),
+        ('<a href="one/runs.html#nowhere">x</a>', "index.html: no place one/runs.html#nowhere"),
+        ('<script src="https://cdn.example/x.js"></script>', "index.html: fetches https://cdn.example/x.js"),
+        ('<link rel="stylesheet" href="//cdn.example/x.css">', "index.html: fetches //cdn.example/x.css"),
+        ('<img src="gone.png">', "index.html: no file gone.png"),
+    ],
+)
+def test_a_dead_link_is_named(place, tmp_path, wrong, said):
+    shutil.copytree(place, tmp_path / "site")
+    page = tmp_path / "site" / "index.html"
+    page.write_text(page.read_text().replace("</body>", wrong + "</body>"))
+    assert links.dead(tmp_path / "site") == [said]
+
+
+def test_a_broken_report_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "one" / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "one" / "runs" / "demo" / "report.json").write_text("{")
+    with pytest.raises(SystemExit, match="not valid JSON .*make reproduce-one"):
+        build.latest(tmp_path / "one")
+    assert build.latest(tmp_path / "two") is None
+
+
+def test_the_newest_commit_is_named_with_its_own_day(monkeypatch):
+    days = {"a" * 40: "2026-01-02", "f" * 40: "2026-01-01"}
+    monkeypatch.setattr(build, "date", days.get)
+    told = build.commits([run(commits=["f" * 40]), run(commits=["a" * 40 + "+changes"])])
+    assert told == ["2026-01-02 `aaaaaaaaaa+changes`", "2026-01-01 `ffffffffff`"]

@@ -1,0 +1,141 @@
+"""The helper of the Makefile, and what the Makefile refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import workspace
+from test_cells import run
+
+ROOT = Path(workspace.__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REPRO_DATA", raising=False)
+    return tmp_path
+
+
+def junit(folder: Path, **numbers):
+    (folder / "runs").mkdir(parents=True)
+    told = " ".join(f'{k}="{v}"' for k, v in numbers.items())
+    (folder / "runs" / "junit.xml").write_text(f"<testsuites><testsuite {told}/></testsuites>")
+
+
+def test_tests_are_summed_and_a_crash_counts_as_a_failure(here, capsys):
+    junit(here / "a", tests=10, failures=1, errors=1, skipped=2)
+    junit(here / "b", tests=3, failures=0, errors=0, skipped=0)
+    assert workspace.count("a=1", "b=0") == "9 passed, 2 failed, 2 skipped"
+    assert "a: 6 passed, 2 failed, 2 skipped" in capsys.readouterr().out
+    assert workspace.count("b=2") == "3 passed, 1 failed, 0 skipped"  # all passed, and yet not 0
+    assert workspace.count("gone=0") == "0 passed, 1 failed, 0 skipped"
+
+
+def test_lint_names_twins_reaches_imports_and_locks(here):
+    for name in ("a", "b"):
+        (here / name).mkdir()
+        (here / name / "same.py").write_text("x = 1\n")
+        (here / name / "requirements.txt").write_text("numpy==1\n")
+    assert workspace.lint("a b", "a b", "same.py: a b") == ""
+    (here / "b" / "same.py").write_text("x = 2\n")
+    (here / "a" / "bad.py").write_text("import b\nfrom b.c import d\nimport a\npath = '../b/x'\n")
+    (here / "a" / ".venv").mkdir()
+    (here / "a" / ".venv" / "other.py").write_text("import b\n")
+    (here / "b" / "requirements.txt").write_text("--index-url https://example.org\n")
+    assert workspace.lint("a b", "a b", "same.py gone.py: a b").splitlines() == [
+        "b/same.py: differs from its twin a/same.py",
+        "a/bad.py:4: reaches outside its folder",
+        "a/bad.py:1: imports the folder b/",
+        "a/bad.py:2: imports the folder b/",
+        "b/requirements.txt: names a package index: make lock-b",
+    ]
+    (here / "b" / "same.py").unlink()
+    assert "b/same.py: missing, its twin a/same.py is there" in workspace.lint("a b", "a b", "same.py: a b")
+
+
+def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
+    needs = [{"path": "d/x", "origin": "o"}, {"path": "d/y", "origin": "o"}]
+    runs = {"done": run(records=3), "left": run(hours=2.5, needs=needs), "more": run(hours=0.5)}
+    findings = [{"finding": "F", "switch": "`--s`", "effect": "+1"}, {"finding": "G", "switch": "none", "effect": ""}]
+    for name, value in (("demo", {}), ("paper", {"paper": runs})):
+        (here / "a" / "runs" / name).mkdir(parents=True)
+        path = here / "a" / "runs" / name / "report.json"
+        path.write_text(json.dumps({"runs": value, "differences": findings}))
+        os.utime(path, (1, 1) if name == "demo" else None)  # the newer one counts
+    (here / "a" / "data" / "d").mkdir(parents=True)
+    (here / "a" / "data" / "d" / "y").touch()
+    (here / "b").mkdir()
+    assert workspace.audit("a", "b", "c").splitlines() == [
+        "a: 1 of 3 runs have records, 3.0 hours left",
+        "  left (table main): 2.5 h; missing d/x",
+        "    cd a && .venv/bin/python train.py --out x",
+        "  more (table main): 0.5 h",
+        "    cd a && .venv/bin/python train.py --out x",
+        "  differs: F",
+        "    switch: `--s`; effect: +1",
+        "  differs: G",
+        "    switch: none",
+        "b: make reproduce-b first",
+        "c: not here yet",
+    ]
+    monkeypatch.setenv("REPRO_DATA", str(here))
+    assert "missing d/x, d/y" in workspace.audit("a")
+
+
+def make(*words, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "REPRO_DATA", "GPUS")}
+    return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, env={**env, **environment})
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["smoke-nosuch"], "make smoke-nosuch: no such folder. Here: "),
+        (["reproduce-gpl", "SCALE=large"], "SCALE=large is not a scale"),
+        (["reproduce-gpl", "SCALE="], "SCALE= is not a scale"),
+        (["reproduce-gpl", "PROFILE=nosuch"], "PROFILE=nosuch is not in profiles/: use one of slurm"),
+        (["reproduce-gpl", "JOBS=0"], "JOBS=0 is not a number of processes"),
+        (["reproduce-gpl", "JOBS=two"], "JOBS=two is not a number of processes"),
+        (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 or 3.12"),
+    ],
+)
+def test_make_refuses_before_it_builds_anything(words, said):
+    done = make(*words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "given, is_",
+    [("/full/path", "/full/path"), ("rel", f"{ROOT}/rel"), ("~/x", "~/x"), ("with a space", f"{ROOT}/with a space")],
+)
+def test_the_data_folder_is_made_absolute(given, is_):
+    assert f"Now: {is_}\n" in make("help", REPRO_DATA=given).stdout
+
+
+def workflow(**environment):
+    """The command of a folder's workflow, as make would run it."""
+    return make("--dry-run", "reproduce-gpl", PATH=environment.pop("PATH", os.environ["PATH"]), **environment).stdout
+
+
+def test_a_machine_with_gpus_runs_as_many_at_once(tmp_path):
+    assert "--resources gpu" not in workflow(GPUS="0")
+    assert "--resources gpu=3 " in workflow(GPUS="3")
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-1)'\necho 'GPU 1: A (UUID: GPU-2)'\necho '  MIG 1g'\n")
+    fake.chmod(0o755)
+    assert "--resources gpu=2 " in workflow(PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_a_profile_is_passed_by_its_full_path():
+    assert f'--profile "{ROOT}/profiles/slurm"' in workflow(PROFILE="slurm")
+    assert "--profile" not in workflow()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("script", ["run", "test-slurm"])
+def test_scripts_parse(script):
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / script]).returncode == 0
