@@ -138,9 +138,8 @@ def read_printed(path: Path) -> pd.DataFrame:
                     raise UserError(f"{path}:{reader.line_num}: {key} '{row[key]:g}' is no printed number")
             name = tuple(cells[:5])
             if name in first:
-                raise UserError(
-                    f"{path}:{reader.line_num}: the same cell as line {first[name]} ({', '.join(name)}); fill in that one"
-                )
+                same = f"the same cell as line {first[name]} ({', '.join(name)})"
+                raise UserError(f"{path}:{reader.line_num}: {same}; fill in that one")
             first[name] = row["line"] = reader.line_num
             rows.append(row)
     return pd.DataFrame(rows, columns=[*COLUMNS, "line"])
@@ -152,7 +151,8 @@ def check_tables(description: dict, printed: pd.DataFrame, path: Path) -> None:
     named = [v.get("printed", v.get("where", {})).get("table", []) for v in description["tables"]]
     known = {*description.get("facts", []), *(n for ns in named for n in (ns if isinstance(ns, list) else [ns]))}
     for row in printed[~printed["table"].isin(known)].itertuples() if named and all(named) else ():
-        raise UserError(f"{path}:{row.line}: plan.yaml has no table '{row.table}'; use one of {', '.join(sorted(known))}")
+        use = ", ".join(sorted(known))
+        raise UserError(f"{path}:{row.line}: plan.yaml has no table '{row.table}'; use one of {use}")
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
