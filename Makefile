@@ -128,15 +128,23 @@ lock-report: | python-ok $(UV_TOOL)
 
 # ---- One folder. Its workflow keeps the runs that are there: only missing ones, and what depends on them, are made.
 # JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run. At most one run for each GPU.
-# --nolock, because a run that was killed must not block its own restart.
+# On a cluster its profile says how many jobs at once and how many threads a run; the cores and GPUs of the machine that
+# submits limit nothing there. --nolock, because a run that was killed must not block its own restart.
+GIVEN = $(if $(filter file undefined default,$(origin $(1))),,$($(1)))
+define here
+threads="$${OMP_NUM_THREADS:-$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 ))}"
+limits=(--cores $$(( $(JOBS) * threads )) --set-threads run=$$threads $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)))
+endef
+define there
+limits=(--profile "$(CURDIR)/profiles/$(PROFILE)" $(if $(call GIVEN,JOBS),--jobs $(JOBS)))
+limits+=($${OMP_NUM_THREADS:+--set-threads run=$$OMP_NUM_THREADS})
+endef
 define workflow
 cd $(1)
 export PATH="$$PWD/.venv/bin:$$PATH"
-threads="$${OMP_NUM_THREADS:-$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 ))}"
-.venv/bin/snakemake -s Snakefile --cores $$(( $(JOBS) * threads )) --set-threads run=$$threads \
-	$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --config scale=$(2) --keep-going --rerun-incomplete \
-	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources \
-	$(if $(PROFILE),--profile "$(CURDIR)/profiles/$(PROFILE)") $(ARGS)
+$(if $(PROFILE),$(there),$(here))
+.venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) --keep-going --rerun-incomplete \
+	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources $(ARGS)
 endef
 
 ## reproduce-X               the runs of plan.yaml at SCALE, their records, tables and claims: X/RESULTS.md

@@ -116,23 +116,40 @@ def test_the_data_folder_is_made_absolute(given, is_):
     assert f"Now: {is_}\n" in make("help", REPRO_DATA=given).stdout
 
 
-def workflow(**environment):
+def workflow(*words, **environment):
     """The command of a folder's workflow, as make would run it."""
-    return make("--dry-run", "reproduce-gpl", PATH=environment.pop("PATH", os.environ["PATH"]), **environment).stdout
+    return make("--dry-run", "reproduce-gpl", *words, **environment).stdout
 
 
 def test_a_machine_with_gpus_runs_as_many_at_once(tmp_path):
-    assert "--resources gpu" not in workflow(GPUS="0")
-    assert "--resources gpu=3 " in workflow(GPUS="3")
+    assert "--resources gpu" not in workflow("GPUS=0")
+    assert "--resources gpu=3)" in workflow("GPUS=3")
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-1)'\necho 'GPU 1: A (UUID: GPU-2)'\necho '  MIG 1g'\n")
     fake.chmod(0o755)
-    assert "--resources gpu=2 " in workflow(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "--resources gpu=2)" in workflow(PATH=f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_a_profile_is_passed_by_its_full_path():
-    assert f'--profile "{ROOT}/profiles/slurm"' in workflow(PROFILE="slurm")
-    assert "--profile" not in workflow()
+def limits(*words, **environment):
+    """What the workflow is told of cores, jobs and GPUs: the lines of the recipe that say it, run by a shell."""
+    lines = workflow(*words, **environment).splitlines()
+    told = [line for line in lines if line.startswith(("threads=", "limits"))]
+    script = "\n".join([*told, 'printf "%s\\n" "${limits[@]}"'])
+    env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | environment
+    return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True, env=env).stdout.split()
+
+
+def test_runs_share_the_cores_of_this_machine():
+    assert limits("CORES=8", "JOBS=4") == ["--cores", "8", "--set-threads", "run=2"]
+    assert limits("CORES=8", "JOBS=16") == ["--cores", "16", "--set-threads", "run=1"]
+    assert limits("CORES=8", "JOBS=4", OMP_NUM_THREADS="3") == ["--cores", "12", "--set-threads", "run=3"]
+
+
+def test_a_cluster_is_not_limited_by_the_machine_that_submits():
+    profile = ["--profile", f"{ROOT}/profiles/slurm"]
+    assert limits("PROFILE=slurm", "GPUS=1", "CORES=2") == profile
+    assert limits("PROFILE=slurm", "JOBS=7") == limits("PROFILE=slurm", JOBS="7") == [*profile, "--jobs", "7"]
+    assert limits("PROFILE=slurm", OMP_NUM_THREADS="3") == [*profile, "--set-threads", "run=3"]
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
