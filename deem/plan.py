@@ -100,26 +100,31 @@ def main() -> None:
     settings = parse(PlanSettings, PlanSettings.__doc__)
     plan, folder = load_plan(), data_dir(settings.data_dir)
     todo = jobs(plan, settings.scale, settings.only)
+    told = []
     for job in todo:
         why = lacking(plan, job, folder)
         done = (HERE / "runs" / settings.scale / job.name / "records.jsonl").is_file()
         state = f"left out: {why}" if why else "done" if done else "to run"
+        told.append(state.split(":")[0])
         print(f"{job.name:40s} {len(job.seeds):2d} seeds {job.hours:8.3f} h  {state}")
         if settings.commands:
             print("    python " + shlex.join(job.command(settings.scale)))
     hours = sum(job.hours for job in todo)
     print(f"\n{len(todo)} runs, {sum(len(j.seeds) for j in todo)} records, about {hours:.2f} hours on one device")
+    left = sum(job.hours for job, state in zip(todo, told, strict=True) if state == "to run")
+    print(f"{told.count('to run')} to run (about {left:.2f} hours), {told.count('done')} done, ", end="")
+    print(f"{told.count('left out')} left out for want of data")
     needed = {n: plan["data"][n] for job in todo for n in job.needs}
     gone = {n for n, item in needed.items() if not (folder / item["path"]).exists()}
     for need, item in sorted(needed.items()):
         size = f"{item['gb']:8.2f} GB" if "gb" in item else "    size ?"
         here = "MISSING" if need in gone else "present"
         print(f"  {here:8s} {need:24s} {size}  {folder / item['path']}  <- {item['origin']}")
-    left = sum(job.gb * len(job.seeds) for job in todo)
+    disk = sum(job.gb * len(job.seeds) for job in todo)
     missing = sum(needed[n].get("gb", 0.0) for n in gone)
     unknown = sum("gb" not in needed[n] for n in gone)
     more = f" and {unknown} of unknown size" if unknown else ""
-    print(f"disk: about {left:.1f} GB for the runs, {missing:.1f} GB for missing data{more}")
+    print(f"disk: about {disk:.1f} GB for the runs, {missing:.1f} GB for missing data{more}")
 
 
 if __name__ == "__main__":

@@ -289,6 +289,31 @@ def test_planned_runs_as_data():
     assert tables.described_runs(plan, "demo", []) == {}
 
 
+def test_the_plan_says_what_runs_what_is_done_and_what_is_left_out(tmp_path, monkeypatch, capsys):
+    common = {"grid": {"k": [1, 2]}, "seeds": [0, 1], "hours": 2, "gb": 0.5}
+    entries = [{"name": f"{n}{{k}}", "needs": needs, **common} for n, needs in (("a", []), ("b", ["d"]), ("c", ["e"]))]
+    data = {"d": {"path": "here", "origin": "o", "gb": 3}, "e": {"path": "gone", "origin": "o", "gb": 4}}
+    (tmp_path / "data" / "here").mkdir(parents=True)
+    (tmp_path / "runs" / "paper" / "a1").mkdir(parents=True)
+    (tmp_path / "runs" / "paper" / "a1" / "records.jsonl").touch()
+    monkeypatch.setattr(plans, "HERE", tmp_path)
+    monkeypatch.setattr(plans, "load_plan", lambda: {"scales": {"paper": entries}, "data": data})
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--data-dir", str(tmp_path / "data")])
+    plans.main()
+    out = capsys.readouterr().out
+    assert re.search(r"^a1 +2 seeds +2.000 h  done$", out, re.M) and re.search(r"^b2 .* to run$", out, re.M)
+    assert re.search(r"^c1 .* left out: .*gone is missing \(from o\)$", out, re.M)
+    assert "6 runs, 12 records, about 12.00 hours on one device" in out
+    assert "3 to run (about 6.00 hours), 1 done, 2 left out for want of data" in out
+    assert re.search(r"present +d +3.00 GB", out) and re.search(r"MISSING +e +4.00 GB", out)
+    assert "disk: about 6.0 GB for the runs, 4.0 GB for missing data" in out
+    assert "train.py" not in out
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "b*", "--commands"])
+    plans.main()
+    out = capsys.readouterr().out
+    assert "2 runs" in out and "python train.py --out runs/paper/b1 --scale paper --seeds 0 1 --k 1" in out
+
+
 # ------------------------------------------------------------------------------------------------------- differences
 
 FINDING = {"finding": "a", "switch": "`--m`"}
