@@ -200,8 +200,8 @@ def describe(s: Settings, model: Deem, accelerator) -> str:
     w = s.loss()
     lines.append(f"loss: {w.ntp:g} NTP + {w.nip:g} NIP + {w.csr:g} CSR (maps {s.csr_use_mmfs}, squeeze {s.squeeze:g})")
     for part, (n, trained) in parts.items():
-        rate = f"at {s.rates().of(part):g}" if trained else "frozen"
-        lines.append(f"  {part:14s} {n / 1e6:10.3f} M, {trained / 1e6:10.3f} M trained {rate}")
+        rate = f"{trained:>15,} trained at {s.rates().of(part):g}" if trained else f"{'frozen':>15}"
+        lines.append(f"  {part:14s} {n:>15,} parameters {rate}")
     return "\n".join(lines)
 
 
