@@ -164,9 +164,8 @@ class Deem(Answering, nn.Module):
                     self.denoiser.null.copy_(empty)
             self.context_proj = nn.Linear(d, d)
             self.context_reader = Resampler(p.queries, width, 1, p.decoder_heads, d, dropout=0.0)
-            self.places = torch.zeros(
-                0, d
-            )  # made when a context is read; no buffer, for processes differ in its length
+            # No buffer: it is made when a context is read, and its length is each process's own.
+            self.places = torch.zeros(0, d)
 
     # --------------------------------------------------------------------------------------------------------- building
 

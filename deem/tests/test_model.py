@@ -8,7 +8,7 @@ from PIL import Image
 import recipe
 import sequences
 from encoder import sincos_1d
-from model import Deem
+from model import Deem, Parts
 from readers import Picture, Text
 from recipe import Rates
 from runs import UserError
@@ -244,10 +244,11 @@ def test_context_of_an_image_is_its_document_backwards():
     """Two documents of unlike length, and after them a longer one: positions count from <SOI> back."""
     model, _ = make("digits")
     picture = Picture(Image.new("RGB", (16, 16)))
-    for docs in (
+    two, longer = (
         [[Text("there is a 3 ."), picture], [Text("there"), picture]],
         [[Text("there is a 3 . " * 3), picture]],
-    ):
+    )
+    for docs in (two, longer):
         b = batch_of(model, docs)
         h = model.hidden(b, model.encode_images(b.images))
         states, keep = model.image_context(h, b)
@@ -271,6 +272,29 @@ def test_embeddings_of_a_picture():
     want[0, soi] += model.soi
     want[0, soi + 1 : soi + 1 + model.p.per_image] = seen.text[0]
     assert torch.allclose(model.embed(b, seen), want, atol=1e-6)
+    model.set_context(b, seen)  # the coarsest maps; a row without pictures has zeros
+    assert [m.shape[-1] for m in model.context.maps] == [4, 2] and [m.shape[-1] for m in seen.maps] == [8, 4, 2]
+    for m, own in zip(model.context.maps, seen.maps[1:], strict=True):
+        assert torch.equal(m[0, 0], own[0]) and not m[1].any()
+
+
+def test_initial_values_of_the_paper():
+    """Queries N(0, 0.02), W_t and W_i N(0, 1e-3) without bias, the vector of <SOI> 0, gates 0."""
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    p = Parts()
+    assert (p.init_std, p.head_std, p.dropout, p.drop_path) == (0.02, 1e-3, 0.1, 0.1)
+    m = Deem(replace(PRESETS["tiny"], resampler_width=256, init_std=p.init_std, head_std=p.head_std, queries=77))
+    wide = Deem(replace(PRESETS["tiny"], init_std=0.1, head_std=0.05))
+    some = [
+        (m.resampler.queries, 0.02), (m.text_head.weight, 1e-3), (m.condition_head.weight, 1e-3),
+        (m.resampler.layers[0].cross.query.weight, 0.02), (m.llm.lm_head.new.weight, 0.02),
+        (m.context_reader.queries, 0.02), (wide.resampler.queries, 0.1), (wide.text_head.weight, 0.05),
+    ]  # fmt: skip
+    for w, std in some:
+        assert w.std().item() == pytest.approx(std, rel=0.15) and abs(w.mean().item()) < std / 3
+    assert not any(w.any() for w in (m.soi, m.text_head.bias, m.condition_head.bias, *m.gates()))
 
 
 def test_images_that_open_a_document_have_no_next_image_loss():
