@@ -71,6 +71,12 @@ def test_the_parsers_read_answers_as_their_authors_do(text, released, authors):
     assert parsers.parse_pope(text) == authors
 
 
+def test_popes_reading_ends_with_the_first_sentence():
+    assert parsers.parse_pope("There is a dog. It is not big.") == "yes"
+    assert parsers.parse_pope("There is, no dog. Yes.") == "no"  # commas go before words are told apart
+    assert parsers.parse_pope("No. There is a dog.") == "no" and parsers.parse_pope("Nothing") == "yes"
+
+
 def test_extract_answer_takes_what_stands_between_the_leading_words():
     assert parsers.extract_answer("It is a cat of the house") == "house"  # "the " is looked for before " of"
     assert parsers.extract_answer("There are two, maybe three") == "two"
@@ -177,6 +183,14 @@ def test_pope_kinds_ask_for_the_names_they_promise():
     asked_with_0 = [a for a, p in zip(absent["adversarial"], present["adversarial"], strict=True) if p == "thing0"]
     assert set(asked_with_0) <= {"thing1", "thing2"}
     assert set(absent["random"]) <= {f"thing{k}" for k in range(5)}  # names that occur in the drawn pictures only
+
+
+def test_pope_counts_in_the_drawn_pictures_alone():
+    """Names of pictures that are not asked about are neither frequent nor candidates."""
+    scenes = [["a", "b"], ["a", "c"], ["b", "c"], ["z"], ["z"], ["z"], ["z"]]
+    for kind in bm.POPE_KINDS:
+        asked = bm.build_pope(scenes, [*"abcz"], kind=kind, per_image=2, images=2, seed=1)[:2]
+        assert asked[1].meta["object"] != "z", kind
 
 
 def test_pope_popular_goes_down_the_list_and_falls_back_at_its_end():

@@ -84,6 +84,9 @@ def test_packer_fills_rows_and_counts_images():
         assert 0 < len(row) <= 40 and len(row.images) <= 4
         assert row.ids[0] == TOK.bos and row.ids.count(TOK.soi) == len(row.images)
     assert len(Packer(TOK, 3, 40, 4).row(iter([]))) == 0
+    five = Document((P, P, Text("yes"), P, P, P))
+    row = Packer(TOK, 3, 400, 2).row(iter([five]))  # what follows the last picture that may stand in a row is left out
+    assert len(row.images) == 2 and row.ids[-2:] == [*TOK.encode("yes"), TOK.eos]
     source = iter(docs)
     for d in docs[:20]:  # stages II and III: a row is a document, with all its pictures
         row = Packer(TOK, 3, 400, 16, single=True).row(source)
