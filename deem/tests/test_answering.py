@@ -154,3 +154,35 @@ def test_reconstruction_from_tokens():
     x = torch.rand(2, 3, 16, 16)
     assert model.reconstruct(x, steps=3).shape == (2, 3, 16, 16)
     assert model.reconstruct(x, x, steps=10, strength=0.65, maps=True).shape == (2, 3, 16, 16)
+
+
+def test_new_tokens_are_never_said():
+    model, _ = make("digits")
+    model.eval()
+    model.llm.lm_head.base.weight.data.mul_(4)
+    said = model.generate([prompt("3", 40)], max_new_tokens=4)
+    model.llm.lm_head.new.bias.data.fill_(99.0)
+    assert said[0] and model.generate([prompt("3", 40)], max_new_tokens=4) == said
+
+
+def test_a_drawing_has_the_condition_of_the_next_image_loss(monkeypatch):
+    """The context from <SOI> back and the maps of the picture before it are those that L_NIP trains with."""
+    model, _ = make("digits")
+    model.eval()
+    torch.nn.init.normal_(model.soi, std=0.5)
+    for g in model.gates():
+        g.data.fill_(0.5)
+    a, b = prompt("3", 40)[0], prompt("3", 220)[0]
+    docs = [[Text("there is a 3 .")], [a, Text("yes"), b, Text("there is a 8 .")]]
+    got = {}
+    monkeypatch.setattr(model.denoiser, "draw", lambda c, **more: got.update(condition=c, **more))
+    model.draw(docs)
+    batch, seen = model.prepare([[*d, a] for d in docs], None, left=False)
+    h = model.hidden(batch, seen)
+    last = [0, 3]  # the pictures that would be drawn
+    states, keep = model.image_context(h, batch)
+    want = model.context_reader(states[last], keep[last])
+    assert torch.allclose(got["condition"], want, atol=1e-5)
+    assert got["seen"].tolist() == [False, True] and got["steps"] == 250 and got["guidance"] == 3.5
+    for m, own in zip(got["maps"], seen.maps, strict=True):
+        assert torch.allclose(m[1], own[2], atol=1e-6) and not m[0].any()
