@@ -133,6 +133,14 @@ def test_option_scores_sum_log_probabilities():
     first = b.ids.shape[1] - len(ids)
     want = sum(scores[first - 1 + i, k] for i, k in enumerate(ids))
     assert torch.allclose(got[0][1], want, atol=1e-4)
+    both = [[Text("no", learn=False), *prompt("3", 10)], [*prompt("4", 240), *prompt("4", 90)]]  # one picture, then two
+    torch.nn.init.normal_(model.text_head.weight, std=0.5)
+    asked = [["yes", "there is a 3"], ["no", "yes"]]
+    together = model.option_scores(both, asked)
+    for parts, texts, scores in zip(both, asked, together, strict=True):
+        assert torch.allclose(model.option_scores([parts], [texts])[0], scores, atol=1e-4)
+    other = [both[0], [*prompt("4", 0), *prompt("4", 90)]]
+    assert not torch.allclose(model.option_scores(other, asked)[1], together[1], atol=1e-3)
 
 
 def test_drawing_the_next_image():
