@@ -7,6 +7,7 @@ JOBS    ?= $(CORES)
 GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 PYTHON  ?= python3
 PROFILE ?=
+PROCESSES ?= 1
 ARGS    ?=
 UPGRADE ?= 0
 UV_VERSION   := 0.13.9
@@ -43,6 +44,10 @@ else ifneq ($(PROFILE)$(wildcard profiles/$(PROFILE)/config.yaml),$(PROFILE)$(PR
   $(error PROFILE=$(PROFILE) is not in profiles/: use one of $(notdir $(wildcard profiles/*)))
 else ifneq ($(shell [[ "$(JOBS)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
   $(error JOBS=$(JOBS) is not a number of processes: use JOBS=1 or more)
+else ifneq ($(shell [[ "$(PROCESSES)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
+  $(error PROCESSES=$(PROCESSES) is not a number of processes: use PROCESSES=1 or more)
+else ifeq ($(filter 1,$(PROCESSES) $(JOBS))$(PROFILE),)
+  $(error PROCESSES=$(PROCESSES) takes the GPUs of this machine from the first on, so one run at a time: add JOBS=1)
 endif
 .PHONY: $(KNOWN) python-ok
 
@@ -63,6 +68,7 @@ help:
 		'SCALE'      'smoke (seconds), demo (minutes, needs no data), paper (settings and data of the paper). Now: $(SCALE)' \
 		'JOBS'       'runs at once; each gets cores / JOBS threads unless OMP_NUM_THREADS is set. Now: $(JOBS)' \
 		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
+		'PROCESSES'  'of one run, a GPU each; with more than 1 one run at a time (JOBS=1), or a PROFILE. Now: $(PROCESSES)' \
 		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
 		'PYTHON'     'the Python 3.11 or 3.12 that the environments are made from. Now: $(PYTHON)' \
 		'PROFILE'    'a folder of profiles/, e.g. PROFILE=slurm: runs become jobs of a cluster. Now: $(or $(PROFILE),none)' \
@@ -143,7 +149,7 @@ define workflow
 cd $(1)
 export PATH="$$PWD/.venv/bin:$$PATH"
 $(if $(PROFILE),$(there),$(here))
-.venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) --keep-going --rerun-incomplete \
+.venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) processes=$(PROCESSES) --keep-going --rerun-incomplete \
 	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources $(ARGS)
 endef
 

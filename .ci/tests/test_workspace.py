@@ -100,6 +100,8 @@ def make(*words, **environment):
         (["reproduce-gpl", "PROFILE=nosuch"], "PROFILE=nosuch is not in profiles/: use one of slurm"),
         (["reproduce-gpl", "JOBS=0"], "JOBS=0 is not a number of processes"),
         (["reproduce-gpl", "JOBS=two"], "JOBS=two is not a number of processes"),
+        (["reproduce-gpl", "PROCESSES=0"], "PROCESSES=0 is not a number of processes"),
+        (["reproduce-gpl", "PROCESSES=2", "JOBS=2"], "PROCESSES=2 takes the GPUs of this machine from the first on"),
         (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 or 3.12"),
     ],
 )
@@ -137,6 +139,12 @@ def limits(*words, **environment):
     script = "\n".join([*told, 'printf "%s\\n" "${limits[@]}"'])
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | environment
     return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True, env=env).stdout.split()
+
+
+def test_several_processes_of_a_run_need_one_run_at_a_time_or_a_cluster():
+    assert "processes=4 " in workflow("PROCESSES=4", "JOBS=1")
+    assert "processes=4 " in workflow("PROCESSES=4", "PROFILE=slurm")
+    assert "processes=1 " in workflow()
 
 
 def test_runs_share_the_cores_of_this_machine():
