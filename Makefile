@@ -149,8 +149,12 @@ define workflow
 cd $(1)
 export PATH="$$PWD/.venv/bin:$$PATH"
 $(if $(PROFILE),$(there),$(here))
+# A copy of the Snakefile that jobs on all nodes can read. A new one each time: Snakemake never renews one that is there.
+mkdir -p .snakemake
+sources="$$(mktemp -d .snakemake/sources.XXXXXX)"
+trap 'rm -rf "$$sources"' EXIT
 .venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) processes=$(PROCESSES) --keep-going --rerun-incomplete \
-	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path .snakemake/sources $(ARGS)
+	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path "$$sources" $(ARGS)
 endef
 
 ## reproduce-X               the runs of plan.yaml at SCALE, their records, tables and claims: X/RESULTS.md

@@ -1,6 +1,7 @@
 """The whole site from hand-made reports: built, linked, and with nothing fetched from elsewhere."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -137,6 +138,15 @@ def test_a_broken_report_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not valid JSON .*make reproduce-one"):
         build.latest(tmp_path / "one")
     assert build.latest(tmp_path / "two") is None
+
+
+def test_the_newest_report_counts(tmp_path):
+    for when, scale in ((2, "demo"), (1, "paper")):
+        path = tmp_path / "runs" / scale / "report.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"title": scale}))
+        os.utime(path, (when, when))
+    assert build.latest(tmp_path) == {"title": "demo"}
 
 
 def test_the_newest_commit_is_named_with_its_own_day(monkeypatch):

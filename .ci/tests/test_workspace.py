@@ -61,11 +61,11 @@ def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
     needs = [{"path": "d/x", "origin": "o"}, {"path": "d/y", "origin": "o"}]
     runs = {"done": run(records=3), "left": run(hours=2.5, needs=needs), "more": run(hours=0.5)}
     findings = [{"finding": "F", "switch": "`--s`", "effect": "+1"}, {"finding": "G", "switch": "none", "effect": ""}]
-    for name, value in (("demo", {}), ("paper", {"paper": runs})):
+    for name, value in (("paper", {}), ("demo", {"paper": runs})):
         (here / "a" / "runs" / name).mkdir(parents=True)
         path = here / "a" / "runs" / name / "report.json"
         path.write_text(json.dumps({"runs": value, "differences": findings}))
-        os.utime(path, (1, 1) if name == "demo" else None)  # the newer one counts
+        os.utime(path, (1, 1) if name == "paper" else None)  # the newer one counts
     (here / "a" / "data" / "d").mkdir(parents=True)
     (here / "a" / "data" / "d" / "y").touch()
     (here / "b").mkdir()
@@ -127,9 +127,20 @@ def test_a_machine_with_gpus_runs_as_many_at_once(tmp_path):
     assert "--resources gpu" not in workflow("GPUS=0")
     assert "--resources gpu=3)" in workflow("GPUS=3")
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-1)'\necho 'GPU 1: A (UUID: GPU-2)'\necho '  MIG 1g'\n")
+    told = ["GPU 0: A (UUID: GPU-1)", "GPU 1: A (UUID: GPU-2)", "  MIG 1g.10gb (UUID: MIG-GPU-3)"]
+    fake.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in told))
     fake.chmod(0o755)
     assert "--resources gpu=2)" in workflow(PATH=f"{tmp_path}:{os.environ['PATH']}")
+
+
+def test_a_changed_snakefile_is_read_again(tmp_path):
+    """Snakemake reads its copy of the Snakefile, and never renews one: each start needs a place of its own."""
+    lines = workflow().splitlines()
+    place = next(line for line in lines if line.startswith("sources="))
+    script = f'mkdir -p .snakemake; {place}; echo "$sources"'
+    told = [subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True) for _ in range(2)]
+    assert told[0].stdout.startswith(".snakemake/") and told[0].stdout != told[1].stdout
+    assert '--runtime-source-cache-path "$sources"' in "\n".join(lines)
 
 
 def limits(*words, **environment):
