@@ -318,14 +318,17 @@ def test_the_plan_says_what_runs_what_is_done_and_what_is_left_out(tmp_path, mon
 def test_several_processes_of_a_run_are_launched_together_and_ask_for_as_many_gpus(tmp_path):
     words = [sys.executable, "-m", "snakemake", "-s", "Snakefile", "-n", "-p", "--forceall", "--nolock", "--cores", "1"]
     words += ["--runtime-source-cache-path", str(tmp_path), "--config", "scale=smoke"]
-    for processes, gpus, launch in (((), 1, ""), (("processes=3",), 3, "torch.distributed.run --standalone")):
+    for processes, gpus, launch in (
+        ((), 1, ""),
+        (("processes=3",), 3, "accelerate.commands.launch --num_processes 3 "),
+    ):
         done = subprocess.run([*words, *processes], cwd=tables.HERE, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines = (done.stdout + done.stderr).splitlines()
         runs = [line for line in lines if "--out runs/smoke/" in line and (".py --out" in line)]
         trains = [line for line in runs if " train.py " in line or " eval.py " in line]
         assert trains and all(launch in line for line in trains)
-        assert all(("torch.distributed.run" in line) == bool(processes) for line in trains)
+        assert all(("accelerate" in line) == bool(processes) for line in trains)
         assert any(f"gpu={gpus}" in line for line in lines)
 
 
