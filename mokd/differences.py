@@ -1,7 +1,8 @@
 """Where paper and released code differ, and what each difference is worth. The same file in every folder.
 
-plan.yaml lists the findings under `differences`: what differs, the switch that chooses, and, if two rows of a table
-tell the effect, the metric and the two selections of records. It is computed from records, as is all of RESULTS.md.
+plan.yaml lists the findings under `differences`: what differs, the switch that chooses, and, if records tell the
+effect, the metric and the two selections of records; `of` or `against` may name another metric, where every record has
+both. It is computed from records, as is all of RESULTS.md.
 """
 
 import pandas as pd
@@ -21,7 +22,11 @@ def entries(plan: dict) -> list[dict]:
             raise UserError(f"plan.yaml, difference {number}: give finding, switch and, if measured, effect")
         e = entry.get("effect")
         if e is not None:
-            wrong = {*e} - EFFECT or {"metric", "of", "against"} - {*e} or ({*e["of"]} | {*e["against"]}) - {*KEYS}
+            wrong = (
+                {*e} - EFFECT
+                or {"metric", "of", "against"} - {*e}
+                or ({*e["of"]} | {*e["against"]}) - {*KEYS, "metric"}
+            )
             if wrong:
                 raise UserError(f"plan.yaml, difference {number}: effect has a wrong or missing key {sorted(wrong)[0]}")
     return out
@@ -35,8 +40,8 @@ def effect(given: dict, frames: dict[str, pd.DataFrame]) -> dict | None:
         return None
     sides = []
     for side in ("of", "against"):
-        rows = frame[frame["metric"] == given["metric"]]
-        for key, value in given[side].items():
+        rows = frame
+        for key, value in {"metric": given["metric"], **given[side]}.items():
             rows = rows[rows[key] == value]
         sides.append(rows)
     free = [k for k in KEYS if k not in given["of"] and k not in given["against"]] + ["seed"]

@@ -353,6 +353,9 @@ def test_the_effect_of_a_switch_is_paired_by_seed_and_data_set():
     plan = {"differences": [{**FINDING, "effect": {**given, "unit": "points"}}, FINDING, {**FINDING, "switch": "none"}]}
     texts = [d["effect"] for d in differences.described(plan, {"paper": frame(*found)})]
     assert texts == ["+3.00 ± 0.00 points (f1, scale paper, 2 seeds, mean of 2 data sets)", "not measured", ""]
+    both = record(method="on", metrics={"f1": 5.0, "f1_released": 3.5})
+    two = {"metric": "f1_released", "of": {"method": "on"}, "against": {"method": "on", "metric": "f1"}}
+    assert differences.effect(two, {"paper": frame(both)})["mean"] == -1.5  # two metrics of one record
     assert differences.effect(given, {"paper": frame(found[0])}) is None
     assert differences.effect(given, {}) is None
     with pytest.raises(UserError, match="more than one record a seed"):
