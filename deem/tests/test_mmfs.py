@@ -267,5 +267,7 @@ def test_net_has_a_block_for_each_skip_feature_and_the_middle():
     assert [b.mmfs.base for b in net.down] == [8, 8, 8, 4, 4, 4, 2, 2, 2, 1, 1, 1] and net.mid.mmfs.base == 1
     assert [b.conv.in_channels for b in net.down] == [8] * 7 + [16] * 5 and net.mid.conv.in_channels == 16
     assert all(b.mmfs.levels == 4 and b.mmfs.offsets.bias.abs().max() <= 1 for b in (*net.down, net.mid))
+    small = make("digits")[0].denoiser.net
+    assert [b.mmfs.base for b in (*small.down, small.mid)] == [8, 8, 4, 4, 4]
     inside = [layer.synchroniser.mmfs for layer in model.llm.model.layers if hasattr(layer, "synchroniser")]
     assert all(m.levels == 3 and m.base == 4 and 1 < m.offsets.bias.abs().max() <= 3 for m in inside)
