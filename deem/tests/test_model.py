@@ -491,6 +491,9 @@ def test_every_parameter_has_a_part():
         assert {recipe.part_of(k) for k, _ in model.named_parameters()} <= {*recipe.PARTS}
     with pytest.raises(KeyError):
         recipe.part_of("nothing.weight")
+    # Of a ViT with a ViT-Adapter the trunk is the ViT alone.
+    names = {"adapter.prior.stem.0.weight": "eyes", "scales": "eyes", "vit.conv1.weight": "trunk"}
+    assert all(recipe.part_of(f"encoder.trunk.{k}") == v for k, v in names.items())
 
 
 @pytest.mark.parametrize("stage, variant, word", [(4, "deem", "--stage 4"), (1, "nosuch", "--variant nosuch")])
