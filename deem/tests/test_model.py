@@ -434,6 +434,8 @@ def test_llava_reads_patches_and_its_variant_has_csr():
         model.freeze(stage, variant)
         assert {recipe.part_of(k) for k, q in model.named_parameters() if q.requires_grad} == want
         assert ("csr" in model.losses(b, 0)) == (variant == "llava-csr")
+        read = [all(q.requires_grad for q in a.parameters()) for a in model.encoder.adapters]
+        assert read == [False, False, True, False]  # only the map that becomes tokens is read
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
