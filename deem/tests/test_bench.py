@@ -47,13 +47,15 @@ def test_diva_trains_tower_and_map_alone():
 def test_diva_condition():
     """The class token first, then drawn patches, over the empty prompt."""
     m = tower().eval()
+    m.empty.normal_()
     x = torch.rand(2, 3, 56, 56)
     c = m.condition(x, torch.Generator().manual_seed(0))
-    tokens = m.linear(diva.tower_tokens(m.visual, (x - m.mean) / m.std)) + m.empty[:, :1]
+    tokens = m.linear(diva.tower_tokens(m.visual, (x - m.mean) / m.std))
+    c = c - m.empty  # the empty prompt's own place by place
     assert c.shape == (2, 8, 32) and torch.allclose(c[:, 0], tokens[:, 0], atol=1e-5)
     near = (c[0, 1:, None] - tokens[0, 1:]).norm(dim=-1).min(1).values
     assert near.max() < 1e-4
-    assert not torch.equal(c, m.condition(x, torch.Generator().manual_seed(1)))
+    assert not torch.allclose(c, m.condition(x, torch.Generator().manual_seed(1)) - m.empty, atol=1e-4)
 
 
 def test_diva_tower_is_open_clips():
@@ -70,3 +72,26 @@ def test_diva_resumes(tmp_path):
         diva.Diva(torch.nn.Linear(1, 1), *[None] * 3, torch.zeros(1, 8, 32))
     bad = run("diva.py", "--preset", "tiny", "--steps", "0")
     assert bad.returncode == 2 and "--steps" in bad.stderr
+
+
+@pytest.mark.parametrize("preset", ["digits", "tiny"])
+def test_plain_runs_twice_what_ours_runs_once(preset, monkeypatch):
+    """Encoder, U-Net and encoding of the targets; the frozen U-Net collects no gradient in either."""
+    model, _ = make(preset)
+    model.freeze(1, "deem")
+    b = batch_of(model, documents(5))
+    model.eval()
+    count = dict.fromkeys(("encoder", "unet", "latents"), 0)
+
+    def told(name):
+        return lambda *_: count.update({name: count[name] + 1})
+
+    model.encoder.register_forward_pre_hook(told("encoder"))
+    model.denoiser.unet.register_forward_pre_hook(told("unet"))
+    encode = model.denoiser.latents.encode
+    monkeypatch.setattr(model.denoiser.latents, "encode", lambda *a: (told("latents")(), encode(*a))[1])
+    for function, times in ((model.losses, 1), (lambda x, seed: bench.plain(model, x, seed), 2)):
+        count.update(dict.fromkeys(count, 0))
+        bench.step(model, b, 0, function)
+        assert set(count.values()) == {times}
+        assert all(p.grad is None for p in model.denoiser.unet.parameters())

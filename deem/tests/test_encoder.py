@@ -248,3 +248,30 @@ def test_parameter_count_of_the_papers_trunk():
         trunk = encoder.TimmTrunk(timm.create_model("convnext_base.clip_laiona_320", num_classes=0))
     assert trunk.widths == (128, 256, 512, 1024) and trunk.strides == (4, 8, 16, 32)
     assert 87e6 < sum(p.numel() for p in trunk.parameters()) < 88e6
+
+
+def test_deformable_attention_of_the_adapter_by_hand():
+    """One query, head, level and point at a time; offsets count cells of their level; one softmax over all."""
+    from test_mmfs import bilinear
+
+    from vit_adapter import Deformable, Injector
+
+    torch.manual_seed(0)
+    m = Deformable(8, 2, heads=2, points=3)
+    for p in m.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    query, ref, maps = torch.randn(2, 3, 8), torch.rand(3, 2), [torch.randn(2, 8, s, s) for s in (4, 2)]
+    want = torch.zeros(2, 3, 4)
+    for i in range(2):
+        for q in range(3):
+            moved = m.offsets(query[i, q]).view(2, 2, 3, 2)
+            shares = m.weights(query[i, q]).view(2, 6).softmax(1).view(2, 2, 3)
+            for level, f in enumerate(maps):
+                value = torch.einsum("oc,chw->ohw", m.value.weight, f[i]) + m.value.bias[:, None, None]
+                for h in range(2):
+                    for k in range(3):
+                        x, y = (ref[q] + moved[h, level, k] / f.shape[-1]).tolist()
+                        want[i, q, 2 * h : 2 * h + 2] += shares[h, level, k] * bilinear(value[2 * h : 2 * h + 2], x, y)
+    assert torch.allclose(m(query, ref, maps), m.out(want), atol=1e-4)
+    injector, grid = Injector(8, 2), torch.rand(3, 2)
+    assert torch.equal(injector(query, grid, [*maps, maps[1]]), query)  # begins with nothing
