@@ -153,6 +153,8 @@ $(if $(PROFILE),$(there),$(here))
 mkdir -p .snakemake
 sources="$$(mktemp -d .snakemake/sources.XXXXXX)"
 trap 'rm -rf "$$sources"' EXIT
+cache="$${XDG_CACHE_HOME:-$${HOME:-/nonexistent}/.cache}" # Snakemake stops where it cannot write
+{ mkdir -p "$$cache" && [ -w "$$cache" ]; } 2>/dev/null || export XDG_CACHE_HOME="$$PWD/.snakemake/cache"
 .venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) processes=$(PROCESSES) --keep-going --rerun-incomplete \
 	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path "$$sources" $(ARGS)
 endef

@@ -143,6 +143,15 @@ def test_a_changed_snakefile_is_read_again(tmp_path):
     assert '--runtime-source-cache-path "$sources"' in "\n".join(lines)
 
 
+def test_a_home_that_cannot_be_written_to_is_not_needed(tmp_path):
+    told = [line for line in workflow().splitlines() if "XDG_CACHE_HOME" in line]
+    script = "\n".join([*told, 'echo "${XDG_CACHE_HOME:-}"'])
+    for home, is_ in ((str(tmp_path), ""), ("/proc/nosuch", f"{tmp_path}/.snakemake/cache")):
+        env = {"PATH": os.environ["PATH"], "HOME": home}
+        done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stdout.strip()) == (0, is_), done.stderr
+
+
 def limits(*words, **environment):
     """What the workflow is told of cores, jobs and GPUs: the lines of the recipe that say it, run by a shell."""
     lines = workflow(*words, **environment).splitlines()
