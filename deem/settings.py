@@ -237,6 +237,9 @@ class Settings:
             raise UserError(f"--images-share must lie in (0, 1], not {self.images_share:g}")
         if self.squeeze != -1 and not 0 < self.squeeze <= 1:
             raise UserError(f"--squeeze must lie in (0, 1], not {self.squeeze:g}")
+        own = (self.encoder or PRESETS[self.preset].encoder).startswith("conv:")
+        if own and self.encoder_weights not in ("", "random"):
+            raise UserError("--encoder-weights goes with open_clip, timm and plain encoders; conv:WIDTHS is random")
         if self.dataset == "files" and not self.files:
             raise UserError("--dataset files needs --files")
         if self.variant.startswith("llava") != (self.preset == "llava"):
@@ -259,6 +262,9 @@ class Settings:
         self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
         own = self.small or self.preset == "llava"
         self.resolution = self.resolution or (PRESETS[self.preset].resolution if own else (256, 448, 448)[k])
+        least = self.parts().per_image + 3  # <s>, <SOI>, a word
+        if 0 < self.max_tokens < least:
+            raise UserError(f"--max-tokens {self.max_tokens} leaves no room for an image; at least {least}")
         self.warmup = min(20 if self.small else (1000, 500, 500)[k], self.steps - 1) if self.warmup < 0 else self.warmup
         self.csr_use_mmfs = ("on" if code else "off") if self.csr_use_mmfs == "auto" else self.csr_use_mmfs
         self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze

@@ -132,7 +132,7 @@ class Trainer:
             with wait:
                 with self.autocast:
                     out = self.call(b, runs_seed(self.seed, "noise", self.step, k, rank))
-                if "total" not in out or not out["total"].requires_grad:
+                if not getattr(out.get("total"), "requires_grad", False):
                     raise UserError(
                         "nothing to learn: every loss of this stage has weight 0, or the rows hold no image"
                     )

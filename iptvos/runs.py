@@ -320,6 +320,8 @@ class Run:
         paths = sorted(self.out.glob("seed*/record*.json"), key=lambda p: (len(p.parent.name), p))
         records = [read_record(path) for path in paths]
         write_text(self.out / "records.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))
+        for left in self.out.rglob(".*.tmp"):  # of starts that were killed: nobody else writes any more
+            left.unlink(missing_ok=True)
         return records
 
 

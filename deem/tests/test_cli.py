@@ -43,6 +43,7 @@ def fails(monkeypatch, capsys):
         (["--preset", "digits", "--dataset", "paper"], "words of its scenes"), (["--label", "{x}"], "no setting"),
         (["--device", "cuda"], "CUDA"), (["--init", "/nosuch"], "no weights of seed 0"),
         (["--scene-count", "1"], "--scene-count"),
+        (["--encoder-weights", "/nosuch"], "conv:WIDTHS is random"), (["--max-tokens", "5"], "at least 11"),
     ],
 )  # fmt: skip
 def test_wrong_settings(fails, tmp_path, words, expected):
@@ -86,6 +87,13 @@ def test_dry_run_prints_parts(monkeypatch, capsys):
     train.main()
     said = capsys.readouterr().out
     assert "trunk" in said and "frozen" in said and "1 NTP + 5 NIP + 0 CSR" in said
+
+
+def test_nothing_to_learn_is_told(fails, tmp_path):
+    words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --scene-count 20 --device cpu".split()
+    words += "--pretrain-text 1 --pretrain-encoder 1 --pretrain-denoiser 1".split()
+    fails(train, [*words, "--out", tmp_path / "x"], "nothing to learn")
+    assert not list(tmp_path.rglob("record*"))
 
 
 def test_bench_errors(fails):

@@ -197,6 +197,8 @@ def test_half_files_of_a_killed_start_are_swept(tmp_path):
         os.utime(path, (1, 1))
     run = runs.Run(tmp_path, Settings(eps=0.1))
     assert not old.exists() and not young.exists() and kept.exists() and not run.complete
+    run.finish()
+    assert not kept.exists() and run.complete
 
 
 def test_device_names():
