@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import HERE, documents, make, run
 import pretrain
 import runs
 import scenes
+import sources
 import train
 from runs import UserError
 from settings import Settings
@@ -118,20 +120,47 @@ def test_killed_run_goes_on_bitwise(whole, tmp_path):
 
 
 def test_two_processes_train(tmp_path):
-    """Two CPU processes share a step; every process reads its own part of the documents."""
-    out = tmp_path / "run"
+    """Two CPU processes share a step: each reads its own part of the documents, and the step is that of the mean of
+    their gradients, made here one after the other."""
+    out, base = tmp_path / "run", tmp_path / "base"
+    words = [*FEW, "--steps", "3", "--out", str(out), "--base", str(base), "--max-steps", "2"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port,
-         "train.py", *FEW, "--steps", "3",
-         "--out", str(out), "--base", str(tmp_path / "base"), "--max-steps", "2"],
+         "train.py", *words],
         cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    readers = json.loads(runs.read_tensors(out / "checkpoint" / "seed0.safetensors")[1]["readers"])
-    assert [r["at"] for r in readers] == [12, 13]  # 2 steps of 3 documents each, every second one
+    tensors, told = runs.read_tensors(out / "checkpoint" / "seed0.safetensors")
+    assert [r["at"] for r in json.loads(told["readers"])] == [12, 13]  # 2 steps of 3 documents each, every second one
+
+    s = runs.parse(Settings, "", words)
+    s.check()
+    s.resolve()
+    model = train.build(s, 0, torch.device("cpu"))
+    ranks = [SimpleNamespace(process_index=k, num_processes=2) for k in (0, 1)]
+    feeders = [Feeder(s, model, sources.reader(s, 0, r), 0, r.process_index) for r in ranks]
+    model.freeze(1, "deem")
+    groups = model.trainable_groups(1, "deem", rates=s.rates())
+    rates = [g["lr"] for g in groups]
+    optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != "name"} for g in groups], betas=(0.9, 0.995),
+                                  eps=1e-6, fused=True)  # fmt: skip
+    model.train()
+    for step in range(2):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * schedule(step, 3, s.warmup)
+        for rank in (0, 1):
+            b = feeders[rank].batch(step, 0)
+            torch.manual_seed(pretrain.runs_seed(0, "dropout", step, 0, rank))
+            (model.losses(b, pretrain.runs_seed(0, "noise", step, 0, rank))["total"] / 2).backward()
+        torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], s.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(tensors[f"model.{name}"], p, rtol=1e-3, atol=2e-5), name
 
 
 def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
