@@ -4,6 +4,7 @@ An image is the token <SOI> and `per_image` placeholders. A label is the token i
 where it is not: padding, placeholders, BOS, <SOI> right behind BOS, and prompts (parts with learn=False).
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,21 @@ IGNORED = -100
 NEW_TOKENS = ("<soi>", "<image>", "<ref>", "</ref>", "<mask>", "<reserved>")  # 32,000 + 6: only two are named in public
 
 
-class WordTokenizer:
+class Tokenizer:
+    """Text -> ids. Texts that come again (prompts, questions, captions of a small set) are looked up."""
+
+    def __init__(self):
+        self.lookup = functools.lru_cache(maxsize=1 << 16)(lambda text: tuple(self.ids(text)))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.lookup(text))
+
+
+class WordTokenizer(Tokenizer):
     """Words, digits and marks of a closed vocabulary; for the digit scenes."""
 
     def __init__(self, words: Sequence[str]):
+        super().__init__()
         self.words = ["<pad>", "<bos>", "<eos>", *dict.fromkeys(words)]
         self.index = {w: i for i, w in enumerate(self.words)}
         self.pad, self.bos, self.eos = 0, 1, 2
@@ -32,7 +44,7 @@ class WordTokenizer:
     def split(text: str) -> list[str]:
         return re.findall(r"[a-z]+|\d|[^\sa-z\d]", text.lower())
 
-    def encode(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         try:
             return [self.index[w] for w in self.split(text)]
         except KeyError as error:
@@ -45,10 +57,11 @@ class WordTokenizer:
         return self.encode(word)[:1]
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A tokenizer of transformers with the new tokens behind its vocabulary. Vicuna pads with id 31999."""
 
     def __init__(self, tokenizer, size: int, pad: int | None = None):
+        super().__init__()
         self.tokenizer, self.text_size = tokenizer, size
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         given = next((i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id) if i is not None), size - 1)
@@ -59,7 +72,7 @@ class HFTokenizer:
         plain, blank = (tokenizer(w, add_special_tokens=False).input_ids for w in ("yes", " yes"))
         self.blanks = len(blank) > len(plain) and blank[-len(plain) :] == plain
 
-    def encode(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         out = []
         for piece in re.split(r"(<ref>|</ref>|<mask>)", text):
             if piece in self.new:

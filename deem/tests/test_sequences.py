@@ -134,3 +134,18 @@ def test_answers_fit_the_digit_model():
     model, _ = make("digits")
     assert model.tok.answers("yes") != model.tok.answers("no")
     assert max(model.tok.new.values()) + 1 == model.llm.model.embed_tokens.num_embeddings
+
+
+def test_a_text_that_comes_again_is_looked_up(monkeypatch):
+    tok = sequences.WordTokenizer(["there", "is", "a"])
+    calls = []
+    ids = tok.ids
+    monkeypatch.setattr(tok, "ids", lambda text: (calls.append(text), ids(text))[1])
+    first = tok.encode("there is a")
+    kept = list(first)
+    first.append(99)  # the caller's own list
+    assert tok.encode("there is a") == kept and calls == ["there is a"]
+    for _ in range(2):
+        with pytest.raises(UserError, match="vocabulary"):
+            tok.encode("there was")
+    assert calls[1:] == ["there was"] * 2, "what fails is not kept"
