@@ -1,14 +1,18 @@
 """Small models shared by the tests: the digit model, and the real classes at tiny size with random weights."""
 
-import os
+import contextlib
+import gc
+import importlib
+import io
 import random
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import runs
 import scenes
 import sequences
 from model import Deem
@@ -47,12 +51,20 @@ def documents(n, stage=1, seed=0):
     return [list(next(reader).parts) for _ in range(n)]
 
 
-def run(*words, cwd=HERE, env=None, timeout=300):
-    """A command of the folder in a process of its own; -> CompletedProcess."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    settings.pop("REPRO_DATA", None) if env is None else None
-    words = [sys.executable, *map(str, words)]
-    return subprocess.run(words, cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout)
+def run(script, *words):
+    """A command of the folder, in this process: a start of Python costs seconds. -> returncode, stdout, stderr."""
+    gc.collect()  # an exception that is kept may still hold the run before, and with it the lock of its folder
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        patch.delenv("REPRO_DATA", raising=False)
+        patch.chdir(HERE)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runs.command(importlib.import_module(script.removesuffix(".py")).main)
+            except SystemExit as stop:
+                code = stop.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture()
