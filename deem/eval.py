@@ -254,9 +254,9 @@ def load(folder: Path, device, seed: int):
 def again(folder: Path, device) -> None:
     """Score a finished run on the digit scenes once more and compare with its records."""
     import study
+    import train
 
-    stored = runs.read_json(folder / "settings.json")
-    for seed in stored.get("seeds", (0,)) if isinstance(stored, dict) else (0,):
+    for seed in train.settings_of(folder).seeds:
         model, s = load(folder, device, seed)
         if s.dataset != "digits":
             raise UserError(f"{folder} was not trained on the digit scenes; name a --benchmark to score it on")
@@ -266,8 +266,9 @@ def again(folder: Path, device) -> None:
         print(f"seed {seed}: " + ", ".join(f"{k} {metrics[k]:.4g}" for k in keys if k in metrics))
         if path.is_file():
             old = runs.read_record(path)["metrics"]
-            off = {k: (old[k], v) for k, v in metrics.items() if k in old and abs(old[k] - v) > 1e-6 * max(1, abs(v))}
-            told = ", ".join(f"{k} {a:.6g}, now {b:.6g}" for k, (a, b) in off.items())
+            both = {k: (old[k], v) for k, v in metrics.items() if k in old}
+            off = {k: (a, b) for k, (a, b) in both.items() if isinstance(a, str) or abs(a - b) > 1e-6 * max(1, abs(b))}
+            told = ", ".join(f"{k} {a if isinstance(a, str) else f'{a:.6g}'}, now {b:.6g}" for k, (a, b) in off.items())
             print(f"seed {seed}: record " + (f"says {told}" if off else "agrees"))
 
 

@@ -47,9 +47,10 @@ def base(model: Deem, s, seed: int) -> None:
         if not path.is_file():
             runs.write_tensors(path, pretrain(model, s, seed), {"about": json.dumps(about)})
     tensors, _ = runs.read_tensors(path)
-    missing = {k for k, _ in model.named_parameters() if learned(k)} - {*tensors}
-    if missing:
-        raise runs.UserError(f"{path} lacks {min(missing)}; delete it")
+    own = {k: p.shape for k, p in model.named_parameters() if learned(k)}
+    wrong = {k for k, v in own.items() if k not in tensors or tensors[k].shape != v or not tensors[k].isfinite().all()}
+    if wrong:
+        raise runs.UserError(f"{path}: {min(wrong)} is missing, of another shape or not finite; delete the file")
     model.load_state_dict({k: v.to(model.device) for k, v in tensors.items()}, strict=False)
 
 

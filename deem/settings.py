@@ -282,8 +282,10 @@ class Settings:
         self.out = self.out or f"runs/{self.scale}/{name}"
         try:
             self.label = self.label.format(**vars(self)) or recipe.LABELS[self.variant]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError) as error:
             raise UserError(f"--label {self.label}: {error} is no setting") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"--label {self.label} cannot be filled in: {error}") from None
 
     def rates(self) -> Rates:
         r = recipe.RATES[self.stage]

@@ -22,7 +22,7 @@ import sources
 from model import Deem
 from pretrain import base, runs_seed
 from runs import UserError
-from settings import Settings
+from settings import PRESETS, Settings
 from trainer import Feeder, Trainer, accelerator_of
 
 IGNORE = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps", "workers")
@@ -47,14 +47,17 @@ def build(s: Settings, seed: int, device: torch.device) -> Deem:
     return model
 
 
-def read_weights(model: Deem, path: Path, s: Settings) -> None:
-    """Weights of a run on top of the model; parts that the stage does not load are left out."""
+def read_weights(model: Deem, path: Path, s: Settings, whole: bool = False) -> None:
+    """Weights of a run on top of the model; parts that the stage does not load are left out. `whole`: the file must
+    hold every weight."""
     tensors, _ = runs.read_tensors(path)
     own = dict(model.named_parameters())
     lost = {k for k in tensors if k not in own and not k.startswith(("denoiser.", "condition_head.", "context_"))}
     wrong = lost | {k for k, v in tensors.items() if k in own and own[k].shape != v.shape}
     if wrong:
         raise UserError(f"{path} is of another model ({min(wrong)}); use the --preset it was trained with")
+    if whole and {*own} - {*tensors}:
+        raise UserError(f"{path} lacks {min({*own} - {*tensors})}; train the run again")
     with torch.no_grad():
         for k, v in tensors.items():
             if k in own:
@@ -64,11 +67,7 @@ def read_weights(model: Deem, path: Path, s: Settings) -> None:
 def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
     """(model in eval mode, settings) of a run written by train.py; UserError when it is not there."""
     folder = Path(folder)
-    given = runs.read_json(folder / "settings.json")
-    known = {k for k in Settings.__dataclass_fields__}
-    if not isinstance(given, dict) or {*given} - known:
-        raise UserError(f"{folder / 'settings.json'} was written by another version or command; train the run again")
-    s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    s = settings_of(folder)
     seed = s.seeds[0] if seed is None else seed
     path = folder / f"seed{seed}" / "model.safetensors"
     if not path.is_file():
@@ -78,8 +77,18 @@ def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
     dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
     place = runs.data_dir(s.data_dir) / "weights"
     model = Deem(s.parts(), folder=place, dtype=dtype, diffusion=s.stage < 3, loss=s.loss()).to(device)
-    read_weights(model, path, s)
+    read_weights(model, path, s, whole=s.small)
     return model.eval(), s
+
+
+def settings_of(folder: Path) -> Settings:
+    """Settings of a run; UserError for a file that train.py of this version did not write."""
+    given = runs.read_json(folder / "settings.json")
+    known = {k for k in Settings.__dataclass_fields__}
+    right = isinstance(given, dict) and not {*given} - known and given.get("preset", "digits") in PRESETS
+    if not right or not isinstance(given.get("seeds", []), list):
+        raise UserError(f"{folder / 'settings.json'} was written by another version or command; train the run again")
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def inherited(s: Settings, seed: int) -> dict:
@@ -175,7 +184,7 @@ def row(s: Settings) -> str:
 def last_line(folder: Path) -> dict:
     """The last line of metrics.jsonl that can be read."""
     path = folder / "metrics.jsonl"
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+    for line in reversed(path.read_text(errors="replace").splitlines() if path.exists() else []):
         try:
             return json.loads(line)
         except json.JSONDecodeError:
@@ -263,13 +272,15 @@ def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later:
         if not train(s, seed, run, accelerator):
             return False
         accelerator.wait_for_everyone()
+    elif run:  # a start that was killed between record and checkpoint
+        (Path(s.out) / "checkpoint" / f"seed{seed}.safetensors").unlink(missing_ok=True)
     before = s.out
     for stage in s.then:
         own = following(given, stage, before, s.out)
         record, inner = folder / f"record-stage{stage}.json", Path(own.out) / f"seed{seed}" / "record.json"
+        if run and stage not in later and (inner.is_file() or not record.is_file()):  # if only to finish its folder
+            later[stage] = runs.Run(Path(own.out), own, (*IGNORE, "init"))  # --init follows from --out
         if not record.is_file():
-            if run and stage not in later:
-                later[stage] = runs.Run(Path(own.out), own, IGNORE)
             if not inner.is_file() and not train(own, seed, later.get(stage), accelerator, later=True):
                 return False
             accelerator.wait_for_everyone()

@@ -217,35 +217,59 @@ class Trainer:
         return gather_object([value])
 
     def load(self, path: Path) -> bool:
-        """Go on from a checkpoint if there is one."""
-        rank = self.accelerator.process_index
-        if self.sharded:
-            folder = path.with_suffix("")
-            if not (folder / "step.json").is_file():
-                return False
-            self.accelerator.load_state(str(folder))
-            meta = runs.read_json(folder / "step.json")
-            state = runs.read_json(folder / path.with_suffix(f".rank{rank}.json").name)
-        elif path.is_file():
-            tensors, meta = runs.read_tensors(path)
-            try:
-                with torch.no_grad():
-                    for k, p in self.trained_names().items():
-                        p.copy_(tensors[f"model.{k}"])
-                for i, p in enumerate(p for g in self.plain_optimizer.param_groups for p in g["params"]):
-                    own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
-                    # In the memory format of the parameter; the count of steps stays a number of its own.
-                    self.plain_optimizer.state[p] = {
-                        k: v if k == "step" else torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in own.items()
-                    }
-                state = json.loads(meta["readers"])[rank]
-            except (RuntimeError, KeyError, IndexError) as error:
-                raise UserError(f"{path} belongs to another run ({error}); delete it to start the run again") from None
-        else:
+        """Go on from a checkpoint if there is one; UserError for one that is damaged, of another run, or of another
+        number of processes: these share the documents, so each place in them holds for that number alone."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        folder = path.with_suffix("")
+        place = path if not self.sharded else folder
+        if not (path if not self.sharded else folder / "step.json").is_file():
             return False
-        self.feeder.reader.restore(state)
-        self.step, self.before = int(meta["step"]), float(meta["seconds"])
+        try:
+            if self.sharded:
+                before = len(list(folder.glob("*.rank*.json")))
+                meta, tensors = runs.read_json(folder / "step.json"), {}
+            else:
+                tensors, meta = runs.read_tensors(path)
+                before = len(states := json.loads(meta["readers"]))
+            if before != world:
+                raise UserError(
+                    f"{place} was written by {before} processes, this start has {world}; start as many again"
+                )
+            if self.sharded:
+                self.accelerator.load_state(str(folder))
+                state = runs.read_json(folder / path.with_suffix(f".rank{rank}.json").name)
+            else:
+                self.take(tensors)
+                state = states[rank]
+            self.feeder.reader.restore(state)
+            self.step, self.before = int(meta["step"]), float(meta["seconds"])
+            if not 0 < self.step < self.s.steps:
+                raise ValueError(f"step {self.step} of {self.s.steps}")
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{place} belongs to another run ({error}); delete it to start the run again") from None
         return True
+
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Weights and moments of a checkpoint; ValueError or KeyError for one that does not fit."""
+
+        def fitting(key: str, p: Tensor) -> Tensor:
+            v = tensors[key]
+            if v.shape != p.shape:
+                raise ValueError(f"{key} of shape {tuple(v.shape)}, not {tuple(p.shape)}")
+            if not torch.isfinite(v).all():
+                raise ValueError(f"{key} is not finite")
+            return v
+
+        for k, p in self.trained_names().items():
+            p.copy_(fitting(f"model.{k}", p))
+        for i, p in enumerate(p for g in self.plain_optimizer.param_groups for p in g["params"]):
+            own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
+            # In the memory format of the parameter; the count of steps stays a number of its own.
+            self.plain_optimizer.state[p] = {
+                k: v if k == "step" else torch.empty_like(p, dtype=v.dtype).copy_(fitting(f"adam.{i}.{k}", p))
+                for k, v in own.items()
+            }
 
     def weights(self, everything: bool) -> dict[str, Tensor]:
         """What a run keeps: every weight of a small model, else what this run and its --init trained."""

@@ -41,6 +41,7 @@ def fails(monkeypatch, capsys):
         (["--preset", "deem"], "--dataset paper"),
         (["--preset", "llava", "--dataset", "paper"], "--variant llava"), (["--variant", "llava"], "--preset llava"),
         (["--preset", "digits", "--dataset", "paper"], "words of its scenes"), (["--label", "{x}"], "no setting"),
+        (["--label", "{steps.x}"], "cannot be filled in"), (["--label", "{steps:zz}"], "cannot be filled in"),
         (["--device", "cuda"], "CUDA"), (["--init", "/nosuch"], "no weights of seed 0"),
         (["--scene-count", "1"], "--scene-count"),
         (["--encoder-weights", "/nosuch"], "conv:WIDTHS is random"), (["--max-tokens", "5"], "at least 11"),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +22,9 @@ import sources
 import train
 from runs import UserError
 from settings import Settings
-from trainer import Feeder, schedule
+from trainer import Feeder, Trainer, accelerator_of, schedule
+
+CPU = torch.device("cpu")
 
 FEW = ["--batch", "3", "--scene-count", "60", "--pretrain-text", "2", "--pretrain-encoder", "2", "--pretrain-denoiser",
        "2", "--questions", "10", "--device", "cpu"]  # fmt: skip
@@ -204,8 +208,6 @@ def test_batches_depend_on_seed_and_place_alone():
 
 
 def test_frozen_trunk_mode(monkeypatch):
-    from trainer import Trainer, accelerator_of
-
     for frozen, on in (("eval", False), ("train", True)):
         model, s = make("tiny", variant="deem-star", frozen=frozen)
         t = Trainer(
@@ -227,6 +229,105 @@ def test_nan_ends_the_run_with_the_step(tmp_path, whole):
     )
     assert done.returncode == 2 and "not a finite number" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "x" / "seed0" / "record.json").exists()
+
+
+def test_a_moved_run_is_finished(whole, tmp_path):
+    """Killed between the last record and the end, and moved: nothing is trained again, the stage's folder is finished
+    and its checkpoint swept."""
+    out = tmp_path / "moved"
+    shutil.copytree(whole, out)
+    for name in ("records.jsonl", "stage2/records.jsonl", "seed0/record-stage2.json"):
+        (out / name).unlink()
+    (out / "checkpoint").mkdir(exist_ok=True)
+    (out / "checkpoint" / "seed0.safetensors").write_text("left over")
+    words = [*FEW, "--steps", "6", "--then", "2", "--then-steps", "3", "--base", whole.parent / "base", "--out", out]
+    for gone in ("records.jsonl", "stage2/records.jsonl"):  # the second time with the record that the run keeps
+        done = run("train.py", *words)
+        assert done.returncode == 0, done.stderr
+        for name in ("records.jsonl", "stage2/records.jsonl", "seed0/record-stage2.json"):
+            assert (out / name).read_text() == (whole / name).read_text()
+        assert not list((out / "checkpoint").iterdir())
+        (out / "records.jsonl").unlink()
+        (out / gone).unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of two steps of four, and what makes a trainer for it."""
+
+    def trainer(steps=4):
+        model, s = make("digits", scene_count=20, batch=2, steps=steps)
+        return Trainer(s, model, Feeder(s, model, scenes.SceneReader(0, 1, n=20), 0, 0), accelerator_of(CPU), 0)
+
+    path = tmp_path_factory.mktemp("saved") / "seed0.safetensors"
+    t = trainer()
+    t.fit(path, lambda lines: None, until=2, title="")
+    return path, trainer
+
+
+def _first(tensors, start):
+    return next(k for k in tensors if k.startswith(start) and tensors[k].ndim == 2)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda t, m: m.pop("step"), "'step'"),
+        (lambda t, m: m.update(step="many"), "many"),
+        (lambda t, m: m.update(step="4"), "step 4 of 4"),
+        (lambda t, m: m.update(step="0"), "step 0 of 4"),
+        (lambda t, m: m.update(readers="[{"), "another run"),
+        (lambda t, m: m.update(readers='[{"x": 1}]'), "'at'"),
+        (lambda t, m: m.update(readers='[{"at": 4}, {"at": 5}]'), "by 2 processes, this start has 1"),
+        (lambda t, m: t.pop(_first(t, "model.")), "another run"),
+        (lambda t, m: t.update({_first(t, "model."): t[_first(t, "model.")][:1].clone()}), "of shape (1"),
+        (lambda t, m: t.update({_first(t, "adam."): t[_first(t, "adam.")][:1].clone()}), "of shape (1"),
+        (lambda t, m: t[_first(t, "model.")].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_checkpoint_that_does_not_fit(saved, tmp_path, change, told):
+    path, trainer = saved
+    t = trainer()
+    assert t.load(path) and t.step == 2 and t.feeder.reader.at == 4
+    tensors, meta = runs.read_tensors(path)
+    change(tensors, meta)
+    runs.write_tensors(tmp_path / "x.safetensors", tensors, meta)
+    with pytest.raises(UserError, match=re.escape(told)):
+        trainer().load(tmp_path / "x.safetensors")
+    assert not trainer().load(tmp_path / "nosuch.safetensors")
+
+
+@pytest.mark.parametrize("change", ["nan", "shape", "lost"])
+def test_base_that_does_not_fit(whole, tmp_path, change):
+    shutil.copytree(whole.parent / "base", tmp_path / "base")
+    path = next((tmp_path / "base").glob("*/model.safetensors"))
+    tensors, meta = runs.read_tensors(path)
+    name = _first(tensors, "llm.")
+    value = {"nan": tensors[name] * float("nan"), "shape": tensors[name][:1].clone()}.get(change)
+    tensors = {k: v for k, v in tensors.items() if k != name} | ({} if value is None else {name: value})
+    runs.write_tensors(path, tensors, meta)
+    model, s = make("digits", scene_count=60, pretrain_text=2, pretrain_encoder=2, pretrain_denoiser=2,
+                    base=str(tmp_path / "base"))  # fmt: skip
+    with pytest.raises(UserError, match=f"{name} is missing, of another shape or not finite"):
+        pretrain.base(model, s, 0)
+
+
+def test_run_that_was_edited(whole, tmp_path):
+    out = tmp_path / "x"
+    shutil.copytree(whole, out)
+    path = out / "seed0" / "model.safetensors"
+    tensors, meta = runs.read_tensors(path)
+    name = max(tensors)
+    runs.write_tensors(path, {k: v for k, v in tensors.items() if k != name}, meta)
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        train.load_run(out, "cpu")
+    told = json.loads((out / "settings.json").read_text())
+    for change in ({"preset": "nosuch"}, {"seeds": 3}):
+        (out / "settings.json").write_text(json.dumps(told | change))
+        with pytest.raises(UserError, match="another version"):
+            train.settings_of(out)
+    (out / "seed0" / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe')
+    assert train.last_line(out / "seed0") == {"step": 1}
 
 
 def test_stage_three_from_files(tmp_path):
