@@ -156,14 +156,14 @@ def captions_parquet(
                     yield f"{path}:{row}", item
         except FileNotFoundError:
             raise UserError(f"no file {path}; place it there or give another --data-dir") from None
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged after row {row} ({error}); fetch it again") from None
 
     def build(name: str, item: dict, rng: random.Random) -> Document | None:
         found = item[image]
         if isinstance(found, dict):
             found = found.get("bytes") or found.get("path")
-        if not found:
+        if not found or not isinstance(found, str | bytes):
             raise UserError(f"{name} has no picture; fetch the file again")
         if isinstance(found, str):
             return pairs.document(name, Picture(Path(image_root or ".") / found), item[caption], rng)
@@ -191,7 +191,7 @@ def mmc4(
             sentences = [str(s) for s in row["text_list"]]
             infos = [i for i in row["image_info"] if float(i["matched_sim"]) >= similarity]
             placed = [(int(i["matched_text_index"]), str(i["image_name"])) for i in infos]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{name} is not an MMC4 document ({error!r}); fetch the file again") from None
         wrong = [k for k, _ in placed if not 0 <= k < len(sentences)]
         if wrong:
@@ -248,7 +248,7 @@ def llava665k(path: Path, image_root: Path, *, form: str = "paper", rounds: str 
                 right = all(who == "human" for who, _ in said[::2]) and all(who == "gpt" for who, _ in said[1::2])
             except (KeyError, TypeError, ValueError):
                 right = False
-            if not right or not asked:
+            if not right or not asked or not isinstance(item["image"], str):
                 yield f"{place} item {number}", None
             elif rounds == "all":
                 yield f"{place} item {number}", (item["image"], asked)
@@ -350,6 +350,10 @@ def region_mask(segmentation: Any, height: int, width: int, name: str = "region"
 
     try:
         if isinstance(segmentation, list):
+            # Without this pycocotools ends the process: it walks along the outline pixel by pixel.
+            far = [x for polygon in segmentation for x in polygon if not abs(x) <= 10 * max(height, width)]
+            if far:
+                raise ValueError(f"coordinate {far[0]}")
             code = coco.merge(coco.frPyObjects(segmentation, height, width))
         else:
             raw = isinstance(segmentation["counts"], list)

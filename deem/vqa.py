@@ -13,9 +13,20 @@ from benchmarks import Question, _json, _text
 from readers import region_mask
 from runs import UserError
 
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+
 
 def _broken(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} does not have the published format ({error!r}); fetch it again")
+
+
+def _checked(path: Path, found: list[Question]) -> list[Question]:
+    """The questions; UserError where one has something else than text in place of its words."""
+    for k, q in enumerate(found):
+        words = (q.image, q.question, q.answer, *q.meta.get("references", ()), *q.meta.get("options", ()))
+        if not all(isinstance(w, str) for w in (*words, q.meta.get("caption", ""))):
+            raise UserError(f"{path}: entry {k} lacks words of its picture, question or answer; fetch it again")
+    return found
 
 
 def read_vqa(questions: Path, annotations: Path, images: str, group: str) -> list[Question]:
@@ -33,8 +44,8 @@ def read_vqa(questions: Path, annotations: Path, images: str, group: str) -> lis
             image = images.format(q["image_id"])
             meta = {"question_id": q["question_id"], "answers": ten, "type": a.get("answer_type", "")}
             out.append(Question(image, q["question"], best, group, "", meta))
-        return out
-    except (KeyError, TypeError, ValueError) as error:
+        return _checked(questions, out)
+    except BROKEN as error:
         raise _broken(questions, error) from None
 
 
@@ -67,9 +78,9 @@ def vizwiz(root: Path) -> list[Question]:
             meta = {"question_id": k, "answers": ten, "type": row.get("answer_type", "")}
             image = f"vizwiz/val/{row['image']}"
             out.append(Question(image, row["question"], max(ten, key=ten.count), "vizwiz", "", meta))
-    except (KeyError, TypeError, ValueError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return out
+    return _checked(path, out)
 
 
 def gqa(root: Path) -> list[Question]:
@@ -81,9 +92,9 @@ def gqa(root: Path) -> list[Question]:
         for key, row in items:
             name = row["image"] if "image" in row else f"{row['imageId']}.jpg"
             out.append(Question(f"gqa/images/{name}", row["question"], row["answer"], "gqa", "", {"question_id": key}))
-    except (KeyError, TypeError, AttributeError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return out
+    return _checked(path, out)
 
 
 def visdial(root: Path) -> list[Question]:
@@ -97,9 +108,11 @@ def visdial(root: Path) -> list[Question]:
         dialogs = {d["image_id"]: d for d in data["data"]["dialogs"]}
         for k, row in enumerate(_json(dense)):
             d, number = dialogs[row["image_id"]], int(row["round_id"]) - 1
-            relevance = row["gt_relevance"] if "gt_relevance" in row else row["relevance"]
+            relevance = [float(x) for x in (row["gt_relevance"] if "gt_relevance" in row else row["relevance"])]
             this = d["dialog"][number]
             options = [answers[i] for i in this["answer_options"]]
+            if not all(0 <= x <= 1 for x in relevance) or this.get("gt_index", 0) not in range(len(options)):
+                raise ValueError(f"relevance or gt_index of entry {k}")
             if len(options) != len(relevance):
                 raise UserError(f"{dense}: entry {k} has {len(relevance)} relevances for {len(options)} options")
             turns = [(asked[t["question"]] + "?", answers[t["answer"]] + ".") for t in d["dialog"][:number]]
@@ -109,9 +122,9 @@ def visdial(root: Path) -> list[Question]:
             out.append(
                 Question(image, asked[this["question"]] + "?", options[this.get("gt_index", 0)], "visdial", "", meta)
             )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return out
+    return _checked(path, out)
 
 
 def coco_captions(root: Path) -> list[Question]:
@@ -124,9 +137,9 @@ def coco_captions(root: Path) -> list[Question]:
                 image = f"coco/{row['filepath']}/{row['filename']}"
                 meta = {"question_id": row["cocoid"], "references": said}
                 out.append(Question(image, "", said[0], "coco", "", meta))
-    except (KeyError, TypeError, IndexError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return out
+    return _checked(path, out)
 
 
 def paragraphs(root: Path) -> list[Question]:
@@ -140,9 +153,9 @@ def paragraphs(root: Path) -> list[Question]:
                 meta = {"question_id": row["image_id"], "references": [row["paragraph"].strip()]}
                 image = f"vg/{folder}/{row['image_id']}.jpg"
                 out.append(Question(image, "", row["paragraph"].strip(), "i2p", "", meta))
-    except (KeyError, TypeError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return out
+    return _checked(path, out)
 
 
 def refcocog(root: Path) -> list[Question]:
@@ -161,9 +174,9 @@ def refcocog(root: Path) -> list[Question]:
             shape = {"segmentation": a["segmentation"], "height": image["height"], "width": image["width"]}
             meta = {"question_id": a["id"], "references": [caption], **shape}
             found[key] = Question(f"coco/train2014/{image['file_name']}", "", caption, "refcocog", "", meta)
-    except (KeyError, TypeError) as error:
+    except BROKEN as error:
         raise _broken(path, error) from None
-    return list(found.values())
+    return _checked(path, list(found.values()))
 
 
 def mask_of(q: Question):
@@ -182,9 +195,10 @@ def coco30k(root: Path, n: int = 30_000, seed: int = 0) -> list[Question]:
         files = {i["id"]: i["file_name"] for i in data["images"]}
         for a in sorted(data["annotations"], key=lambda a: a["id"]):
             by_image.setdefault(a["image_id"], []).append(a["caption"].strip())
-    except (KeyError, TypeError) as error:
+        keys = [k for k in sorted(by_image) if files[k]]  # a KeyError for a caption of no picture
+    except BROKEN as error:
         raise _broken(path, error) from None
-    draw, keys = random.Random(f"coco30k {seed}"), sorted(by_image)
+    draw = random.Random(f"coco30k {seed}")
     chosen = draw.sample(keys, min(n, len(keys)))
     return [
         Question(f"coco/val2014/{files[k]}", "", draw.choice(by_image[k]), "coco30k", "", {"question_id": k})
@@ -200,9 +214,9 @@ def lncoco(root: Path) -> list[Question]:
             row = json.loads(line)
             image = f"coco/val2017/{int(row['image_id']):012d}.jpg"
             out.append(Question(image, "", row["caption"].strip(), "lncoco", "", {"question_id": number}))
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except BROKEN as error:
             raise UserError(f"{path}:{number}: not a narrative ({error!r}); fetch it again") from None
-    return out
+    return _checked(path, out)
 
 
 SETS: dict[str, Callable[[Path], list[Question]]] = {

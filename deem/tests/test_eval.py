@@ -544,7 +544,7 @@ def test_every_other_benchmark_end_to_end(monkeypatch, trained, everything, tmp_
     assert set(found) == {"OKVQA", "VQAv2", "VizWiz", "GQA", "VisDial", "COCO", "Image2Paragraph"}
     for name, r in found.items():
         key = {"VisDial": "ndcg", "COCO": "cider", "Image2Paragraph": "cider"}.get(name, "accuracy")
-        assert r["metrics"]["score"] == r["metrics"][key] and r["seconds"] >= 0
+        assert r["metrics"]["score"] == r["metrics"][key] and r["seconds"] >= 0  # rounded: a set may take 0.00 s
         assert ("plain tokenizer" in r["data"]["variant"]) == (key == "cider")
     (paragraph,) = rows(tmp_path / "o" / "seed0" / "answers-i2p_image2paragraph.jsonl")
     assert len(paragraph["answer"].split()) > 60  # 90 tokens, some of them special

@@ -378,6 +378,22 @@ def test_broken_conversations_are_named(tmp_path):
         readers.llava665k(path, tmp_path, rounds="two")
 
 
+def test_pictures_that_are_no_pictures_names_are_told(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "l.json").write_text(json.dumps([{**talk(("q", "a")), "image": None}]))
+    with pytest.raises(UserError, match="l.json item 0 is not a conversation"):
+        next(readers.llava665k(tmp_path / "l.json", tmp_path))
+    parquet.write_table(pa.table({"image": [3], "caption": ["a long caption"]}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="p.parquet:1 has no picture"):
+        next(readers.captions_parquet([tmp_path / "p.parquet"]))
+    odd = page(2)
+    odd["image_info"][0]["matched_text_index"] = float("inf")
+    with pytest.raises(UserError, match="m.jsonl:1 is not an MMC4 document"):
+        next(readers.mmc4([lines(tmp_path / "m.jsonl", [odd])], tmp_path))
+
+
 def test_benchmark_questions_become_training_documents(tmp_path):
     from benchmarks import Question
 
@@ -433,6 +449,10 @@ def test_region_conversations_in_ospreys_form(tmp_path):
     for bad in ({"counts": "x", "size": [1]}, "mask", {"size": [2, 2]}):
         with pytest.raises(UserError, match="has no readable segmentation"):
             readers.region_mask(bad, 6, 8)
+    for bad in (float("nan"), float("inf"), -1e9, None):  # these end the process in pycocotools, or mark nothing
+        with pytest.raises(UserError, match="has no readable segmentation"):
+            readers.region_mask([[1, 1, 5, 1, 5, bad, 1, 4]], 6, 8)
+    assert readers.region_mask([[-3, -3, 50, -3, 50, 50, -3, 50]], 6, 8).all()  # outlines may leave the picture
     with pytest.raises(UserError, match="mask of"):
         readers.region_mask(code, 7, 8)
 

@@ -136,3 +136,41 @@ def test_regions_join_the_captions_of_an_object(tmp_path):
 def test_questions_for_training_get_their_image_root():
     (q,) = vqa.for_training([Question("a.jpg", "q", "x")], "/data")
     assert q.image == "/data/a.jpg"
+
+
+@pytest.mark.parametrize(
+    "name, path, value",
+    [
+        ("gqa", "gqa/testdev_balanced_questions.json", {"5": {"question": "Left?", "answer": None, "imageId": "n"}}),
+        ("gqa", "gqa/testdev_balanced_questions.json", {"5": {"question": None, "answer": "yes", "imageId": "n"}}),
+        ("vizwiz", "vizwiz/val.json", [{"image": "v.jpg", "question": None, "answers": ten("red")}]),
+        ("vizwiz", "vizwiz/val.json", [{"image": "v.jpg", "question": "Colour?", "answers": []}]),
+        ("coco", "coco/annotations/dataset_coco.json",
+         {"images": [{"split": "test", "filepath": "v", "filename": "f", "cocoid": 1, "sentences": [{"raw": None}]}]}),
+        ("i2p", "vg/paragraphs_v1.json", [{"image_id": 5, "url": None, "paragraph": "a dog"}]),
+        ("i2p", "vg/paragraphs_v1.json", [{"image_id": 5, "paragraph": None}]),
+        ("coco30k", "coco/annotations/captions_val2014.json",
+         {"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}),
+        ("lncoco", "lncoco/coco_val_localized_narratives.jsonl", '{"image_id": "5", "caption": null}'),
+        ("lncoco", "lncoco/coco_val_localized_narratives.jsonl", '{"image_id": 1e999, "caption": "a dog"}'),
+    ],
+)  # fmt: skip
+def test_files_that_lack_words_are_named(tmp_path, name, path, value):
+    put(tmp_path / "vg" / "test_split.json", [5])
+    put(tmp_path / path, value)
+    with pytest.raises(UserError, match=path):
+        vqa.SETS[name](tmp_path)
+
+
+@pytest.mark.parametrize("relevance", [(1.0, "x"), (1.0, None), (1.0, -1.0), (1.0, float("nan"))])
+def test_relevances_that_are_no_shares_are_told(tmp_path, relevance):
+    data, dense = dialogs(relevance=relevance)
+    put(tmp_path / "visdial" / "visdial_1.0_val.json", data)
+    put(tmp_path / "visdial" / "visdial_1.0_val_dense_annotations.json", dense)
+    with pytest.raises(UserError, match="published format"):
+        vqa.visdial(tmp_path)
+    data["data"]["dialogs"][0]["dialog"][1]["gt_index"] = 2
+    put(tmp_path / "visdial" / "visdial_1.0_val.json", data)
+    put(tmp_path / "visdial" / "visdial_1.0_val_dense_annotations.json", dialogs()[1])
+    with pytest.raises(UserError, match="gt_index"):
+        vqa.visdial(tmp_path)
