@@ -1,6 +1,7 @@
 """Put questions to a model: pictures encoded once, answers logged a batch at a time, an interrupted log taken over."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def ask(
     picture = picture or (lambda q: q.image if isinstance(q.image, Picture) else Picture(q.image))
     plan, done, before, clock = batches(questions, batch_size), [], 0.0, time.perf_counter()
     if log is not None:
-        done, before = _kept(log, questions, plan), seconds_of(log)
+        done, before = _kept(log, questions, plan, kind), seconds_of(log)
     settings = generation if generation is not None else GENERATION.get(kind, SHORT)
     finished = {r["index"] for r in done}
     file = open(log, "a") if log is not None else None  # noqa: SIM115
@@ -125,9 +126,10 @@ def ask(
 def seconds_of(log: Path) -> float:
     """Time spent on a log by all its starts; 0 where that is not known."""
     try:
-        return float(log.with_suffix(".seconds").read_text())
+        found = float(log.with_suffix(".seconds").read_text())
     except (OSError, ValueError):
         return 0.0
+    return found if math.isfinite(found) else 0.0
 
 
 def _key(q: Question):
@@ -148,10 +150,11 @@ def _record(k: int, q: Question, kind: str, more: dict) -> dict:
     return out
 
 
-def _kept(log: Path, questions: Sequence[Question], plan: list[list[int]]) -> list[dict]:
-    """Records of the whole batches in a log; the file is cut to them."""
+def _kept(log: Path, questions: Sequence[Question], plan: list[list[int]], kind: str) -> list[dict]:
+    """Records of the whole batches in a log; the file is cut to them. Of a line the model's answer alone is taken over:
+    label and reading are made anew."""
     rows = []
-    for line in log.read_text().splitlines(keepends=True) if log.is_file() else ():
+    for line in log.read_text(errors="replace").splitlines(keepends=True) if log.is_file() else ():
         try:
             if not line.endswith("\n"):
                 break
@@ -159,7 +162,10 @@ def _kept(log: Path, questions: Sequence[Question], plan: list[list[int]]) -> li
             index = row["index"]
             if questions[index].question != row["question"]:
                 raise UserError(f"{log} answers other questions; choose another --out or delete it")
-            rows.append(row)
+            if not isinstance(row["answer"], str):
+                break
+            said = {k: row[k] for k in ("answer", "scores", "log_yes", "log_no") if k in row}
+            rows.append(_record(index, questions[index], kind, said))
         except (json.JSONDecodeError, KeyError, TypeError, IndexError):
             break  # what follows a damaged line is asked again
     whole, at = [], 0

@@ -262,7 +262,18 @@ class Settings:
         self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
         own = self.small or self.preset == "llava"
         self.resolution = self.resolution or (PRESETS[self.preset].resolution if own else (256, 448, 448)[k])
-        least = self.parts().per_image + 3  # <s>, <SOI>, a word
+        p = self.parts()
+        if isinstance(p.diffusion, dict):
+            halved = [p.diffusion[k]["block_out_channels"] for k in ("vae", "unet") if k in p.diffusion]
+            least = 2 ** sum(len(x) - 1 for x in halved) * (1 if "vae" in p.diffusion else 2)
+            if p.decoder_resolution % least:
+                raise UserError(f"--decoder-resolution {p.decoder_resolution} must be a multiple of {least}")
+        if not p.encoder.startswith("conv:") and self.resolution < 32:
+            raise UserError(f"--resolution {self.resolution}: this encoder needs 32 or more, its largest stride")
+        levels = max(p.token_level + 1, p.llm_levels)
+        if p.encoder.startswith("conv:") and p.encoder.count(",") + 1 < levels:
+            raise UserError(f"--encoder {p.encoder} has too few stages; give {levels} widths or more")
+        least = p.per_image + 3  # <s>, <SOI>, a word
         if 0 < self.max_tokens < least:
             raise UserError(f"--max-tokens {self.max_tokens} leaves no room for an image; at least {least}")
         self.warmup = min(20 if self.small else (1000, 500, 500)[k], self.steps - 1) if self.warmup < 0 else self.warmup

@@ -198,6 +198,22 @@ def test_a_half_written_log_is_taken_over_and_finished(tmp_path, damage):
     assert log.read_text() == whole.read_text()
 
 
+@pytest.mark.parametrize(
+    "change, again", [({"label": "no"}, 0), ({"parsed": None}, 0), ({"answer": 5}, 7), (b"\xff\n", 7)]
+)
+def test_an_edited_log_gives_its_answers_and_nothing_else(tmp_path, change, again):
+    images, log = [0, 1, 2, 3, 4, 5, 6], tmp_path / "log.jsonl"
+    expected = ask(Oracle(), questions(images), batch_size=2, log=log)
+    whole, lines = log.read_text(), log.read_bytes().splitlines(keepends=True)
+    first = change if isinstance(change, bytes) else json.dumps({**json.loads(lines[0]), **change}).encode() + b"\n"
+    log.write_bytes(first + b"".join(lines[1:]))
+    log.with_suffix(".seconds").write_text("nan")
+    model = Oracle()
+    assert ask(model, questions(images), batch_size=2, log=log) == expected
+    assert model.asked == again and log.read_text() == whole
+    assert asking.seconds_of(log) >= 0  # not NaN
+
+
 def test_a_log_of_other_questions_is_refused(tmp_path):
     ask(Oracle(), questions([0, 1]), log=tmp_path / "log.jsonl")
     other = [Question(0, "Is it another?", "yes", "g")]
