@@ -44,6 +44,8 @@ def base(model: Deem, s, seed: int) -> None:
         except BlockingIOError:
             print(f"waiting for the process that pretrains {folder}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.glob(".*.tmp"):  # of a start that was killed while it wrote: the lock is ours
+            left.unlink()
         if not path.is_file():
             runs.write_tensors(path, pretrain(model, s, seed), {"about": json.dumps(about)})
     tensors, _ = runs.read_tensors(path)

@@ -181,7 +181,10 @@ def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
     name = "encoder.trunk.stages.0.0.weight"
     assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
     third, _ = make("digits")
+    half = next(tmp_path.glob("*/model.safetensors")).with_name(".model.safetensors.1.tmp")
+    half.write_text("left over")
     pretrain.base(third, s, 0)
+    assert not half.exists()
     assert all(
         torch.equal(p, dict(third.named_parameters())[k]) for k, p in other.named_parameters() if pretrain.learned(k)
     )
