@@ -33,14 +33,14 @@ def reader(s, seed: int, accelerator):
             second, "*.tar", "tar shards of LAION, CC12M and SBU with BLIP captions (github.com/salesforce/BLIP)"
         )
         both = [readers.mmc4(pages, first / "images", **more), readers.captions_webdataset(pairs, **more)]
-        return readers.mixture(both, [2, 1], seed=seed + rank)
+        return readers.Mixture(both, [2, 1], seed=seed + rank)
     if s.stage == 2:
         if not first.is_file():
             raise UserError(f"no file {first}; fetch it from huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K")
         return readers.llava665k(first, second, form=s.prompt_form, **more)
     found = shards(first, "*.json", "region instructions as Osprey prepares them (github.com/CircleRadon/Osprey)")
     parts = [readers.regions(f, second, form=s.prompt_form, **more) for f in found]
-    return parts[0] if len(parts) == 1 else readers.mixture(parts, [1] * len(parts), seed=seed + rank)
+    return parts[0] if len(parts) == 1 else readers.Mixture(parts, [1] * len(parts), seed=seed + rank)
 
 
 def of_files(s, files: list[Path], more: dict):
@@ -56,7 +56,7 @@ def of_files(s, files: list[Path], more: dict):
         return readers.mmc4(files, root, **more)
     make = readers.llava665k if s.files_kind == "llava" else readers.regions
     parts = [make(f, root, form=s.prompt_form, **more) for f in files]
-    return parts[0] if len(parts) == 1 else readers.mixture(parts, [1] * len(parts), seed=more["seed"])
+    return parts[0] if len(parts) == 1 else readers.Mixture(parts, [1] * len(parts), seed=more["seed"] + more["rank"])
 
 
 def shards(folder: Path, pattern: str, origin: str) -> list[Path]:
