@@ -62,3 +62,24 @@ def test_several_files_of_regions_are_mixed(tmp_path):
     for more in ({"dataset": "paper", "data_dir": str(tmp_path)}, {"dataset": "files", **given}):
         reader = sources.reader(Settings(preset="tiny", stage=3, **more), 0, one)
         assert {next(reader).name.split("/")[-1] for _ in range(40)} == {f"{k}.json annotation 0" for k in (0, 1)}
+
+
+def test_files_find_their_pictures(tmp_path):
+    """--files of parquet, MMC4 and LLaVA look below --image-root, else beside the first file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "root").mkdir()
+    for folder in (tmp_path, tmp_path / "root"):
+        HALF.save(folder / "0.png")
+        HALF.save(folder / "1.png")
+    parquet.write_table(pa.table({"image": ["0.png"], "caption": ["a long caption"]}), tmp_path / "parquet")
+    lines(tmp_path / "mmc4", [page(2)])
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "llava").write_text(json.dumps([{"image": "0.png", "conversations": turns}]))
+    one = SimpleNamespace(process_index=0, num_processes=1)
+    for kind in ("parquet", "mmc4", "llava"):
+        for root, place in (("", tmp_path), (str(tmp_path / "root"), tmp_path / "root")):
+            given = {"files": (str(tmp_path / kind),), "files_kind": kind, "image_root": root}
+            reader = sources.reader(Settings(preset="tiny", dataset="files", **given), 0, one)
+            assert next(reader).pictures[0].source.parent == place
