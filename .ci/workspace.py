@@ -6,7 +6,10 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -31,10 +34,42 @@ def cache():
 
 def closing(folder, scale, seconds):
     """The closing line of a folder that ran through."""
-    s = json.loads(Path(folder, "runs", scale, "summary.json").read_text())
-    return (
-        f"{folder}: {s['claims_held']}/{s['claims_total']} claims hold, {int(seconds) / 60:.1f} minutes, {s['results']}"
-    )
+    path = Path(folder, "runs", scale, "comparison.json")
+    line = json.loads(path.read_text())["line"] if path.is_file() else f"{folder}: ran through"
+    return f"{line}; {int(seconds) / 60:.1f} minutes"
+
+
+def together(jobs, make, target, *folders):
+    """`make TARGET-X` for each folder, so many at a time; the lines of one stay together. -> `X=code ...`"""
+    flags = os.environ.get("MAKEFLAGS", "").split()
+    flags = [w for w in flags if not w.startswith(("-j", "--jobserver"))]  # these processes share no tokens
+    environment = {**os.environ, "MAKEFLAGS": " ".join(flags)}
+    size = {f: sum(p.stat().st_size for p in Path(f, "tests").rglob("*.py")) for f in folders}
+    left, codes = sorted(folders, key=lambda f: -size[f]), {}
+    printing = threading.Lock()
+
+    def work():
+        while left:
+            folder = left.pop(0)
+            command = [*make.split(), f"{target}-{folder}"]
+            with printing:
+                print(f"=== {target}: {folder} begins", file=sys.stderr, flush=True)
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            codes[folder] = done.returncode
+            with printing:
+                print(f"=== {target}: {folder}", file=sys.stderr)
+                sys.stderr.buffer.write(done.stdout)
+                print(f"=== {target}: {folder} ended with {done.returncode}", file=sys.stderr, flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(int(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(" ".join(f"{'.ci' if f == 'report' else f}={codes[f]}" for f in folders))
+    sys.exit(int(any(codes.values())))
 
 
 def count(*results):
@@ -57,19 +92,110 @@ def count(*results):
     return "{} passed, {} failed, {} skipped".format(*total)
 
 
-def lint(here, folders, *twins):
-    """Twins that differ, imports across folders, locks that name an index: a line each."""
+def twins(group):
+    """ "lab models.py: aaer lap" -> (names of files below a folder, folders). A folder stands for the files in it."""
+    names, where = (part.split() for part in group.split(":"))
+    out = []
+    for name in names:
+        inside = {
+            p.relative_to(folder).as_posix()
+            for folder in where
+            for p in Path(folder, name).rglob("*")
+            if p.is_file() and "__pycache__" not in p.parts
+        }
+        out += sorted(inside) or [name]
+    return out, where
+
+
+def sync(source, here, *groups):
+    """Copies the twins of a folder to the others that have them; what the source lacks goes there too."""
+    lines = []
+    for names, where in map(twins, groups):
+        if source not in where:
+            continue
+        for name in names:
+            for folder in set(where) & set(here.split()) - {source}:
+                from_, to = Path(source, name), Path(folder, name)
+                if not from_.exists():
+                    to.unlink(missing_ok=True)
+                elif not to.exists() or to.read_bytes() != from_.read_bytes():
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(from_, to)
+                    lines.append(str(to))
+    return "\n".join(sorted(lines)) or "nothing differs"
+
+
+LONGEST = 400  # lines of a module
+
+
+def circles(folder):
+    """Modules of a folder that import each other in a circle, inside functions too."""
+    root = Path(folder)
+    skip = {"tests", "runs", "data", "results"}
+    modules = {}
+    for path in root.rglob("*.py"):
+        inner = path.relative_to(root).parts
+        if not (skip & set(inner) or any(part.startswith(".") for part in inner)):
+            name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+            modules[name] = path
+    reach = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        reach[name] = found & set(modules) - {name}
+    for middle in modules:
+        for name in modules:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    rings = {tuple(sorted(m for m in reach[name] if name in reach[m])) for name in modules if name in reach[name]}
+    return [f"{folder}: import each other in a circle: {', '.join(ring)}" for ring in sorted(rings)]
+
+
+# Pure Python, published as source alone: they are built without a compiler.
+SOURCES = {"connection-pool", "rouge-score", "tfrecord"}
+PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "macos")
+
+
+def wheels(uv, *folders):
+    """Locked packages that have no wheel for a platform: they would be compiled. Asked once a lock."""
+    problems = []
+    for folder in folders:
+        lock = Path(folder, "requirements.txt")
+        lines = [x for x in lock.read_text().splitlines() if x.split("==")[0] not in SOURCES]
+        mark = Path(".tools", "wheels-" + hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
+        if mark.exists():
+            continue
+        mine = []
+        for platform_ in PLATFORMS:
+            command = [uv, "pip", "compile", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", "3.11"]
+            command += ["--python-platform", platform_, "-", "-o", os.devnull]
+            done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
+            if done.returncode:
+                mine.append(f"{lock}: no wheel for {platform_}: {' '.join(done.stderr.split())[:300]}")
+        problems += mine
+        if not mine:
+            mark.touch()
+    return "\n".join(problems)
+
+
+def lint(here, folders, *groups):
+    """Twins that differ, imports across folders and in circles, long modules, locks that name an index: a line each."""
     here, problems = here.split(), []
-    for group in twins:  # "attacks.py models.py: aaer lap"
-        names, where = (part.split() for part in group.split(":"))
+    for names, where in map(twins, groups):
         for name in names:
             paths = [Path(folder, name) for folder in where if folder in here]
             first = next((path for path in paths if path.exists()), None)
             for path in paths if first else []:
                 if not path.exists():
-                    problems.append(f"{path}: missing, its twin {first} is there")
+                    problems.append(f"{path}: missing, its twin {first} is there: make sync FROM={first.parts[0]}")
                 elif path.read_bytes() != first.read_bytes():
-                    problems.append(f"{path}: differs from its twin {first}")
+                    problems.append(f"{path}: differs from its twin {first}: make sync FROM=...")
+    for folder in here:
+        problems += circles(folder)
     for folder in here:
         others = set(folders.split()) - {folder}
         outside = re.compile(r"\.\./(shared|{})\b".format("|".join(map(re.escape, others))))
@@ -82,6 +208,9 @@ def lint(here, folders, *twins):
                 for number, line in enumerate(text.splitlines(), 1):
                     if outside.search(line):
                         problems.append(f"{path}:{number}: reaches outside its folder")
+                lines = text.count("\n")
+                if path.suffix == ".py" and inner[0] != "tests" and lines > LONGEST:
+                    problems.append(f"{path}: {lines} lines, more than {LONGEST}: split it by what it serves")
                 if path.suffix == ".py":
                     problems += [
                         f"{path}:{number}: imports the folder {name}/" for number, name in imports(text, folder, others)
@@ -120,11 +249,11 @@ def audit(*folders):
     released code differ, with the switch that chooses and its effect."""
     lines = []
     for folder in folders:
-        found = sorted(Path(folder).glob("runs/*/report.json"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            lines.append(f"{folder}: {f'make reproduce-{folder} first' if Path(folder).is_dir() else 'not here yet'}")
+        found = Path(folder, "results", "report.json")
+        if not found.is_file():
+            lines.append(f"{folder}: {f'make record-{folder} first' if Path(folder).is_dir() else 'not here yet'}")
             continue
-        report = json.loads(found[-1].read_text(encoding="utf-8"))
+        report = json.loads(found.read_text(encoding="utf-8"))
         runs = report["runs"].get("paper", {})
         left = {name: r for name, r in runs.items() if not r["records"]}
         hours = sum(r["hours"] for r in left.values())
@@ -141,11 +270,11 @@ def audit(*folders):
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (stamp, cache, closing, count, lint, audit)}[sys.argv[1]]
+    command = {f.__name__: f for f in (stamp, cache, closing, count, together, lint, wheels, sync, audit)}[sys.argv[1]]
     answer = command(*sys.argv[2:])
     if answer:
         try:
             print(answer, flush=True)
         except BrokenPipeError:  # the reader left (`make audit | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(command is lint and bool(answer))
+    sys.exit(command in (lint, wheels) and bool(answer))

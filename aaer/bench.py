@@ -13,6 +13,8 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,7 +26,6 @@ import aaer
 import attacks
 import data
 import models
-import runs
 import train
 from readers import KINDS
 from trainer import Trainer

@@ -6,9 +6,9 @@ claims are the paper's qualitative statements, because the accuracies it prints 
 
 from collections.abc import Callable
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 NAN = float("nan")

@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png."""
+"""Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
 from pathlib import Path
 
@@ -13,10 +13,8 @@ STYLES = ("-", "--", "-.")  # of the starts RS, N, V, as far as they are there
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     main = [r for r in records if r["table"] == "main" and r["method"].rsplit("-", 1)[-1] in COLOURS]
     groups = sorted({(r["dataset"], r["setting"]) for r in main}, key=str)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,8 +25,6 @@ import baselines
 import data
 import eval as evaluation
 import models
-import runs
-from runs import Number, UserError
 from trainer import SUMS, Trainer, close_epoch, observe
 
 MethodName = Literal["aaer", "fgsm", "pgd", "free", "zerograd", "multigrad", "gradalign"]

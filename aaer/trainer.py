@@ -4,6 +4,9 @@ import contextlib
 import warnings
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,8 +17,6 @@ import aaer
 import data
 import eval as evaluation
 import models
-import runs
-from runs import UserError
 
 # Sums over the steps of an epoch.
 SUMS = ("n_a", "n_n", "e_a", "v_a", "v_n", "loss", "regulariser", "right", "seen", "steps", "bad")

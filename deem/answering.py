@@ -3,13 +3,14 @@ image's tokens. What the losses need stands in model.py."""
 
 from dataclasses import dataclass, replace
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import sequences
 from readers import Text
-from runs import UserError
 from sequences import Batch
 from views import to_tensor
 

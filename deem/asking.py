@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from tqdm import tqdm
 
 import parsers
 import prompts
-import runs
 import vqa
 from benchmarks import Question
 from readers import Picture
-from runs import UserError
 
 # Generation of the paper: beams, new tokens (least, most), penalties of length and repetition.
 SHORT = {"num_beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}

@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from torch import Tensor, nn
 
-import runs
 import scenes
 from model import Deem
 from pretrain import runs_seed
-from runs import UserError
 from sequences import Batch
 from settings import PRESETS, Settings
 from trainer import Feeder

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runs import UserError
+from lab.runs import UserError
 
 POPE_KINDS = ("random", "popular", "adversarial")
 ROBUST_SETS = {"imagenet_a": "RobustVQA-A", "imagenet_r": "RobustVQA-R", "imagenet_v2": "RobustVQA-V"}
@@ -159,7 +159,7 @@ def read_pope(path: Path, group: str = "") -> list[Question]:
 
 def write_pope(path: Path, questions: Sequence[Question], files: Sequence[str] | None = None) -> None:
     """JSON lines in the official format; `files` turns picture indices into file names."""
-    from runs import write_text
+    from lab.runs import write_text
 
     rows = [
         {
@@ -319,7 +319,7 @@ class BuildSettings:
 
 
 def main() -> None:
-    from runs import parse
+    from lab.runs import parse
 
     s = parse(BuildSettings, BuildSettings.__doc__)
     files, scenes, names = coco_scenes(Path(s.annotations))
@@ -331,6 +331,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from runs import command
+    from lab.runs import command
 
     command(main)

@@ -4,9 +4,9 @@ Those of scale demo are the specification of the digit scenes, looked at on seed
 those of scale paper are what the printed tables show.
 """
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 DEEM, CLEAN, BASE, BOTH = "DEEM", "DEEM without CSR", "DEEM* (baseline)", "DEEM + MM-Interleaved"

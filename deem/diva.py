@@ -14,18 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import readers
-import runs
 import sources
 from diffusion import Latents, load_diffusion
 from encoder import MEAN, STD, resized
 from pretrain import runs_seed
-from runs import Number, UserError
 from views import to_tensor
 
 

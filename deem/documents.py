@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lab.runs import UserError
+
 import numpy as np
 from PIL import Image
-
-from runs import UserError
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 from tqdm import tqdm
 
@@ -10,7 +12,6 @@ import mining
 import prompts
 import scores
 from documents import Picture
-from runs import UserError
 from sets import Set
 
 

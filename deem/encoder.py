@@ -9,11 +9,11 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from runs import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)

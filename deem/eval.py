@@ -16,18 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 
 import mining
 import parsers
 import prompts
-import runs
 import scores
 from asking import GENERATION, SHORT, ask, seconds_of
 from benchmarks import Question
 from documents import Picture
 from drawing import draw
-from runs import Number, UserError
 from sets import BENCHMARKS, SETTINGS_OF, Set, digest, questions_of, variant_of
 
 HEADLINE = {

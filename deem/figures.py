@@ -7,10 +7,10 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from lab import runs
+
 import matplotlib.pyplot as plt
 import numpy as np
-
-import runs
 
 COLOURS = {"DEEM": "#0072b2", "DEEM without CSR": "#e69f00", "DEEM* (baseline)": "#c1272d"}
 COLOURS |= {"DEEM + MM-Interleaved": "#009e73", "DEEM, with maps": "#56b4e9"}
@@ -18,11 +18,9 @@ POPE = ("random", "popular", "adversarial")
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
-    base, out = root / "runs" / scale, []
+    base, out = runs.HERE / "runs" / scale, []
     for name, function in (
         ("reconstructions", reconstructions), ("attention", attention), ("pope", pope), ("losses", losses),
     ):  # fmt: skip

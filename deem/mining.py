@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import runs
 from readers import Picture
-from runs import UserError
 
 SUBSETS = {  # official key -> (folder, pattern of the pictures)
     "imagenet_a": ("imagenet-a", "*.jpg"),

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -24,7 +26,6 @@ from diffusion import Denoiser, Latents, Pixels, csr_error, load_diffusion, nip_
 from encoder import Encoder, make_trunk, sincos_1d
 from mmfs import GatedMMFS, synchronise
 from resampler import Resampler
-from runs import UserError
 from sequences import Batch
 
 # On a CPU oneDNN prepares each convolution anew for each number of images and keeps 1024 of them; a step of the digit

@@ -6,7 +6,7 @@ denominator is 0), yes ratio the share of answers read as "yes". All in per cent
 
 from collections.abc import Sequence
 
-from runs import UserError
+from lab.runs import UserError
 
 # --------------------------------------------------------------------------------------------------------------- yes/no
 

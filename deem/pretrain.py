@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from lab import runs
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runs
 import scenes
 import sequences
 from model import Deem

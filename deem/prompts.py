@@ -8,8 +8,9 @@ A prompt is a list of Text and Picture parts that ends with the assistant's pref
 * `plain`: the picture and the bare question, for models with a vocabulary of a few dozen words (the digit scenes).
 """
 
+from lab.runs import UserError
+
 from documents import Picture, Text
-from runs import UserError
 
 FORMS = ("paper", "code", "plain")
 SYSTEM = "You are a helpful assistant.\n\n "

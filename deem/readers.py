@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.runs import UserError
+
 import numpy as np
 
 import prompts
 from documents import Document, Mixture, Picture, Raw, Source, Text, find_shards
-from runs import UserError
 
 __all__ = ["Document", "Mixture", "Picture", "Source", "Text", "find_shards"]  # and the readers below
 

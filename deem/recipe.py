@@ -7,10 +7,10 @@ ablation the paper lacks); both (trunk and U-Net trained, CSR: table 10, row 3);
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lab.runs import UserError
+
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-from runs import UserError
 
 Variant = Literal["deem", "deem-star", "clean", "both", "llava", "llava-csr"]
 VARIANTS = ("deem", "deem-star", "clean", "both", "llava", "llava-csr")

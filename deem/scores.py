@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parsers import extract_answer
-from runs import UserError
 
 # ----------------------------------------------------------------------------------------------------- short answers
 

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lab.runs import UserError
+
 import torch
 from torch import Tensor
-
-from runs import UserError
 
 IGNORED = -100
 NEW_TOKENS = ("<soi>", "<image>", "<ref>", "</ref>", "<mask>", "<reserved>")  # 32,000 + 6: only two are named in public

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.runs import UserError
+
 import benchmarks as bm
 import mining
 import vqa
 from benchmarks import Question
-from runs import UserError
 
 
 @dataclass(frozen=True)

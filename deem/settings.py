@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lab.runs import Number, UserError
+
 import recipe
 import scenes
 from model import Loss, Parts
 from prompts import FORMS
 from recipe import Rates
-from runs import Number, UserError
 
 _WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
 _LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

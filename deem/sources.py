@@ -3,10 +3,11 @@
 import hashlib
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import readers
-import runs
 import scenes
-from runs import UserError
 
 PLACES = {
     1: ("deem/mmc4", "deem/blip-lcs"),

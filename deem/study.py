@@ -4,6 +4,8 @@ probe finds in them, and the answers to tiny-POPE, tiny-RobustVQA and tiny-MMVP.
 `score` is called by train.py at the end of a run and by eval.py, which scores a finished run again.
 """
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ import prompts
 import scenes
 from model import Deem, Seen
 from pretrain import images_of, runs_seed, views
-from runs import UserError
 from scenes import stream
 
 TIMES = (100, 300, 500, 700, 900)

@@ -14,14 +14,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 
 import recipe
-import runs
 import sources
 from model import Deem
 from pretrain import base, runs_seed
-from runs import UserError
 from settings import PRESETS, Settings
 from trainer import Feeder, Trainer, accelerator_of
 

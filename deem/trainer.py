@@ -10,6 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
@@ -17,11 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import recipe
-import runs
 import sequences
 from model import Deem
 from pretrain import runs_seed
-from runs import UserError
 from sequences import Batch, Packer
 from views import two_views
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lab.runs import UserError
+
 from benchmarks import Question, _json, _text
 from readers import region_mask
-from runs import UserError
 
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 

@@ -11,6 +11,8 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ import echomod
 import features
 import generators
 import readers
-import runs
 
 
 @dataclass

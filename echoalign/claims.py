@@ -4,9 +4,9 @@ Those of scale demo were set before they were tried (bars of the specification o
 five seeds that are not shown, and then left as they were. Those of scale paper are the abstract's statements.
 """
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 NAN = float("nan")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-
-import runs
-from runs import UserError
 
 STEPS = 1000  # of the forward process
 

@@ -8,14 +8,14 @@ L = (1/B) sum_b w(c_b) CE(h(x_b), y~_b)                      (divided by B, not 
 
 import math
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
-
-from runs import UserError
 
 
 def similarity(f: Tensor, g: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
-import runs
-from runs import Number, UserError
 from settings import METHODS, Settings
 
 

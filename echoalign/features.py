@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from runs import UserError
 
 CLIP = ("ViT-B-32", "laion2b_s34b_b79k")
 

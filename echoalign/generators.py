@@ -12,14 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runs
 from echomod import STEPS, alphas, noise_of, sdedit, timesteps, to_images, to_signal
-from runs import UserError
 
 CONTROLS = ("ink", "box", "none")
 

@@ -6,11 +6,11 @@ import pickle
 import warnings
 from collections.abc import Iterator
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from PIL import Image
-
-from runs import UserError
 
 ANNOTATORS = "lllyasviel/Annotators"  # ControlNetHED.pth
 

@@ -1,11 +1,11 @@
 """Classifiers. They take images in [0, 1], normalise them inside, and give logits; `features` gives what the last layer
 reads."""
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from runs import UserError
 
 NAMES = ("cnn", "resnet18", "resnet34", "resnet50")
 

@@ -9,12 +9,13 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 from scipy.stats import truncnorm
 
-import runs
 from classes import next_in_superclass
-from runs import UserError
 
 SYNTHETIC = ("instance", "symmetric", "pair", "asymmetric")
 # --noise -> (file, key) of the human labels (Wei et al. 2022).

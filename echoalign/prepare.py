@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import HERE, UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,11 +28,9 @@ import features
 import generators
 import noise
 import readers
-import runs
 import selection
 import stable
 from readers import Part
-from runs import HERE, UserError
 from semi import clean_probability, scaled
 from trainer import Learner, Phase, Task, fit
 

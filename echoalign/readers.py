@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab.runs import HERE, UserError, read_tensors, write_tensors
+
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-
-from runs import HERE, UserError, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lab.runs import Number, UserError
+
 import hints
 import methods
 import models
@@ -11,7 +13,6 @@ import promix
 import readers
 import semi
 import stable
-from runs import Number, UserError
 from trainer import Learner
 
 # --methods -> (row of the tables, class of the loop)

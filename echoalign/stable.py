@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 import hints
-from runs import UserError
 
 PROMPT = "a photo of a {name}, best quality, extremely detailed"
 NEGATIVE = (

@@ -11,14 +11,15 @@ The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when 
 
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 
 import eval as evaluation
-import runs
 from echoselect import mixture, quality, sweep
 from prepare import Prepared
 from readers import Part
-from runs import UserError
 from settings import IGNORE, METHODS, Settings
 from trainer import Learner, Task, fit
 

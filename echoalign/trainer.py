@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import models
-import runs
 from features import to_input
 from readers import Kind, Part
-from runs import UserError
 
 STREAMS = {"order": 1, "crop": 2, "method": 3, "official": 4}
 

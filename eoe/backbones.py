@@ -13,15 +13,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-
-import runs
-from runs import UserError
 
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -11,13 +11,14 @@ import resource
 import time
 from dataclasses import dataclass
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 
 import backbones
 import drawn
-import runs
 import scores
-from runs import UserError
 from scores import normalise, reduce
 
 FIVE = ("MCM", "EOE", "S_MAX", "S_Energy", "S_MaxLogit")

@@ -3,9 +3,9 @@
 Calibrated once on seeds 10-14, which are not shown, and then fixed. One that fails is printed as such.
 """
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 DRAWN = ("far", "near", "fine-grained")

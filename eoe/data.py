@@ -11,12 +11,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import HERE, UserError
+
 import numpy as np
 import torch
 from PIL import Image
-
-import runs
-from runs import HERE, UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 

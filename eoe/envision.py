@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
+from lab import runs
+from lab.runs import UserError
 
-import runs
-from runs import UserError
+from tqdm import tqdm
 
 Task = Literal["far", "near", "fine"]
 Variant = Literal["resemble", "dissimilar", "irrelevant"]

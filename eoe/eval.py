@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -22,10 +25,8 @@ from torch import Tensor
 import drawn
 import envision
 import metrics
-import runs
 import scores
 import standin
-from runs import Number, UserError
 from scores import SCORES, Stats, normalise, reduce
 
 TEMPLATE = "a photo of a {}"

@@ -6,21 +6,19 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+from lab import runs
+
 import matplotlib.pyplot as plt
 import numpy as np
-
-import runs
 
 TASKS = {"synthetic": "synthetic space", "far": "far", "near": "near", "fine-grained": "fine-grained"}
 COLOURS = dict(zip(TASKS, ("#555555", "#0072b2", "#e69f00", "#c1272d"), strict=True))
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = sorted((root / "runs" / scale).glob("*/seed*/scores-*.safetensors"))
+    kept = sorted((runs.HERE / "runs" / scale).glob("*/seed*/scores-*.safetensors"))
     out = []
     for name, made in (
         ("beta", beta(records)),

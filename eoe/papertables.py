@@ -3,6 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from accelerate import PartialState
 
@@ -11,9 +14,7 @@ import data
 import envision
 import eval as evaluation
 import metrics
-import runs
 import scores
-from runs import UserError
 from scores import normalise, reduce
 
 FAR = ("inaturalist", "sun", "places", "texture")

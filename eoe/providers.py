@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from runs import UserError
+from lab.runs import UserError
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 import drawn
 import eval as evaluation
-import runs
 import standin
-from runs import Number, UserError
 
 
 @dataclass

@@ -12,6 +12,8 @@ import resource
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +21,6 @@ from torch import Tensor
 import data
 import gpl
 import priors
-import runs
 import train
 
 

@@ -13,13 +13,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from runs import UserError
 
 # CSR products are what makes everything here fast; that the layout is called beta needs no line in every log.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

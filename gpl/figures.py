@@ -1,6 +1,8 @@
-"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png."""
+"""Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
 from pathlib import Path
+
+from lab.records import long
 
 import matplotlib
 
@@ -8,17 +10,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tables import long
-
 COLOURS = {"gpl": "#c1272d", "gcn-ted": "#0072b2", "mlp-ted": "#56b4e9", "gcn": "#555555", "mlp": "#aaaaaa"}
 NAMES = {"gpl": "GPL", "gcn-ted": "GCN + TED", "mlp-ted": "MLP + TED", "gcn": "GCN", "mlp": "MLP", "BBE": "GCN + BBE"}
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     for name, function in (("heterophily", against_h), ("labelled-share", against_rp), ("edge-weights", edge_weights)):
         figure_caption = function(records)

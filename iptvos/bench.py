@@ -7,6 +7,8 @@ python bench.py --smoke    # the same at a size that takes a second
 import dataclasses
 import time
 
+from lab import runs
+
 import cv2
 import numpy as np
 import torch
@@ -15,7 +17,6 @@ import crstm
 import data
 import metrics
 import prompts
-import runs
 from sam import Sam, SamSegmenter
 from segmenters import GrabCut
 from session import METHODS, Session

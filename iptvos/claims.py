@@ -4,10 +4,10 @@ Those of scale demo were looked at once on seeds 100 to 102, not shown. "Above" 
 mean paired difference (Student's t, std with ddof 1; n seeds for demo, sequences for paper), which ± gives.
 """
 
+from lab.claims import Claim
+
 import pandas as pd
 from scipy import stats
-
-from tables import Claim
 
 Verdict = tuple[bool | None, str]
 

@@ -10,11 +10,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.runs import UserError, read_json
+
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from runs import UserError, read_json
 
 DRAWN = ("plain", "occluder", "distractor", "pair", "triple")
 READERS = ("davis2016", "davis2017", "youtube-vos", "mose")

@@ -15,6 +15,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import cv2
 import numpy as np
 from tqdm import tqdm
@@ -23,9 +26,7 @@ import data
 import eval as evaluation
 import export
 import prompts
-import runs
 from prompts import Interaction
-from runs import UserError
 from session import Session
 
 WAYS = ("add", "remove", "box (two corners)")

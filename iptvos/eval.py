@@ -13,6 +13,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import cv2
 import numpy as np
 import torch
@@ -23,10 +26,8 @@ import export
 import metrics
 import prompts
 import robot
-import runs
 import segmenters
 import trackers
-from runs import UserError
 from session import METHODS, Session
 
 

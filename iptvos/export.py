@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
+from lab.runs import write_text
+
 import imageio.v2 as imageio
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
-
-from runs import write_text
 
 
 def palette() -> list[int]:

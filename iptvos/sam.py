@@ -5,6 +5,8 @@ Imported only where one of them is asked for: segment-anything brings torchvisio
 
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,6 @@ from torch import Tensor, nn
 
 import crstm
 from prompts import Prompt
-from runs import UserError
 from segmenters import FILES, Decoded, Embedding, Geometry
 from trackers import mismatch
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lab.runs import UserError
+
 import cv2
 import numpy as np
 import torch
@@ -18,7 +20,6 @@ from torch import Tensor
 
 import crstm
 from prompts import Prompt, box_of, grow, inside
-from runs import UserError
 
 NAMES = ("grabcut", "tiny", "mobile", "vit_b", "vit_l", "vit_h", "hq_vit_b", "hq_vit_l", "hq_vit_h", "hq_tiny")
 FILES = {

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lab.runs import UserError
+
 import cv2
 import numpy as np
 import torch
 
 from prompts import box_of, grow, inside
-from runs import UserError
 
 POINTS = ("lk", "cotracker", "pips", "tapir")
 VISIBLE = {"cotracker": 0.7, "pips": 0.5, "tapir": 0.1}  # thresholds of the SAM-PT configurations

@@ -13,6 +13,9 @@ import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,9 +24,7 @@ from tqdm import tqdm
 
 import data
 import prompts
-import runs
 from prompts import Prompt
-from runs import Number, UserError
 from sam import Sam
 
 

@@ -10,12 +10,13 @@ Pictures go to <run>/analysis/.
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 
 import eval as evaluation
 import layerwise
-import runs
-from runs import Number, UserError
 
 SHARE = 0.1  # of a layer's weights is removed in the paper
 

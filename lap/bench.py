@@ -15,6 +15,8 @@ import math
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -26,7 +28,6 @@ import attacks
 import data
 import lap
 import models
-import runs
 import train
 from readers import KINDS
 from trainer import Trainer

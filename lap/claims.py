@@ -6,9 +6,9 @@ claims are the paper's statements; where it prints a number, RESULTS.md has it b
 
 from collections.abc import Callable
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 NAN = float("nan")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -17,7 +19,6 @@ from torch import Tensor
 import generated
 import readers
 from readers import GENERATED, KINDS, Kind
-from runs import UserError
 
 
 @dataclass

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
 import attacks
-import runs
 from data import Batches
-from runs import Number, UserError
 
 VERSIONS = ("standard", "plus", "rand")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")

@@ -21,9 +21,8 @@ def save(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
     out = []
 
     def add(found, kind: str, name: str) -> None:

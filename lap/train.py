@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,9 +27,7 @@ import baselines
 import data
 import eval as evaluation
 import lap
-import runs
 import vit
-from runs import Number, UserError
 from trainer import SUMS, Trainer, close_epoch, observe
 
 MethodName = Literal["lap", "fgsm", "pgd", "free", "zerograd", "multigrad", "gradalign"]

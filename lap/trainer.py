@@ -4,6 +4,9 @@ import contextlib
 import warnings
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,9 +17,7 @@ import data
 import eval as evaluation
 import lap
 import layerwise
-import runs
 import vit
-from runs import UserError
 
 # Sums over the steps of an epoch.
 SUMS = ("loss", "first_loss", "right", "seen", "steps", "bad")

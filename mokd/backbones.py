@@ -9,6 +9,9 @@ import os
 import pickle
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -16,9 +19,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import runs
 from domains import Domain, prepare
-from runs import UserError
 
 NAMES = ("resnet18", "conv4", "conv4-group", "random5x5")
 

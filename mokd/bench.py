@@ -11,6 +11,8 @@ the estimator, and asks the device for numbers.
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import numpy as np
 import torch
 
@@ -18,7 +20,6 @@ import episodes
 import heads
 import hsic
 import mokd
-import runs
 from eval import PAIRS, grouped
 
 

@@ -3,10 +3,11 @@
 Those of scale demo were calibrated once on seeds 100 and up, not shown, and then fixed.
 """
 
+from lab.claims import Claim
+
 import pandas as pd
 
 from domains import PAPER, TITLES
-from tables import Claim
 
 Verdict = tuple[bool | None, str]
 UNSEEN_DEMO = ("MNIST (5,000)", "8x8 digits")

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.runs import HERE, UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,6 @@ from torch import Tensor
 
 import drawn
 from episodes import Pool
-from runs import HERE, UserError
 
 SPLITS = ("train", "valid", "test")
 # The 8 training sets of Meta-Dataset, then the sets that are only tested on; the order of the paper's tables.

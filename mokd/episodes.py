@@ -8,9 +8,9 @@ import math
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
+from lab.runs import UserError
 
-from runs import UserError
+import numpy as np
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -28,9 +31,7 @@ import episodes
 import heads
 import methods
 import mokd
-import runs
 import tuning
-from runs import Number, UserError
 
 BLOCK = 20  # tasks that are kept together
 PAIRS = {"cpu": 2**19, "cuda": 2**25}  # entries of the kernel matrices of a batch

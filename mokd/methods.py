@@ -7,13 +7,14 @@ import dataclasses
 import re
 import time
 
+from lab.runs import UserError
+
 import torch
 from torch import Tensor
 
 import domains
 import heads
 import mokd
-from runs import UserError
 
 LABELS = {
     **{"ncc": "NCC", "url": "URL", "mokd": "MOKD", "ssl-hsic": "SSL-HSIC", "protonet": "ProtoNet (frozen)"},

@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-
-from runs import UserError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 RECORDS, H5 = "meta-dataset-records", "meta-dataset-h5"

@@ -14,6 +14,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -22,9 +25,7 @@ from tqdm import tqdm
 import domains
 import eval as evaluation
 import methods
-import runs
 import trainer
-from runs import Number, UserError
 
 # Published recipes (single-domain networks and URL's): pictures a step, lr, steps, period of the cosine.
 RECIPES = {

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,8 +26,6 @@ import eval as evaluation
 import heads
 import hsic
 import mokd
-import runs
-from runs import UserError
 
 RESIDENT = 2**31  # bytes of prepared pictures that are held in memory; larger domains are read anew for each batch
 

@@ -12,6 +12,8 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
+from lab import runs
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,6 @@ import attacks
 import data
 import models
 import pixel_reweighting as pr
-import runs
 import train
 from trainer import Trainer
 

@@ -7,9 +7,9 @@ of the same seed, forked from the same warm-up and evaluated on the same images 
 
 from collections.abc import Callable
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 Verdict = tuple[bool | None, str]
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,6 @@ import generated
 import glyphs
 import readers
 from readers import Kind
-from runs import UserError
 
 # Title, number of classes, padding of the random crop, mirror. SVHN is not augmented (released code); Tiny-ImageNet's
 # augmentation is not known: the same proportion as CIFAR-10's, our choice.

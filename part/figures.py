@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png."""
+"""Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
 from pathlib import Path
 
@@ -13,10 +13,8 @@ COLOURS = ("#555555", "#c1272d", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#5
 MARKS = "os^Dv<>PX*"  # lines that lie on one another
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     groups = sorted({(r["table"], r["dataset"], r["setting"]) for r in records if not r["table"].endswith("-eval")})
     for table, dataset, setting in groups:

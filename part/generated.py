@@ -7,10 +7,10 @@ of the packages.
 from importlib.util import find_spec
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 from PIL import Image
-
-from runs import UserError
 
 # Ten photographs inside the scikit-image and scikit-learn wheels: the task is to tell which one a patch comes from.
 PHOTOS = (

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lab.runs import Number, UserError
+
 import data
 import eval as evaluation
 import models
 import pixel_reweighting as pr
 from baselines import ARMS
-from runs import Number, UserError
 
 
 @dataclass

@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -26,9 +29,7 @@ import baselines
 import eval as evaluation
 import models
 import pixel_reweighting as pr
-import runs
 from baselines import ARMS, WARMUP
-from runs import UserError
 from settings import Settings
 from trainer import Trainer, broken, close_epoch, observe
 

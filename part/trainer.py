@@ -4,6 +4,9 @@ import contextlib
 import copy
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,9 +16,7 @@ import data
 import eval as evaluation
 import models
 import pixel_reweighting as pr
-import runs
 from baselines import QUADRANTS
-from runs import UserError
 
 # Sums over the steps of an epoch.
 SUMS = ("loss", "right", "seen", "steps", "bad", "budget")

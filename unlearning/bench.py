@@ -15,6 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -24,8 +27,6 @@ import data
 import losses
 import metrics
 import models
-import runs
-from runs import UserError
 
 
 @dataclass

@@ -4,9 +4,9 @@ Those of scale demo are the specification of the small default, looked at once o
 fixed; those of scale paper are the orderings that the printed tables show.
 """
 
-import pandas as pd
+from lab.claims import Claim
 
-from tables import Claim
+import pandas as pd
 
 ATTACKS = ("jail-breaking", "embedding probing", "relearning", "token noising")
 METHODS = ("GA", "GD", "KL", "PO", "NPO", "RMU")

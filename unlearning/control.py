@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from lab.runs import UserError
+
 import torch
 from torch import Tensor, nn
 
 from models import weights
-from runs import UserError
 
 Search = Literal["scan+bisect", "bisect"]
 KINDS = ("exact", "perturb")

@@ -7,10 +7,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 from torch import Tensor
-
-from runs import UserError
 
 FORGET = {"forget01": 40, "forget05": 200, "forget10": 400}  # the last rows of `full`
 RETAIN_EVAL = 400  # the first rows of `full`; not trained on while unlearning

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import runs
+from lab.runs import Number, UserError
+
 import numpy as np
 from scipy import stats
 from torch import Tensor
 
 import control
 import metrics
-import runs
 import study
 from methods import METHODS
 from models import set_weights
 from originals import Bench, accelerator_of
-from runs import Number, UserError
 from settings import Settings
 
 

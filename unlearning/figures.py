@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png."""
+"""Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
 import re
 from collections import defaultdict
@@ -16,10 +16,8 @@ PAPER = tuple(COLOURS)
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
-def draw(records: list[dict], root: Path, scale: str) -> list[tuple[Path, str]]:
+def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    folder = root / ("runs/smoke/figures" if scale == "smoke" else "results/figures")
-    folder.mkdir(parents=True, exist_ok=True)
     out = []
     for name, function in (("alpha-curves", alpha_curves), ("trade-off", trade_off), ("metric-study", metric_study)):
         made = function(records)

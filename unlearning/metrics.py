@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from lab.runs import UserError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import QA, Batch, Encoded, by_length, collate, encode
-from runs import UserError
 
 # Padded tokens of an evaluation batch: on a CPU what stays in its caches (a third faster than 4096 there).
 EVAL_TOKENS = {"cpu": 1024}

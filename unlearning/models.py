@@ -7,11 +7,12 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from lab.runs import UserError
+
 import torch
 from torch import Tensor, nn
 
 from data import Corpus, generator
-from runs import UserError
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

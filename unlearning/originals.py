@@ -7,6 +7,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from lab import runs
+
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
@@ -15,7 +17,6 @@ import data
 import losses
 import metrics
 import models
-import runs
 from models import LM, set_weights, weights
 from trainer import Trainer, block, by_size, steps_of
 

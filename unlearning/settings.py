@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lab.runs import Number, UserError
+
 import control
 import data
 import losses
 import models
 import study
 from methods import METHODS
-from runs import Number, UserError
 from trainer import Optimizer, Precision
 
 

@@ -14,6 +14,9 @@ import json
 import time
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from torch import Tensor
 
@@ -21,12 +24,10 @@ import control
 import eval as evaluation
 import metrics
 import models
-import runs
 import study
 from methods import BETA, METHODS, Unlearner
 from models import set_weights, weights
 from originals import Bench, accelerator_of
-from runs import UserError
 from settings import Settings
 from trainer import steps_of
 

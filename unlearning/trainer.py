@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from lab import runs
+from lab.runs import UserError
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
-import runs
 from data import generator
 from models import LM, set_weights, weights
-from runs import UserError
 
 Precision = Literal["fp32", "mixed", "bf16"]
 Optimizer = Literal["adamw", "paged32", "paged8"]

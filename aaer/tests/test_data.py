@@ -5,6 +5,8 @@ import os
 import tarfile
 from pathlib import Path
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from PIL import Image
 import data
 import generated
 import readers
-from runs import UserError
 
 CPU = torch.device("cpu")
 

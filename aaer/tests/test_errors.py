@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 
 import eval as evaluation
-import runs
 import train
 
 HERE = Path(train.__file__).parent

@@ -2,15 +2,15 @@
 
 from collections import Counter
 
+from lab import plan as plans
+from lab import runs, tables
+
 import pandas as pd
 import pytest
 
 import claims
 import figures
-import plan as plans
 import readers
-import runs
-import tables
 import train
 
 PLAN = plans.load_plan()

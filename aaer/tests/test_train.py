@@ -7,12 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-import runs
 import train
 from trainer import Trainer
 

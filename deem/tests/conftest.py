@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from lab import runs
+
 import pytest
 import torch
 
-import runs
 import scenes
 import sequences
 from model import Deem

@@ -2,6 +2,8 @@
 
 import math
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import make
@@ -9,7 +11,6 @@ from PIL import Image
 
 from mmfs import GatedMMFS
 from readers import Picture, Text
-from runs import UserError
 
 
 def prompt(word, shade=0):

@@ -2,13 +2,14 @@
 
 import json
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import batch_of, documents, make, run
 
 import bench
 import diva
-from runs import UserError
 
 
 @pytest.mark.parametrize("preset", ["digits", "tiny"])

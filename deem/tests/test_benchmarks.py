@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from lab.runs import UserError
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,6 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 import benchmarks as bm
 import parsers
-from runs import UserError
 
 POPE = Path(os.environ.get("REPRO_DATA", "nowhere")) / "deem" / "pope"
 NAMES = [f"thing{k}" for k in range(12)]

@@ -1,10 +1,11 @@
 """Each claim on both sides of its bar, and without numbers."""
 
+from lab.records import long
+
 import pytest
 
 import claims
 from claims import BASE, BOTH, CLEAN, DEEM, SETS
-from tables import long
 
 
 def record(method, seed=0, setting="stage 1", table="digits", dataset="digit scenes", **metrics):

@@ -2,12 +2,13 @@
 
 import sys
 
+from lab import runs
+from lab.plan import jobs, load_plan
+
 import pytest
 
 import bench
-import runs
 import train
-from plan import jobs, load_plan
 from settings import Settings
 
 

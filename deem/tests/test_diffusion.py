@@ -2,6 +2,8 @@
 
 import json
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import batch_of, documents, make
@@ -10,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion import Denoiser, Latents, Pixels, Residuals, csr_error, load_diffusion, nip_error, squeezed_steps
-from runs import UserError
 
 
 def test_squeezed_steps():

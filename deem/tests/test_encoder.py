@@ -3,6 +3,8 @@
 import json
 import random
 
+from lab.runs import UserError
+
 import open_clip
 import pytest
 import torch
@@ -13,7 +15,6 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 import encoder
 from encoder import Encoder, binary_mask, make_trunk, resized, sincos_2d
 from resampler import Resampler
-from runs import UserError
 from views import two_views
 
 

@@ -10,6 +10,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,13 +24,11 @@ import benchmarks
 import drawing
 import eval as evaluation
 import parsers
-import runs
 import scenes
 import sets
 import train
 from benchmarks import Question
 from readers import Picture
-from runs import UserError
 from settings import Settings
 
 HERE = Path(__file__).resolve().parents[1]

@@ -2,11 +2,12 @@
 
 import json
 
+from lab import runs
+
 import torch
 from test_claims import record
 
 import figures
-import runs
 from claims import BASE, CLEAN, DEEM
 
 

@@ -3,6 +3,9 @@
 import json
 import random
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 import open_clip
 import pytest
@@ -14,8 +17,6 @@ from PIL import Image
 import benchmarks
 import mining
 import parsers
-import runs
-from runs import UserError
 
 CONFIG = {
     "embed_dim": 16,

@@ -1,5 +1,7 @@
 """The whole model: what trains where, where gradients go, a step of each stage, answers and drawings."""
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import batch_of, documents, make
@@ -11,7 +13,6 @@ from encoder import sincos_1d
 from model import Deem, Parts
 from readers import Picture, Text
 from recipe import Rates
-from runs import UserError
 from settings import PRESETS, Settings
 from views import to_tensor
 

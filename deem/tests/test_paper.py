@@ -2,11 +2,11 @@
 
 import re
 
+from lab import runs, tables
+
 import pytest
 
 import recipe
-import runs
-import tables
 from settings import Settings
 
 PRINTED = tables.read_printed(runs.HERE / "paper.csv")

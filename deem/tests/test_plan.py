@@ -1,12 +1,12 @@
 """Every number that a run of the plan will measure has its cell in a table, and no cell gets two."""
 
+from lab import plan as plans
+from lab import runs, tables
+
 import pytest
 
 import eval as evaluation
-import plan as plans
 import recipe
-import runs
-import tables
 import train
 from eval import EvalSettings
 from sets import BENCHMARKS

@@ -1,11 +1,12 @@
 """The prompts of the paper and of the released code, word by word."""
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 
 import prompts
 from readers import Picture, Text
-from runs import UserError
 
 PICTURE = Picture("x.jpg")
 

@@ -5,6 +5,8 @@ import io
 import json
 import tarfile
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,6 @@ from PIL import Image
 
 import readers
 from readers import Document, Picture, Text
-from runs import UserError
 
 
 def jpg(color, size=(8, 6)) -> bytes:

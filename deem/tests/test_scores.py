@@ -3,6 +3,8 @@
 import re
 import shutil
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scores
-from runs import UserError
 
 
 def leave_one_out(answer: str, annotators: list[str]) -> float:

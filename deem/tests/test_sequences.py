@@ -1,5 +1,7 @@
 """Tokens, labels and image places of documents."""
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import documents, make
@@ -9,7 +11,6 @@ from PIL import Image
 
 import sequences
 from readers import Document, Picture, Text
-from runs import UserError
 from scenes import WORDS
 from sequences import IGNORED, Packer, WordTokenizer, collate, encode, join
 

@@ -11,16 +11,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+from lab import runs
+from lab.runs import UserError
+
 import pytest
 import torch
 from conftest import HERE, documents, make, run
 
 import pretrain
-import runs
 import scenes
 import sources
 import train
-from runs import UserError
 from settings import Settings
 from trainer import Feeder, Trainer, accelerator_of, schedule
 

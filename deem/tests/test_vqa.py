@@ -2,11 +2,12 @@
 
 import json
 
+from lab.runs import UserError
+
 import pytest
 
 import vqa
 from benchmarks import Question
-from runs import UserError
 
 
 def put(path, value):

@@ -6,10 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 
-import runs
 import train
 from settings import Settings
 

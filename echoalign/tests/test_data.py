@@ -3,6 +3,8 @@
 import gzip
 import pickle
 
+from lab.runs import UserError, data_dir
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ import classes
 import features
 import prepare
 import readers
-from runs import UserError, data_dir
 
 CPU = torch.device("cpu")
 

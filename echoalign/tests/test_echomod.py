@@ -1,5 +1,8 @@
 """Editing: the sampler, the exact denoiser, the trained generators, the pass over shards, the check."""
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,7 @@ from torch import nn
 import echomod
 import generators
 import prepare
-import runs
 import train
-from runs import UserError
 
 CPU = torch.device("cpu")
 

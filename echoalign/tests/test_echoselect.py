@@ -2,6 +2,8 @@
 
 import math
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import echoselect as es
-from runs import UserError
 
 
 def test_selection_equals_a_hand_made_case():

@@ -5,14 +5,15 @@ import json
 import subprocess
 import sys
 
+from lab import plan as plans
+from lab import runs
+
 import pytest
 import torch
 from conftest import HERE, TINY, environment, start, told
 
 import bench
 import eval as evaluation
-import plan as plans
-import runs
 import train
 from settings import METHODS, Settings
 

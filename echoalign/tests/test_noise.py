@@ -2,6 +2,8 @@
 
 import hashlib
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +13,6 @@ from scipy.stats import truncnorm
 
 import classes
 import noise
-from runs import UserError
 
 
 def images(n=4000, c=10, seed=0, size=6):
@@ -171,7 +172,7 @@ def test_human_labels_must_belong_to_the_images(tmp_path):
 @pytest.mark.realdata
 @pytest.mark.parametrize(("kind", "rate"), [("aggre", 0.0901), ("random1", 0.17234), ("worse", 0.40208)])
 def test_human_noise_rates(kind, rate, tmp_path):
-    from runs import data_dir
+    from lab.runs import data_dir
 
     path = data_dir("") / "cifar-n" / "CIFAR-10_human.npz"
     if not path.is_file():

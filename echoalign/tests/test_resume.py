@@ -5,12 +5,13 @@ import subprocess
 import sys
 import time
 
+from lab import runs
+
 import pytest
 import torch
 from conftest import HERE, TINY, environment, same_runs, settings, start
 
 import readers
-import runs
 import trainer
 from settings import METHODS
 

@@ -2,13 +2,14 @@
 
 import json
 
+from lab import runs
+
 import numpy as np
 import pytest
 import torch
 from conftest import records, start, told
 
 import hints
-import runs
 import stable
 import train
 from classes import names

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 
+from lab import runs
+from lab.runs import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -17,9 +20,7 @@ import backbones
 import data
 import eval as evaluation
 import papertables
-import runs
 import train
-from runs import UserError
 
 CPU = torch.device("cpu")
 B16 = "clip-vit-b16"

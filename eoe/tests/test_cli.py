@@ -5,6 +5,9 @@ import json
 import subprocess
 import sys
 
+from lab import runs, tables
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +16,7 @@ from PIL import Image
 import backbones
 import data
 import papertables
-import runs
-import tables
 import train
-from runs import UserError
 
 TINY = dict(steps=6, pictures=64, batch=16, width=4, classes=4, per_class=3, labels=50, checkpoint_every=3)
 

@@ -2,12 +2,13 @@
 
 import pickle
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-from runs import UserError
 
 
 def picture(path, size=(8, 6)) -> None:

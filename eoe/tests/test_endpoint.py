@@ -4,13 +4,14 @@ import http.server
 import json
 import threading
 
+from lab import runs
+from lab.runs import UserError
+
 import pytest
 from test_envision import endpoint
 
 import envision
 import providers
-import runs
-from runs import UserError
 
 
 class Odd(http.server.BaseHTTPRequestHandler):

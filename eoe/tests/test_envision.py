@@ -6,6 +6,9 @@ import os
 import threading
 from pathlib import Path
 
+from lab import runs
+from lab.runs import UserError
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +17,7 @@ import data
 import drawn
 import envision
 import providers
-import runs
 from envision import Question, clean, read_answers
-from runs import UserError
 
 
 def test_prompts_show_only_id_names():

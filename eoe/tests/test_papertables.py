@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+from lab import runs, tables
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +17,8 @@ import data
 import envision
 import metrics
 import papertables
-import runs
 import scores
-import tables
 from eval import EvalSettings
-from runs import UserError
 
 D = 8
 

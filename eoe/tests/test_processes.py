@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 from test_cli import TINY, imagenet, options  # noqa: F401 (a fixture)
-
-import runs
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]

@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 
+from lab import runs
+
 import pytest
 import torch
 
 import envision
 import providers
-import runs
 
 
 def words_tokenizer(kind: str = "word"):

@@ -2,6 +2,9 @@
 
 import json
 
+from lab import runs, tables
+from lab.runs import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -14,11 +17,8 @@ import envision
 import eval as evaluation
 import metrics
 import papertables
-import runs
 import scores
-import tables
 from eval import EvalSettings, drop_similar, rows, text_features
-from runs import UserError
 from scores import normalise, reduce
 
 CPU = torch.device("cpu")

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from lab import runs
+from lab.records import long
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +19,7 @@ from sklearn.metrics import f1_score
 import claims
 import eval as evaluation
 import figures
-import runs
 import train
-from tables import long
 
 HERE = Path(__file__).resolve().parents[1]
 TINY = [

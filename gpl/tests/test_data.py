@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from lab.runs import UserError, data_dir
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from torch_geometric.utils import homophily
 
 import data
 from data import GraphBatch
-from runs import UserError, data_dir
 
 # N, undirected edges, features, classes, h, positives, |P| at r_p = 0.5, measured on the raw files.
 FACTS = {

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 
+from lab import runs
+from lab.runs import UserError
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,9 +20,7 @@ from pycocotools import mask as coco
 import claims
 import demo
 import eval as evaluation
-import runs
 import train
-from runs import UserError
 
 TINY = ["--videos", "plain", "pair", "--frames", "5", "--rounds", "2", "--seeds", "0", "1"]
 CLOCK = ("seconds", "auc", "jf_60s")

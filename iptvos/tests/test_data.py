@@ -3,6 +3,8 @@
 import hashlib
 import json
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from PIL import Image
 import data
 import eval as evaluation
 import export
-from runs import UserError
 
 torch.set_num_threads(1)
 
@@ -120,7 +121,7 @@ def test_drawn_videos_can_be_made_smaller(tmp_path):
 
 @pytest.mark.realdata
 def test_sha256_of_a_real_sequence():
-    from runs import data_dir
+    from lab.runs import data_dir
 
     try:
         v = data.load("davis2016", "car-shadow", "val", data_dir(""))

@@ -1,5 +1,7 @@
 """Prompts, trackers, filter, session, segmenters, robot and readers; degenerate videos."""
 
+from lab.runs import UserError
+
 import cv2
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ import robot
 import sam as sam_module
 import trackers
 from prompts import Interaction, Prompt
-from runs import UserError
 from sam import Sam, SamSegmenter
 from segmenters import Geometry, GrabCut
 from session import METHODS, Session, merge
@@ -482,8 +483,9 @@ def test_procedural_videos_are_exact_and_repeat():
 @pytest.mark.realdata
 def test_copy_of_the_first_mask_on_a_real_sequence():
     """Known numbers of this sanity row: car-shadow J 0.4040, F 0.2525 over frames 1 to T-1."""
+    from lab.runs import data_dir
+
     import metrics
-    from runs import data_dir
 
     try:
         v = data.load("davis2016", "car-shadow", "val", data_dir(""))

@@ -1,5 +1,7 @@
 """The filter test by test, points that are lost, the box while its object disappears, hub trackers."""
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,6 @@ import torch
 import data
 import prompts
 import trackers
-from runs import UserError
 from trackers import Filter, FilterOptions
 
 FRAME = np.zeros((480, 854, 3), np.uint8)

@@ -1,12 +1,13 @@
 """What is read from the course of training, and the evaluation: it attacks as defined and touches nothing."""
 
+from lab import runs
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_train import CPU, parsed, weights
 
 import eval as evaluation
-import runs
 import train
 from trainer import Trainer
 

@@ -2,6 +2,8 @@
 
 import sys
 
+from lab import runs
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ import eval as evaluation
 import figures
 import lap
 import layerwise
-import runs
 import train
 import vit
 from trainer import Trainer

@@ -8,12 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import lap
-import runs
 import train
 from trainer import Trainer
 

@@ -1,10 +1,11 @@
 """Every claim on both sides of its bar, and without the records it needs."""
 
+from lab import tables
+
 import pandas as pd
 import pytest
 
 import claims
-import tables
 from domains import PAPER, TITLES
 
 KEYS = {"setting": "s", "run": "r", "variant": "", "seed": 0}

@@ -8,6 +8,9 @@ import subprocess
 import sys
 import time
 
+from lab import runs, tables
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +18,8 @@ import torch
 import backbones
 import domains
 import eval as evaluation
-import runs
-import tables
 import train
 import trainer
-from runs import UserError
 
 TINY = [
     *("--size", "28", "--limit", "6", "--steps", "6", "--pictures", "8", "--validate", "2", "--validate-every", "3"),

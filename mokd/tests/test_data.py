@@ -8,6 +8,8 @@ import struct
 import tarfile
 import zipfile
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ import drawn
 import episodes
 import readers
 import trainer
-from runs import UserError
 
 
 def png(value: int = 0, size=(6, 5), mode: str = "RGB") -> bytes:

@@ -1,5 +1,7 @@
 """The sampling law against cases worked out by hand, and its invariants."""
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,6 @@ from hypothesis import strategies as st
 import domains
 import episodes
 from episodes import LAWS, Law, Pool
-from runs import UserError
 
 
 class Fixed:

@@ -2,6 +2,8 @@
 
 import sys
 
+from lab import runs
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ import generated
 import glyphs
 import models
 import readers
-import runs
 import train
 
 CPU = torch.device("cpu")

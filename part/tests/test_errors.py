@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 
+from lab import runs
+
 import pytest
 import torch
 from test_train import HERE, TINY
 
 import eval as evaluation
-import runs
 import train
 
 

@@ -3,6 +3,9 @@ figures."""
 
 from collections import Counter
 
+from lab import plan as plans
+from lab import runs, tables
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,9 +13,6 @@ import pytest
 import claims
 import data
 import figures
-import plan as plans
-import runs
-import tables
 import train
 
 PLAN = plans.load_plan()

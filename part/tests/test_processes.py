@@ -5,12 +5,13 @@ import socket
 import subprocess
 import sys
 
+from lab import runs
+
 import pytest
 import torch
 from test_train import HERE, TINY, lines, run_main
 
 import data
-import runs
 
 
 def free_port():

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 
+from lab import runs
+
 import pytest
 import torch
 from test_train import HERE, TINY, lines, run_main
 
 import data
-import runs
 import train
 from trainer import CROPS, Trainer
 

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from lab import runs
+
 import pytest
 import torch
 
@@ -12,7 +14,6 @@ import baselines
 import data
 import eval as evaluation
 import pixel_reweighting as pr
-import runs
 import train
 from trainer import Trainer
 

@@ -1,5 +1,7 @@
 """Mixing and the search for alpha*: exact ends, exact sums, and what calibration promises for any curve."""
 
+from lab.runs import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ import data
 import eval as evaluation
 import metrics
 import models
-from runs import UserError
 
 CPU = torch.device("cpu")
 

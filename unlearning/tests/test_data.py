@@ -2,13 +2,14 @@
 
 import json
 
+from lab.runs import UserError
+
 import pytest
 import torch
 
 import data
 import metrics
 import models
-from runs import UserError
 
 
 def test_the_miniature_is_a_function_of_its_seed(corpus):

@@ -3,6 +3,9 @@ judge."""
 
 from collections import Counter
 
+from lab import plan as plans
+from lab import runs, tables
+
 import pandas as pd
 import pytest
 
@@ -10,11 +13,8 @@ import claims
 import data
 import figures
 import models
-import plan as plans
-import runs
 import settings
 import study
-import tables
 import train
 from methods import METHODS
 

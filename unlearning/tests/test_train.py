@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 
+from lab import runs
+
 import pytest
 import torch
 
 import eval as evaluation
 import models
 import originals
-import runs
 import settings
 import train
 from trainer import Trainer

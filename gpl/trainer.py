@@ -1,0 +1,97 @@
+"""Batch, method, model and optimiser of a run's seeds, and its checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from lab import runs
+from lab.runs import UserError
+
+import torch
+from torch import Tensor
+
+import data
+from evaluation import true_prior
+from methods import CLASSES, Method
+from settings import NOT_PART_OF_A_RUN, Settings
+
+
+class Trainer:
+    """Batch, method, model and optimiser of all seeds, and everything a checkpoint needs."""
+
+    def __init__(self, s: Settings, device: torch.device):
+        folder, cache = runs.data_dir(s.data_dir), runs.HERE / "data" / "cache"
+        if s.dataset == "synthetic":
+            self.graphs = [data.synthetic(seed, s.h) for seed in s.seeds]
+        else:
+            self.graphs = [data.load_graph(s.dataset, folder, cache, s.download)]
+        pick = [self.graphs[k % len(self.graphs)] for k in range(len(s.seeds))]
+        splits = [
+            data.pu_split(g.y, s.r_p, s.cpe_holdout, s.cpe_holdout_u, k) for g, k in zip(pick, s.seeds, strict=True)
+        ]
+        self.s, self.device = s, device
+        self.batch = data.GraphBatch(self.graphs, len(s.seeds), device)
+        self.labelled, held_p, held_u = (
+            torch.stack([getattr(x, name) for x in splits]).to(device) for name in ("labelled", "held_p", "held_u")
+        )
+        if s.cpe_holdout > 0 and int(held_p.sum(-1).min()) < 2:
+            raise UserError(
+                f"--cpe-holdout {s.cpe_holdout:g} keeps fewer than two of {int(self.labelled[0].sum())} labelled nodes "
+                "for the prior, which needs two; raise it, raise --r-p, or pass 0"
+            )
+        self.true_pi = true_prior(self.batch.y, self.labelled)
+        self.method: Method = CLASSES[s.method](s, self.batch, self.labelled, held_p, held_u, self.true_pi)
+        self.rounds = -1
+        self.fresh_model()
+
+    def fresh_model(self) -> None:
+        """New weights and optimiser; every call draws other weights from the run's seeds."""
+        self.rounds += 1
+        seeds = [seed + 1_000_003 * self.rounds for seed in self.s.seeds]
+        self.model = self.method.model_class(self.batch, self.s.hidden, self.s.dropout, seeds)
+        # Under the sigmoid loss a saturated logit has next to no gradient, so that any decay wins and every node ends
+        # negative: nnPU, and LSDAN with it, train without. PU-GNN's recipe has none either.
+        plain = self.s.method in ("pugnn", "lsdan") or self.s.method.endswith("nnpu")
+        decay = 0.0 if plain else self.s.weight_decay
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.s.lr, weight_decay=decay, fused=True)
+
+    # ------------------------------------------------------------------ checkpoint: every tensor the next step reads
+
+    def save(self, path: Path, epoch: int, seconds: float) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"method.{k}": v for k, v in self.method.state().items()}
+        for i, p in enumerate(self.model.parameters()):
+            tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        tensors |= {f"rng.{i}": g.get_state() for i, g in enumerate(self.model.generators)}
+        meta = {"epoch": str(epoch), "rounds": str(self.rounds), "seconds": str(seconds), "run": self.fingerprint()}
+        runs.write_tensors(path, tensors, meta)
+
+    def fingerprint(self) -> str:
+        """Of the settings that matter and the data: a checkpoint of anything else is refused."""
+        own = {k: v for k, v in dataclasses.asdict(self.s).items() if k not in NOT_PART_OF_A_RUN}
+        text = json.dumps([own, [g.sha256 for g in self.graphs]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def load(self, path: Path) -> tuple[int, float]:
+        """-> (epochs done, seconds spent)."""
+        tensors, meta = runs.read_tensors(path)
+        if meta.get("run") != self.fingerprint():
+            raise UserError(f"{path} belongs to another run (method, seeds, settings or data); delete it to start over")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "method": {}, "adam": {}, "rng": {}}
+        for key, value in tensors.items():
+            group, _, name = key.partition(".")
+            parts[group][name] = value if group == "rng" else value.to(self.device)
+        try:
+            self.rounds = int(meta["rounds"]) - 1
+            self.fresh_model()
+            self.model.load_state_dict(parts["model"])
+            self.method.load(parts["method"])
+            for i, p in enumerate(self.model.parameters()):
+                found = {k: parts["adam"][f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if parts["adam"]}
+                self.optimizer.state[p] = found
+            for i, g in enumerate(self.model.generators):
+                g.set_state(parts["rng"][str(i)])
+            return int(meta["epoch"]), float(meta["seconds"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path} belongs to another model ({error}); delete it to start the run again") from None
