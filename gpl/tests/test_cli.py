@@ -1,5 +1,6 @@
 """The commands as a user types them: end to end, resume after kill -9, errors."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 from lab import runs
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 from lab.records import long
 
 import numpy as np
@@ -17,7 +19,8 @@ import torch
 from sklearn.metrics import f1_score
 
 import claims
-import eval as evaluation
+import eval as command
+import evaluation
 import figures
 import train
 
@@ -206,13 +209,13 @@ def test_a_user_error_of_a_real_command_has_no_traceback():
 
 
 def test_eval_errors(tmp_path, trained, fails):
-    fails(evaluation, ["--run", str(tmp_path)], "settings.json")
+    fails(command, ["--run", str(tmp_path)], "settings.json")
     broken = tmp_path / "broken"
     subprocess.run(["cp", "-r", str(trained), str(broken)], check=True)
     (broken / "seed1" / "model.safetensors").write_bytes(b"\x00" * 40)
-    fails(evaluation, ["--run", str(broken)], "model.safetensors is damaged")
+    fails(command, ["--run", str(broken)], "model.safetensors is damaged")
     (broken / "seed1" / "model.safetensors").unlink()
-    fails(evaluation, ["--run", str(broken)], "no file")
+    fails(command, ["--run", str(broken)], "no file")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, trained, fails):
@@ -238,7 +241,7 @@ def test_nan_loss_stops_with_the_epoch_and_keeps_the_checkpoint(tmp_path, fails)
 
 def test_estimators_use_the_nodes_that_the_methods_use(trained):
     """BBE as a row of the class-prior table and BBE inside GPL and TED see the same held-out nodes."""
-    t, posterior, _ = evaluation.load(evaluation.EvalSettings(run=str(trained), device="cpu"))
+    t, posterior, _ = command.load(command.EvalSettings(run=str(trained), device="cpu"))
     inside = t.method.estimate(posterior).tolist()
     assert [row["BBE"] for row in evaluation.estimate(t, posterior)] == pytest.approx(inside, abs=1e-6)
 
@@ -273,24 +276,26 @@ def fake(method: str, h: float, seed: int, **values: float) -> dict:
     }
 
 
-def verdicts(records: list[dict]) -> dict[str, bool | None]:
+def verdicts(records: list[dict]) -> dict[str, str]:
     frame = long(records)
-    return {c.id: c.check(frame)[0] for c in claims.CLAIMS if c.scale == "demo"}
+    return {c.id: c.judge(frame)[0] for c in claims.CLAIMS if c.scale == "demo"}
 
 
 def test_claims_hold_fail_and_stay_open():
-    def world(gain: float) -> list[dict]:
+    def world(gain: float, noise: float = 0.0) -> list[dict]:
         out = []
-        for h in (0.1, 0.3, 0.5, 0.7):
+        for h, k in itertools.product((0.1, 0.3, 0.5, 0.7), range(3)):
             lead = gain if h == 0.7 else 0.0
-            out.append(fake("gpl", h, 0, f1=60 + lead, pi_error=0.1, h_weighted=h - 0.05 * np.sign(gain)))
-            out.append(fake("gcn-ted", h, 0, f1=60.0, pi_error=0.1 + 0.02 * np.sign(gain)))
-            out.append(fake("BBE", h, 0, pi_signed_error=h * np.sign(gain)))
+            out.append(fake("gpl", h, k, f1=60 + lead, pi_error=0.1, h_weighted=h - 0.05 * np.sign(gain)))
+            out.append(fake("gcn-ted", h, k, f1=60 + noise * k * (-1) ** k, pi_error=0.1 + 0.02 * np.sign(gain)))
+            out.append(fake("BBE", h, k, pi_signed_error=h * np.sign(gain)))
         return out
 
-    assert verdicts(world(5.0)) == dict.fromkeys(["a", "b", "c1", "c2", "d", "e"], True)
-    assert verdicts(world(-5.0)) == {**dict.fromkeys(["a", "b", "c1", "d", "e"], False), "c2": True}
-    assert set(verdicts([fake("gcn", 0.1, 0, f1=1.0)]).values()) == {None}
+    assert verdicts(world(5.0)) == dict.fromkeys(["a", "b", "c1", "c2", "d", "e"], HOLDS)
+    assert verdicts(world(-5.0)) == {**dict.fromkeys(["a", "b", "c1", "d", "e"], FAILS), "c2": HOLDS}
+    noisy = verdicts(world(5.0, noise=4.0))
+    assert noisy["c1"] == noisy["c2"] == UNDECIDED and noisy["a"] == HOLDS
+    assert set(verdicts([fake("gcn", 0.1, 0, f1=1.0)]).values()) == {UNKNOWN}
 
 
 def test_figures_are_drawn_from_records(tmp_path, trained):
