@@ -2,8 +2,8 @@
 
     python build.py SITE FOLDER ...        # from the workspace's root, in the environment of requirements.txt
 
-A folder that was reproduced has runs/<scale>/report.json, written with its RESULTS.md from the same records; of another
-folder only README.md and RESULTS.md are shown. Nothing is measured or judged here.
+It shows what is committed: results/report.json, written by `make record-X` with RESULTS.md from the same records. Where
+runs were made again on this machine, a line says how they compare. Nothing is measured or judged here.
 """
 
 import functools
@@ -16,23 +16,35 @@ import sys
 from pathlib import Path
 
 import yaml
-from cells import KEY, Makers, counts, place, table_html
+from cells import KEY, Makers, counts, e, place, table_html
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from workspace import lacking  # noqa: E402
 
+SCALES = {"real": "Scale real", "demo": "Scale demo", "paper": "The paper's tables"}
 
-def latest(folder: Path) -> dict | None:
-    """The report of the last reproduction: scale demo and paper are told by either."""
-    found = [folder / "runs" / scale / "report.json" for scale in ("paper", "demo")]
-    found = sorted((p for p in found if p.is_file()), key=lambda p: p.stat().st_mtime)
-    if not found:
+
+def committed(folder: Path) -> dict | None:
+    """What `make record-X` wrote with RESULTS.md, from the same records."""
+    path = folder / "results" / "report.json"
+    if not path.is_file():
         return None
     try:
-        return json.loads(found[-1].read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        sys.exit(f"{found[-1]}: not valid JSON ({error}); make reproduce-{folder.name} writes it anew")
+        sys.exit(f"{path}: not valid JSON ({error}); take it back from git, or make record-{folder.name}")
+
+
+def reproduced(folder: Path) -> list[str]:
+    """What reproductions on this machine gave beside the committed records, a line a scale."""
+    lines = []
+    for scale in SCALES:
+        path = folder / "runs" / scale / "comparison.json"
+        if path.is_file():
+            told = json.loads(path.read_text(encoding="utf-8"))["line"].partition(": ")[2]
+            lines.append(f"* Reproduced here, scale {scale}: {e(told)}.")
+    return lines
 
 
 @functools.cache
@@ -55,11 +67,11 @@ def provenance(report: dict, scale: str) -> str:
     if not mine:
         return "No records of this scale here."
     data, devices = (sorted({x for r in mine for x in r[key]}) for key in ("data", "devices"))
-    return (
-        f"{sum(r['records'] for r in mine)} records of {len(mine)} of the {len(runs)} planned runs, "
-        f"{sum(r['seconds'] for r in mine) / 3600:.2f} hours. Data: {', '.join(data)}. Machine: {'; '.join(devices)}. "
-        f"Code: {', '.join(commits(mine))}."
+    hours = sum(r["seconds"] for r in mine) / 3600
+    told = (
+        f"{sum(r['records'] for r in mine)} records of {len(mine)} of the {len(runs)} planned runs, {hours:.2f} hours."
     )
+    return f"{told} Data: {e(', '.join(data))}. Machine: {e('; '.join(devices))}. Code: {', '.join(commits(mine))}."
 
 
 # ---------------------------------------------------------------------------------------------------------------- pages
@@ -80,19 +92,20 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
     if report is None:
         text = Path(folder, "RESULTS.md")
         body = text.read_text(encoding="utf-8") if text.is_file() else f"# {folder}\n\nNothing was run yet.\n"
-        note = f"\n\n!!! note\n    `make reproduce-{folder}` makes this page with links from every cell to its run.\n"
+        note = f"\n\n!!! note\n    `make record-{folder}` makes this page with links from every cell to its run.\n"
         head, _, rest = without_links(body, "figures/").partition("\n")
         return head + note + rest
     lines = ["---", f"title: Results of {folder}", "---", "", f"# {report['title']}", ""]
     lines += ["[How it was built](readme.md) · [every run and its command](runs.md) · "]
-    lines += ["[where paper and released code differ](../differences.md)", ""]
+    lines += ["[where paper and released code differ](../differences.md)", "", *reproduced(Path(folder)), ""]
     lines += ["## Claims", "", "| | claim | source | scale | numbers | verdict |", "|---|---|---|---|---|---|"]
     for c in report["claims"]:
-        look = {"holds": "held", "does not hold": "failed"}.get(c["verdict"], "")
-        cells = [c["id"], c["text"], c["source"], c["scale"], c["numbers"]]
-        shown = " | ".join(str(x).replace("|", "\\|") for x in cells)
+        look = {"holds": "held", "does not hold": "failed", "undecided": "open"}.get(c["verdict"], "")
+        said = f"Control: {c['text']}" if c.get("control") else c["text"]
+        cells = [c["id"], said, c["source"], c["scale"], c["numbers"]]
+        shown = " | ".join(e(x).replace("|", "\\|") for x in cells)
         lines.append(f'| {shown} | <span class="{look}">{c["verdict"]}</span> |')
-    for scale, title in (("paper", "The paper's tables"), ("demo", "Demo"), ("smoke", "Smoke")):
+    for scale, title in SCALES.items():
         tables = [t for t in report["tables"] if t["scale"] == scale]
         if not tables:
             continue
@@ -125,7 +138,7 @@ def runs_page(folder: str, report: dict, docs: Path) -> str:
         "estimates for one device; seconds were measured.",
         "",
     ]
-    for scale in ("paper", "demo", "smoke"):
+    for scale in SCALES:
         runs = report["runs"].get(scale, {})
         if not runs:
             continue
@@ -150,7 +163,9 @@ def runs_page(folder: str, report: dict, docs: Path) -> str:
             lines += [f"* needs `{n['path']}` from {n['origin']}" for n in r["needs"]]
             lines += [f"* not here: {', '.join(f'`{path}`' for path in gone)}"] if gone else []
             if r["records"]:
-                lines += [f"* {', '.join(r['devices'])}; code {', '.join(commits([r]))}; data {', '.join(r['data'])}"]
+                lines += [
+                    f"* {e(', '.join(r['devices']))}; code {', '.join(commits([r]))}; data {e(', '.join(r['data']))}"
+                ]
                 file = record_file(folder, scale, name, docs)
                 lines += [f'* <a href="{file}">records, a line each</a>'] if file else []
             lines.append("")
@@ -158,41 +173,42 @@ def runs_page(folder: str, report: dict, docs: Path) -> str:
 
 
 def record_file(folder: str, scale: str, name: str, docs: Path) -> str:
-    """The records of a run, copied into the site; the link to them."""
-    source = (
-        Path(folder, "results", f"{name}.jsonl")
-        if scale == "paper"
-        else Path(folder, "runs", scale, name, "records.jsonl")
-    )
+    """The committed records of a run, copied into the site; the link to them."""
+    one = Path(folder, "results", "paper", f"{name}.jsonl")
+    source = one if scale == "paper" else Path(folder, "results", f"{scale}.jsonl")
     if not source.is_file():
         return ""
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    mine = [x for x in lines if json.loads(x).get("run", name) == name]
     target = docs / folder / "records" / f"{place(scale, name)}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source, target)
+    target.write_text("".join(mine), encoding="utf-8")
     return f"records/{target.name}"
 
 
 def claims_held(report: dict, scale: str) -> str:
     verdicts = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
-    known = [v for v in verdicts if v != "not measured"]
-    left = len(verdicts) - len(known)
-    held = f"{known.count('holds')} of {len(known)}" if known else ""
-    return ", ".join(filter(None, [held, f"{left} not measured" if left else ""])) or "none stated"
+    if not verdicts:
+        return "none stated"
+    counts = {v: verdicts.count(v) for v in ("holds", "does not hold", "undecided", "not measured")}
+    return ", ".join(f"{n} {v}" for v, n in counts.items() if n)
 
 
 def front_row(folder: str, title: str, report: dict) -> str:
     n = counts(report)
     paper = report["runs"].get("paper", {}).values()
     ready = sum(not r["records"] and not lacking(folder, r) for r in paper)
-    cells = [f"[**{folder}**]({folder}/index.md): {title}", *(claims_held(report, s) for s in ("demo", "paper"))]
+    cells = [f"[**{folder}**]({folder}/index.md): {title}", *(claims_held(report, s) for s in SCALES)]
     cells += [n["cells"], n["printed"], n["cells"] - n["missing"], n["agree"], n["outside"]]
     cells += [f"{sum(r['records'] > 0 for r in paper)} / {ready} / {len(paper)}"]
     told = []
-    for scale in ("demo", "paper"):
+    for scale in SCALES:
         runs = [r for r in report["runs"].get(scale, {}).values() if r["records"]]
         variants = sorted({d.rpartition("(")[2].rstrip(")") for r in runs for d in r["data"]})
         machines = sorted({d for r in runs for d in r["devices"]})
-        told += [f"{scale}: data {', '.join(variants)}; {', '.join(machines)}; {commits(runs)[0]}"] if runs else []
+        told += (
+            [f"{scale}: data {e(', '.join(variants))}; {e(', '.join(machines))}; {commits(runs)[0]}"] if runs else []
+        )
     return "| " + " | ".join(map(str, [*cells, "<br>".join(told)])) + " |"
 
 
@@ -209,8 +225,9 @@ code differ, by which switch one chooses, and what that is worth.
 
 {table}
 
-* **Claims**: inequalities that the paper states or implies, checked over several seeds; the paper's page has their
-  numbers. Scale demo is small and needs no data: its numbers are not the paper's.
+* **Claims**: differences that the paper states or implies, each with a threshold, judged by their 95 % interval; the
+  paper's page has the numbers. Scale real: public data and small real networks. Scale demo is small and needs no data:
+  its numbers are not the paper's.
 * **Cells**: those of the paper's tables, and of tables of other sources that are quoted beside them. **Printed**: the
   printed number is known. **Measured**: there are records of scale paper; they are **within** or **outside** the
   tolerance that the paper's page states.
@@ -227,7 +244,7 @@ Fill in the value of the cell's line in `X/paper.csv`, or add a line if it has n
 table,dataset,setting,method,metric,value,std,unit,source
 ```
 
-`source` says where it is printed. Then `make reproduce-X && make report`; with the records here nothing is run again.
+`source` says where it is printed. Then `make record-X report`; nothing is run again.
 A malformed line is named by its number.
 """
 
@@ -235,16 +252,16 @@ A malformed line is named by its number.
 def front(folders: list[str], reports: dict[str, dict | None]) -> str:
     readme = Path("README.md").read_text(encoding="utf-8")
     titles = dict(re.findall(r"^\| \[?`(\w+)`\]?(?:\(\w+\))? \| (.*?) \|", readme, re.M))
-    head = ["paper", "claims that hold, demo", "the same, paper's data", "cells", "printed", "measured", "within"]
+    head = ["paper", *(f"claims, {s}" for s in SCALES), "cells", "printed", "measured", "within"]
     head += ["outside", "runs: recorded / ready / all", "records"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for folder in folders:
         title, report = titles.get(folder, ""), reports.get(folder)
         if not Path(folder, "requirements.in").is_file():
-            lines.append(f"| **{folder}**: {title} | not here yet |" + " |" * 8)
+            lines.append(f"| **{folder}**: {title} | not here yet |" + " |" * 9)
         elif report is None:
-            told = f"not reproduced here: `make reproduce-{folder}`"
-            lines.append(f"| [**{folder}**]({folder}/index.md): {title} | {told} |" + " |" * 8)
+            told = f"no committed records: `make reproduce-{folder} record-{folder}`"
+            lines.append(f"| [**{folder}**]({folder}/index.md): {title} | {told} |" + " |" * 9)
         else:
             lines.append(front_row(folder, title, report))
     return FRONT.replace("{table}", "\n".join(lines))
@@ -266,7 +283,7 @@ def differences(folders: list[str], reports: dict[str, dict | None]) -> str:
     for folder in folders:
         found = (reports[folder] or {}).get("differences", [])
         table = ["| finding | switch | effect of the switch |", "|---|---|---|"]
-        table += [f"| {d['finding']} | {d['switch']} | {d['effect']} |" for d in found]
+        table += [f"| {e(d['finding'])} | {d['switch']} | {e(d['effect'])} |" for d in found]
         parts = [section(folder, h) for h in ("(?:Implementation d|D)etails that matter", "Deviations and open points")]
         if found or any(parts):
             lines += [f"## {folder}", "", *(table if found else []), "", *(p for part in parts for p in (part, ""))]
@@ -279,7 +296,7 @@ def main() -> None:
     shutil.rmtree(source, ignore_errors=True)
     docs = source / "docs"
     docs.mkdir(parents=True)
-    reports = {f: latest(Path(f)) for f in folders}
+    reports = {f: committed(Path(f)) for f in folders}
     nav: list = [{"Overview": "index.md"}]
     for folder in folders:
         if not Path(folder, "requirements.in").is_file():

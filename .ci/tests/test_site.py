@@ -1,7 +1,6 @@
 """The whole site from hand-made reports: built, linked, and with nothing fetched from elsewhere."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,13 +33,14 @@ def place(tmp_path_factory):
     (root / "two" / "RESULTS.md").write_text("# Two\n\n![a](results/figures/a.png) [r](results/x.jsonl)\n")
     done = run(records=2, seconds=7200, commits=["0" * 40 + "+changes"], devices=["CPU"], data=["d (half)"])
     needs = [{"path": "sets/d", "origin": "example.org"}]
+    odd = "<script>y</script>"
     report = {
         "title": "One, a paper",
         "claims": [
             {"id": i, "text": "a | b", "source": "s", "scale": scale, "numbers": "1 > 0", "verdict": verdict}
             for i, scale, verdict in (
                 *((1, "demo", "holds"), (2, "demo", "does not hold")),
-                *((3, "demo", "not measured"), (4, "paper", "not measured")),
+                *((3, "demo", "not measured"), (4, "paper", "not measured"), (5, "real", "undecided")),
             )
         ],
         "tables": [
@@ -51,13 +51,24 @@ def place(tmp_path_factory):
         "figures": [{"path": "results/figures/a.png", "caption": "A figure", "scale": "demo"}],
         "runs": {
             "paper": {"r1": done, "later": run(needs=needs), "ready": run()},
-            "demo": {"r1": run(records=1, data=["g (generated)"], devices=["CPU"], commits=["f" * 40])},
+            "demo": {
+                "r1": run(
+                    records=1,
+                    data=["g<script>x</script> (generated)"],
+                    devices=[odd],
+                    commits=["f" * 40],
+                )
+            },
         },
         "differences": [{"finding": "f1", "switch": "`--s`", "effect": "+1"}],
     }
-    (root / "one" / "runs" / "paper").mkdir(parents=True)
-    (root / "one" / "runs" / "paper" / "report.json").write_text(json.dumps(report))
-    (root / "one" / "results" / "r1.jsonl").write_text("{}\n")
+    (root / "one" / "results" / "report.json").write_text(json.dumps(report))
+    (root / "one" / "results" / "paper").mkdir()
+    (root / "one" / "results" / "paper" / "r1.jsonl").write_text("{}\n")
+    (root / "one" / "results" / "demo.jsonl").write_text('{"run": "r1"}\n{"run": "r2"}\n')
+    (root / "one" / "runs" / "demo").mkdir(parents=True)
+    told = {"line": "one: 1 of 2 claims hold; 5 of 6 numbers equal", "flipped": []}
+    (root / "one" / "runs" / "demo" / "comparison.json").write_text(json.dumps(told))
     command = [sys.executable, str(SITE / "build.py"), "site", "one", "two", "three"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,10 +83,13 @@ def text(path: Path) -> str:
 def test_front_page_counts(place):
     page = text(place / "index.html")
     row = re.search(r"one : First paper (.*?) two :", page)[1]
-    assert row.startswith("1 of 2, 1 not measured 1 not measured 2 2 1 1 0 1 / 1 / 3 ")
-    assert "demo: data generated; CPU; date not known ffffffffff" in row
+    verdicts = "1 undecided 1 holds, 1 does not hold, 1 not measured 1 not measured"
+    assert row.startswith(f"{verdicts} 2 2 1 1 0 1 / 1 / 3 ")
+    assert "demo: data generated; &lt;script&gt;y&lt;/script&gt;; date not known ffffffffff" in row
     assert "paper: data half; CPU; date not known 0000000000+changes" in row
-    assert "two : Second not reproduced here: make reproduce-two" in page and "three : 3 not here yet" in page
+    assert (
+        "two : Second no committed records: make reproduce-two record-two" in page and "three : 3 not here yet" in page
+    )
     assert not (place / "three").exists()
 
 
@@ -89,6 +103,8 @@ def test_a_papers_page(place):
         place / "one/index.html"
     )
     assert '<td class="own"><a href="runs.html#demo-r1">' in page and "Tolerance 2." in page
+    assert '<span class="open">undecided</span>' in page
+    assert "Reproduced here, scale demo: 1 of 2 claims hold; 5 of 6 numbers equal." in page
     assert 'href="runs.html#paper-later"' in page and 'src="figures/a.png"' in page
 
 
@@ -97,11 +113,18 @@ def test_page_of_runs_has_command_cost_needs_and_records(place):
     assert "1 of 3 runs have records; the others: about 2.0 hours" in page
     assert "needs sets/d from example.org not here: sets/d" in page
     assert (place / "one" / "records" / "paper-r1.jsonl").read_text() == "{}\n"
+    assert (place / "one" / "records" / "demo-r1.jsonl").read_text() == '{"run": "r1"}\n'
+
+
+def test_texts_of_records_are_escaped(place):
+    pages = [p.read_text() for p in place.rglob("*.html")]
+    assert not any("<script>x" in page or "<script>y" in page for page in pages)
+    assert any("&lt;script&gt;x" in page for page in pages) and any("&lt;script&gt;y" in page for page in pages)
 
 
 def test_a_folder_that_was_not_reproduced_shows_what_it_has(place):
     page = (place / "two" / "index.html").read_text()
-    assert "make reproduce-two" in page and 'src="figures/a.png"' in page and "x.jsonl" not in page
+    assert "make record-two" in page and 'src="figures/a.png"' in page and "x.jsonl" not in page
     assert not (place / "two" / "runs.html").exists()
 
 
@@ -132,21 +155,12 @@ def test_a_dead_link_is_named(place, tmp_path, wrong, said):
     assert links.dead(tmp_path / "site") == [said]
 
 
-def test_a_broken_report_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "one" / "runs" / "demo").mkdir(parents=True)
-    (tmp_path / "one" / "runs" / "demo" / "report.json").write_text("{")
-    with pytest.raises(SystemExit, match="not valid JSON .*make reproduce-one"):
-        build.latest(tmp_path / "one")
-    assert build.latest(tmp_path / "two") is None
-
-
-def test_the_newest_report_counts(tmp_path):
-    for when, scale in ((2, "demo"), (1, "paper")):
-        path = tmp_path / "runs" / scale / "report.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"title": scale}))
-        os.utime(path, (when, when))
-    assert build.latest(tmp_path) == {"title": "demo"}
+def test_a_broken_report_is_one_line(tmp_path):
+    (tmp_path / "one" / "results").mkdir(parents=True)
+    (tmp_path / "one" / "results" / "report.json").write_text("{")
+    with pytest.raises(SystemExit, match="not valid JSON .*make record-one"):
+        build.committed(tmp_path / "one")
+    assert build.committed(tmp_path / "two") is None
 
 
 def test_the_newest_commit_is_named_with_its_own_day(monkeypatch):

@@ -47,7 +47,7 @@ def test_lint_names_twins_reaches_imports_and_locks(here):
     (here / "a" / ".venv" / "other.py").write_text("import b\n")
     (here / "b" / "requirements.txt").write_text("--index-url https://example.org\n")
     assert workspace.lint("a b", "a b", "same.py gone.py: a b").splitlines() == [
-        "b/same.py: differs from its twin a/same.py",
+        "b/same.py: differs from its twin a/same.py: make sync FROM=...",
         "a/bad.py:4: reaches outside its folder",
         "a/bad.py:1: imports the folder b/",
         "a/bad.py:2: imports the folder b/",
@@ -57,15 +57,72 @@ def test_lint_names_twins_reaches_imports_and_locks(here):
     assert "b/same.py: missing, its twin a/same.py is there" in workspace.lint("a b", "a b", "same.py: a b")
 
 
+def test_lint_names_circles_inside_functions_too_and_long_modules(here):
+    (here / "a" / "room").mkdir(parents=True)
+    (here / "a" / "requirements.txt").write_text("numpy==1\n")
+    (here / "a" / "one.py").write_text("import two\n")
+    (here / "a" / "two.py").write_text("def f():\n    from room.three import g\n    return g\n")
+    (here / "a" / "room" / "three.py").write_text("from room import four\n")
+    (here / "a" / "room" / "four.py").write_text("import five\n")
+    (here / "a" / "five.py").write_text("import math\n")
+    assert workspace.lint("a", "a") == ""
+    (here / "a" / "five.py").write_text("def f():\n    import one\n")
+    assert workspace.lint("a", "a") == "a: import each other in a circle: five, one, room.four, room.three, two"
+    (here / "a" / "five.py").write_text("x = 1\n" * 401)
+    assert workspace.lint("a", "a") == "a/five.py: 401 lines, more than 400: split it by what it serves"
+
+
+def test_twins_are_folders_too_and_sync_copies_them(here):
+    for name in ("a", "b"):
+        (here / name / "lab").mkdir(parents=True)
+        (here / name / "requirements.txt").write_text("numpy==1\n")
+    (here / "a" / "lab" / "x.py").write_text("x = 1\n")
+    (here / "b" / "lab" / "old.py").write_text("x = 2\n")
+    told = workspace.lint("a b", "a b", "lab: a b").splitlines()
+    assert told == [
+        "a/lab/old.py: missing, its twin b/lab/old.py is there: make sync FROM=b",
+        "b/lab/x.py: missing, its twin a/lab/x.py is there: make sync FROM=a",
+    ]
+    assert workspace.sync("a", "a b", "lab: a b") == "b/lab/x.py"
+    assert workspace.lint("a b", "a b", "lab: a b") == "" and not (here / "b" / "lab" / "old.py").exists()
+
+
+def test_a_lock_that_would_be_compiled_is_named_once_for_all(here):
+    (here / "a").mkdir()
+    (here / ".tools").mkdir()
+    (here / "a" / "requirements.txt").write_text("numpy==1\nconnection-pool==0.0.3\n")
+    uv = here / "uv"
+    uv.write_text("#!/bin/sh\ncat > asked\necho 'no usable wheels' >&2\nexit 1\n")
+    uv.chmod(0o755)
+    told = workspace.wheels(str(uv), "a").splitlines()
+    assert len(told) == len(workspace.PLATFORMS) and "no usable wheels" in told[0]
+    assert (here / "asked").read_text() == "numpy==1"  # what is pure Python is not asked for
+    uv.write_text("#!/bin/sh\nexit 0\n")
+    assert workspace.wheels(str(uv), "a") == ""
+    uv.write_text("#!/bin/sh\nexit 1\n")
+    assert workspace.wheels(str(uv), "a") == ""  # the same lock is not asked about again
+
+
+def test_targets_run_side_by_side_with_their_lines_together(here, capfd):
+    make = here / "make.sh"
+    make.write_text("#!/bin/bash\necho first $1; sleep 0.2; echo second $1; [[ $1 != *-b ]]\n")
+    make.chmod(0o755)
+    with pytest.raises(SystemExit) as stop:
+        workspace.together("2", str(make), "test", "a", "b", "report")
+    assert stop.value.code == 1
+    out, err = capfd.readouterr()
+    assert sorted(out.split()) == [".ci=0", "a=0", "b=1"]
+    for name in ("a", "b", "report"):
+        assert f"=== test: {name}\nfirst test-{name}\nsecond test-{name}\n=== test: {name} ended with" in err
+
+
 def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
     needs = [{"path": "d/x", "origin": "o"}, {"path": "d/y", "origin": "o"}]
     runs = {"done": run(records=3), "left": run(hours=2.5, needs=needs), "more": run(hours=0.5)}
     findings = [{"finding": "F", "switch": "`--s`", "effect": "+1"}, {"finding": "G", "switch": "none", "effect": ""}]
-    for name, value in (("paper", {}), ("demo", {"paper": runs})):
-        (here / "a" / "runs" / name).mkdir(parents=True)
-        path = here / "a" / "runs" / name / "report.json"
-        path.write_text(json.dumps({"runs": value, "differences": findings}))
-        os.utime(path, (1, 1) if name == "paper" else None)  # the newer one counts
+    (here / "a" / "results").mkdir(parents=True)
+    report = {"runs": {"paper": runs}, "differences": findings}
+    (here / "a" / "results" / "report.json").write_text(json.dumps(report))
     (here / "a" / "data" / "d").mkdir(parents=True)
     (here / "a" / "data" / "d" / "y").touch()
     (here / "b").mkdir()
@@ -79,7 +136,7 @@ def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
         "    switch: `--s`; effect: +1",
         "  differs: G",
         "    switch: none",
-        "b: make reproduce-b first",
+        "b: make record-b first",
         "c: not here yet",
     ]
     monkeypatch.setenv("REPRO_DATA", str(here))
@@ -95,6 +152,11 @@ def make(*words, **environment):
     "words, said",
     [
         (["smoke-nosuch"], "make smoke-nosuch: no such folder. Here: "),
+        (["nosuch"], "make nosuch: no such target; `make help` lists them"),
+        (["smoke", "FOLDERS=gpl,lap"], "FOLDERS has no folder gpl,lap: take some of "),
+        (["report", "FOLDERS=gpll"], "FOLDERS has no folder gpll"),
+        (["reproduce-all", "FOLDERS="], "FOLDERS is empty"),
+        (["sync"], "make sync FROM=X: name the folder"),
         (["reproduce-gpl", "SCALE=large"], "SCALE=large is not a scale"),
         (["reproduce-gpl", "SCALE="], "SCALE= is not a scale"),
         (["reproduce-gpl", "PROFILE=nosuch"], "PROFILE=nosuch is not in profiles/: use one of slurm"),
@@ -102,7 +164,7 @@ def make(*words, **environment):
         (["reproduce-gpl", "JOBS=two"], "JOBS=two is not a number of processes"),
         (["reproduce-gpl", "PROCESSES=0"], "PROCESSES=0 is not a number of processes"),
         (["reproduce-gpl", "PROCESSES=2", "JOBS=2"], "PROCESSES=2 takes the GPUs of this machine from the first on"),
-        (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 or 3.12"),
+        (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 to 3.13"),
     ],
 )
 def test_make_refuses_before_it_builds_anything(words, said):
