@@ -79,7 +79,7 @@ help:
 	echo
 	printf '  %-12s %s\n' \
 		'SCALE'      'smoke (seconds), demo (minutes, needs no data), real (public data, hours), paper (as in the paper). Now: $(SCALE)' \
-		'JOBS'       'runs at once; each gets cores / JOBS threads unless OMP_NUM_THREADS is set. Now: $(JOBS)' \
+		'JOBS'       'runs at once; each gets one thread, at scale real and paper cores / JOBS, or OMP_NUM_THREADS. Now: $(JOBS)' \
 		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
 		'PROCESSES'  'of one run, a GPU each; with more than 1 one run at a time (JOBS=1), or a PROFILE. Now: $(PROCESSES)' \
 		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
@@ -152,12 +152,13 @@ lock-report: | python-ok $(UV_TOOL)
 	"$(UV)" pip compile $(LOCKING) requirements.in -o requirements.txt
 
 # ---- One folder. Its workflow keeps the runs that are there: only missing ones, and what depends on them, are made.
-# JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run. At most one run for each GPU.
+# JOBS runs share the cores: Snakemake sets OMP_NUM_THREADS to the threads of a run, one at the small scales, whose numbers
+# shall be the committed ones to the last bit: another number of threads adds up in another order. At most one run a GPU.
 # On a cluster its profile says how many jobs at once and how many threads a run; the cores and GPUs of the machine that
 # submits limit nothing there. --nolock, because a run that was killed must not block its own restart.
 GIVEN = $(if $(filter file undefined default,$(origin $(1))),,$($(1)))
 define here
-threads="$${OMP_NUM_THREADS:-$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 ))}"
+threads="$${OMP_NUM_THREADS:-$(if $(filter smoke demo,$(2)),1,$$(( $(JOBS) < $(CORES) ? $(CORES) / $(JOBS) : 1 )))}"
 limits=(--cores $$(( $(JOBS) * threads )) --set-threads run=$$threads $(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)))
 endef
 define there
@@ -167,7 +168,7 @@ endef
 define workflow
 cd $(1)
 export PATH="$$PWD/.venv/bin:$$PATH"
-$(if $(PROFILE),$(there),$(here))
+$(if $(PROFILE),$(there),$(call here,$(1),$(2)))
 # A copy of the Snakefile that jobs on all nodes can read. A new one each time: Snakemake never renews one that is there.
 mkdir -p .snakemake
 sources="$$(mktemp -d .snakemake/sources.XXXXXX)"

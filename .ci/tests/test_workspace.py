@@ -230,9 +230,11 @@ def test_several_processes_of_a_run_need_one_run_at_a_time_or_a_cluster():
 
 
 def test_runs_share_the_cores_of_this_machine():
-    assert limits("CORES=8", "JOBS=4") == ["--cores", "8", "--set-threads", "run=2"]
-    assert limits("CORES=8", "JOBS=16") == ["--cores", "16", "--set-threads", "run=1"]
-    assert limits("CORES=8", "JOBS=4", OMP_NUM_THREADS="3") == ["--cores", "12", "--set-threads", "run=3"]
+    assert limits("CORES=8", "JOBS=4") == ["--cores", "4", "--set-threads", "run=1"]  # demo: one thread, whose sums repeat
+    real = "SCALE=real"
+    assert limits(real, "CORES=8", "JOBS=4") == ["--cores", "8", "--set-threads", "run=2"]
+    assert limits(real, "CORES=8", "JOBS=16") == ["--cores", "16", "--set-threads", "run=1"]
+    assert limits(real, "CORES=8", "JOBS=4", OMP_NUM_THREADS="3") == ["--cores", "12", "--set-threads", "run=3"]
 
 
 def test_a_cluster_is_not_limited_by_the_machine_that_submits():
