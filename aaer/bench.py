@@ -28,6 +28,7 @@ import data
 import models
 import train
 from readers import KINDS
+from settings import Settings
 from trainer import Trainer
 
 
@@ -160,14 +161,14 @@ def main() -> None:
     sets = data.Data("cifar10", KINDS["cifar10"], "random", "", part, part, 32, 3)
 
     def trainer(method: str, precision: str = "fp32", compiled: bool = False) -> Trainer:
-        s = train.Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
+        s = Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
         s.precision, s.compile, s.model = precision, compiled, "preact18" if big else "preact-small"
         s.resolve()
         t = Trainer(s, device, sets)
         t.fresh(0)
         return t
 
-    s = train.Settings(dataset="patches", start="rs", eps=48 / 255, batch=b.batch, epochs=4)
+    s = Settings(dataset="patches", start="rs", eps=48 / 255, batch=b.batch, epochs=4)
     s.resolve()
     t = Trainer(s, device)
     t.fresh(0)

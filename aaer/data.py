@@ -188,7 +188,7 @@ class Batches:
         try:
             yield from torch.utils.data.DataLoader(stream, batch_sampler=keys, num_workers=self.workers, pin_memory=pin)
         except UserError as error:  # out of a loader process it comes with that process's traceback around it
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("runs.UserError: ")) from None
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
 def share(batch: Tensor, rank: int, world: int) -> slice:

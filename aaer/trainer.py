@@ -15,17 +15,18 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR
 
 import aaer
 import data
-import eval as evaluation
+import evaluation
 import models
+from settings import Settings
 
 # Sums over the steps of an epoch.
 SUMS = ("n_a", "n_n", "e_a", "v_a", "v_n", "loss", "regulariser", "right", "seen", "steps", "bad")
 
 
 class Trainer:
-    """Data, network and optimiser of one seed, and everything a checkpoint needs. `s`: Settings of train.py."""
+    """Data, network and optimiser of one seed, and everything a checkpoint needs."""
 
-    def __init__(self, s, device: torch.device, given: data.Data | None = None):
+    def __init__(self, s: Settings, device: torch.device, given: data.Data | None = None):
         self.s, self.device = s, device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0

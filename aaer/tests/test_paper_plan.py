@@ -3,7 +3,9 @@
 from collections import Counter
 
 from lab import plan as plans
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 
 import pandas as pd
 import pytest
@@ -11,15 +13,15 @@ import pytest
 import claims
 import figures
 import readers
-import train
+from settings import Settings
 
 PLAN = plans.load_plan()
-PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+PRINTED = read_printed(runs.HERE / "paper.csv")
 
 
 def resolved(job, scale):
     assert job.script == "train.py"
-    s = runs.parse(train.Settings, "", job.command(scale)[1:])
+    s = runs.parse(Settings, "", job.command(scale)[1:])
     s.check()
     s.resolve()
     return s
@@ -33,7 +35,7 @@ def shown(view, where, key):
     return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
 
 
-@pytest.mark.parametrize("scale", runs.SCALES)
+@pytest.mark.parametrize("scale", PLAN["scales"])
 def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
     cells = Counter()
     for job in plans.jobs(PLAN, scale):
@@ -44,7 +46,7 @@ def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
 
 def test_a_run_by_hand_enters_no_table():
     """Otherwise it would be a second record for a cell of the demo, which uses the same data and method."""
-    own = train.Settings().table
+    own = Settings().table
     for view in PLAN["tables"]:
         where = view.get("where", {})["table"]
         assert own != where and own not in where
@@ -91,12 +93,18 @@ def test_curves_of_all_starts_can_be_told_apart(tmp_path):
 
 def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
     def frame(cells):
-        base = {"table": "main", "dataset": "CIFAR-10", "seed": 0, "metric": "collapsed"}
-        return pd.DataFrame([{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells])
+        base = {"table": "main", "dataset": "CIFAR-10", "metric": "collapsed"}
+        rows = [{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells]
+        return pd.DataFrame([{**row, "seed": k} for row in rows for k in (0, 1)])
 
-    check = next(c.check for c in claims.CLAIMS if c.id == "D")
+    claim = next(c for c in claims.CLAIMS if c.id == "D")
     some = [(8, "RS-AAER", 0.0), (8, "N-AAER", 0.0), (12, "RS-AAER", 0.0)]
-    assert check(frame(some)) == (None, "8/255: 0.00")
-    assert check(frame([*some, (16, "N-AAER", 1.0)]))[0] is False
-    assert check(frame([(r, m, 0.0) for r in claims.RADII for m in ("RS-AAER", "N-AAER")]))[0] is True
-    assert check(frame([(8, "RS-FGSM", 1.0)])) == (None, "")
+    verdict, text = claim.judge(frame(some))
+    assert verdict == UNKNOWN and "RS-AAER 8/255: +0.00 ± 0.00 (2 seeds; below 0.01)" in text
+    assert claim.judge(frame([*some, (16, "N-AAER", 1.0)]))[0] == FAILS
+    every = [(r, m, 0.0) for r in claims.RADII for m in ("RS-AAER", "N-AAER")]
+    assert claim.judge(frame(every))[0] == HOLDS
+    one = frame(every)
+    one.loc[0, "value"] = 1.0
+    assert claim.judge(one)[0] == UNDECIDED  # a single run of two
+    assert claim.judge(frame([(8, "RS-FGSM", 1.0)])) == (UNKNOWN, "")
