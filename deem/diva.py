@@ -127,7 +127,7 @@ def build(s: DivaSettings, seed: int, device) -> tuple[Diva, nn.Module | None, i
         from open_clip.transformer import VisionTransformer
 
         from model import Deem
-        from settings import PRESETS
+        from presets import PRESETS
 
         den = Deem(PRESETS["tiny"]).denoiser
         visual = VisionTransformer(56, 14, 32, 2, 2, 2.0, output_dim=16)

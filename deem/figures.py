@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md, drawn from records and what runs leave beside them: results/figures/<scale>-<name>.png."""
+"""Pictures of RESULTS.md, drawn from records and from what runs leave beside them in runs/<scale>/."""
 
 import json
 from collections import defaultdict
@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from lab import runs
+from lab.runs import HERE
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +21,7 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
-    base, out = runs.HERE / "runs" / scale, []
+    base, out = HERE / "runs" / scale, []
     for name, function in (
         ("reconstructions", reconstructions), ("attention", attention), ("pope", pope), ("losses", losses),
     ):  # fmt: skip

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import recipe
 import sequences
 from answering import Answering, Seen
 from diffusion import Denoiser, Latents, Pixels, csr_error, load_diffusion, nip_error, squeezed_steps
@@ -380,14 +381,10 @@ class Deem(Answering, nn.Module):
 
     def trainable_groups(self, stage: int, variant: str, **rates) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer, see recipe.groups."""
-        import recipe
-
         return recipe.groups(self, stage, variant, **rates)
 
     def freeze(self, stage: int, variant: str) -> None:
         """Set requires_grad as in the table of recipe.py."""
-        import recipe
-
         recipe.freeze(self, stage, variant)
 
     def gates(self) -> list[Tensor]:

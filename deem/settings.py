@@ -1,62 +1,22 @@
-"""The settings of train.py: presets of parts, every field with the paper's value and source, ranges, defaults."""
+"""The settings of train.py and eval.py: every field with the paper's value and source, ranges, defaults."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lab.runs import Number, UserError
 
+import parsers
 import recipe
-import scenes
 from model import Loss, Parts
+from presets import PRESETS, SMALL
 from prompts import FORMS
 from recipe import Rates
+from sets import BENCHMARKS
 
-_WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
-_LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-_LLAMA |= {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-}
-_LLAMA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_UNET = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "cross_attention_dim": 64}
-_UNET |= {"block_out_channels": (24, 32), "norm_num_groups": 8, "attention_head_dim": 2}
-_UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
-_UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
-# The real classes at a size for trying out: every part random.
-_TINY_UNET = {**_UNET, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 32}
-_TINY_UNET |= {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "layers_per_block": 2}
-_TINY_UNET |= {"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "use_linear_projection": True}
-_TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}
-_TINY_VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-_TINY_VAE |= {"scaling_factor": 0.18215}
-
-PRESETS: dict[str, Parts] = {
-    "digits": Parts(
-        encoder="conv:16,32,64", encoder_weights="random", drop_path=0.0, width=64, grid=4, token_level=1, queries=8,
-        resampler_layers=2, resampler_width=64, resampler_heads=2, dropout=0.0, init_std=0.1, head_std=0.02, llm=_LLAMA,
-        tokenizer=_WORDS, llm_every=2, llm_levels=2, llm_base=4, mmfs_width=32, mmfs_heads=2, mmfs_points=4,
-        diffusion={"unet": _UNET, "scheduler": {"prediction_type": "v_prediction"}},
-        decoder_width=64, decoder_heads=4, resolution=16, decoder_resolution=16,
-    ),
-    "tiny": Parts(
-        encoder="timm:test_convnext", encoder_weights="random", drop_path=0.1, width=32, grid=4, queries=8,
-        resampler_layers=4, resampler_width=32, resampler_heads=4, llm={**_LLAMA, "num_hidden_layers": 5},
-        tokenizer=_WORDS, llm_every=4, llm_base=4, mmfs_width=32, mmfs_heads=4, mmfs_points=4,
-        diffusion={"unet": _TINY_UNET, "vae": _TINY_VAE}, decoder_width=32, decoder_heads=4, resolution=64,
-        decoder_resolution=64,
-    ),
-    "deem": Parts(),
-    "deem-large": Parts(encoder="open_clip:convnext_large_d_320", encoder_weights="laion2b_s29b_b131k_ft_soup"),
-    "deem-13b": Parts(llm="lmsys/vicuna-13b-v1.3"),
-    "deem-vit": Parts(encoder="open_clip:ViT-L-14", encoder_weights="openai"),
-    "llava": Parts(
-        encoder="plain:ViT-L-14-336", encoder_weights="openai", drop_path=0.0, token_level=0, patch=14, reader="mlp",
-        grid=24, llm_every=0, resolution=336,
-    ),
-}  # fmt: skip
-SMALL = ("digits", "tiny")  # random or pretrained on the spot: the run keeps every weight
+# What may change between starts of one run.
+NOT_PART_OF_A_RUN = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps")
+NOT_PART_OF_A_RUN += ("workers",)
+NOT_PART_OF_AN_EVALUATION = ("run", "out", "data_dir", "device", "download")
 
 
 @dataclass
@@ -329,3 +289,69 @@ class Settings:
             twice=self.nip_target == "twice", waste=stage == 2 and self.nip_in_stage2 == "waste" and csr,
             share=self.images_share,
         )  # fmt: skip
+
+
+@dataclass
+class EvalSettings:
+    """Score a run on the paper's benchmarks; without --benchmark, score a finished digit run again."""
+
+    run: str = ""
+    """Run folder written by train.py. Not needed for mmvp-vlm, which scores a CLIP model."""
+    benchmark: tuple[Literal[tuple(BENCHMARKS)], ...] = ()
+    """Benchmarks, one or more; none: the run's own measurements again."""
+    data_dir: str = ""
+    """Folder with deem/; default $REPRO_DATA, else ./data."""
+    items: int = 0
+    """Only the first so many questions of each set; 0: all (paper)."""
+    parser: Literal[tuple(parsers.PARSERS)] = "deem"
+    """How yes/no answers are read: deem (released code, paper's tables), pope (authors of POPE), strict (lmms-eval).
+    The record also has the scores by pope."""
+    fast: bool = False
+    """Yes/no questions: compare the log-probabilities of yes and no in one pass instead of a beam search. Not the
+    paper's."""
+    form: Literal["", *FORMS] = ""
+    """Wording of the prompts: paper, code, plain; default the run's own."""
+    beams: int = 0
+    """Beams of generation; 0: the paper's (3 for answers, 5 for captions)."""
+    batch_size: int = 16
+    """Questions a step."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the run. Without --benchmark: all it has."""
+    tokenize: Literal["ptb", "plain"] = "ptb"
+    """Captions: ptb is official and needs Java; plain does without, and the record says so."""
+    metrics: tuple[Literal["cider", "meteor"], ...] = ("cider", "meteor")
+    """Caption metrics; meteor needs Java."""
+    draw_steps: int = 250
+    """Denoising steps of a drawn picture (code: 250)."""
+    guidance: Number = 3.5
+    """Classifier-free guidance of a drawn picture (code: 3.5)."""
+    samples: int = 0
+    """Drawn pictures a caption, best by CLIP kept; 0: 8 for MS-COCO, 1 for LN-COCO (paper)."""
+    features: str = "inception"
+    """FID features: inception, or a TorchScript file from uint8 pictures to [B, d]."""
+    clip: str = "ViT-L-14"
+    """open_clip model that re-ranks drawn pictures and answers mmvp-vlm."""
+    clip_weights: str = "openai"
+    """Its weights: open_clip tag or file."""
+    export: bool = False
+    """Also write samples_<set>.jsonl and results.json in the manner of lmms-eval."""
+    table: str = "own"
+    """Table of the records."""
+    label: str = ""
+    """Method of the records; default the run's label."""
+    setting: str = ""
+    """Setting of the records; default says parser, form and what is not the paper's."""
+    scale: Literal["smoke", "demo", "paper"] = "paper"
+    """Scale the records belong to."""
+    out: str = ""
+    """Folder of logs and records; default <run>-eval-<benchmarks> beside the run folder."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    download: bool = False
+    """Let libraries fetch weights."""
+
+    def check(self) -> None:
+        if self.items < 0 or self.beams < 0 or self.samples < 0 or self.batch_size < 1 or self.draw_steps < 1:
+            raise UserError("--items, --beams and --samples take 0 or more, --batch-size and --draw-steps 1 or more")
+        if not self.run and set(self.benchmark) != {"mmvp-vlm"}:
+            raise UserError("give --run RUN, a folder that train.py wrote (only mmvp-vlm works without)")

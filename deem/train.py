@@ -10,7 +10,9 @@ The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when 
 """
 
 import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,85 +20,51 @@ from lab import runs
 from lab.runs import UserError
 
 import torch
+from tqdm import tqdm
 
 import recipe
 import sources
+import study
+from build import build, inherited
+from measure import check_data, evaluate
 from model import Deem
-from pretrain import base, runs_seed
-from settings import PRESETS, Settings
-from trainer import Feeder, Trainer, accelerator_of
+from sets import BENCHMARKS
+from settings import NOT_PART_OF_A_RUN, EvalSettings, Settings
+from trainer import Feeder, Trainer, accelerator_of, schedule
 
-IGNORE = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps", "workers")
-
-
-def build(s: Settings, seed: int, device: torch.device) -> Deem:
-    """The model of a stage before training: random parts from the seed, pretrained ones from their sources, what --init
-    trained on top."""
-    torch.manual_seed(runs_seed(seed, "weights"))
-    dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
-    folder = runs.data_dir(s.data_dir) / "weights"
-    model = Deem(s.parts(), folder=folder, download=s.download, dtype=dtype, diffusion=s.stage < 3, loss=s.loss())
-    chosen = recipe.trained(s.stage, s.variant)
-    for name, p in model.named_parameters():  # what trains keeps float32 weights
-        if recipe.part_of(name) in chosen:
-            p.data = p.data.float()
-    model.to(device)
-    if s.preset == "digits" and not s.init:
-        base(model, s, seed)
-    if s.init:
-        read_weights(model, Path(s.init) / f"seed{seed}" / "model.safetensors", s)
-    return model
+LOG_EVERY = 20  # steps between lines of metrics.jsonl; the only waits for the device
 
 
-def read_weights(model: Deem, path: Path, s: Settings, whole: bool = False) -> None:
-    """Weights of a run on top of the model; parts that the stage does not load are left out. `whole`: the file must
-    hold every weight."""
-    tensors, _ = runs.read_tensors(path)
-    own = dict(model.named_parameters())
-    lost = {k for k in tensors if k not in own and not k.startswith(("denoiser.", "condition_head.", "context_"))}
-    wrong = lost | {k for k, v in tensors.items() if k in own and own[k].shape != v.shape}
-    if wrong:
-        raise UserError(f"{path} is of another model ({min(wrong)}); use the --preset it was trained with")
-    if whole and {*own} - {*tensors}:
-        raise UserError(f"{path} lacks {min({*own} - {*tensors})}; train the run again")
-    with torch.no_grad():
-        for k, v in tensors.items():
-            if k in own:
-                own[k].copy_(v)
+def fit(t: Trainer, path: Path, log: Callable[[list[dict]], None], *, until: int, title: str) -> float:
+    """Run to step `until`, with a checkpoint every --checkpoint-steps and at the end if that is not the last step.
+    Returns the seconds spent, those of earlier starts included."""
+    s, lines, lead = t.s, [], t.accelerator.is_main_process
+    started, bad = time.perf_counter(), torch.zeros((), device=t.accelerator.device)
 
+    def flush() -> None:
+        if not math.isfinite(float(bad)):
+            raise UserError(
+                f"{title}: the loss or its gradient is not a finite number in a step up to {t.step}; the last "
+                "checkpoint before it is kept; lower the learning rate"
+            )
+        rows = [{k: v if isinstance(v, int | float) else float(v) for k, v in line.items()} for line in lines]
+        if lead and rows:
+            log(rows)
+        lines.clear()
 
-def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
-    """(model in eval mode, settings) of a run written by train.py; UserError when it is not there."""
-    folder = Path(folder)
-    s = settings_of(folder)
-    seed = s.seeds[0] if seed is None else seed
-    path = folder / f"seed{seed}" / "model.safetensors"
-    if not path.is_file():
-        raise UserError(f"no file {path}; train the run first")
-    s.init = s.init if not s.small else ""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
-    place = runs.data_dir(s.data_dir) / "weights"
-    model = Deem(s.parts(), folder=place, dtype=dtype, diffusion=s.stage < 3, loss=s.loss()).to(device)
-    read_weights(model, path, s, whole=s.small)
-    return model.eval(), s
-
-
-def settings_of(folder: Path) -> Settings:
-    """Settings of a run; UserError for a file that train.py of this version did not write."""
-    given = runs.read_json(folder / "settings.json")
-    known = {k for k in Settings.__dataclass_fields__}
-    right = isinstance(given, dict) and not {*given} - known and given.get("preset", "digits") in PRESETS
-    if not right or not isinstance(given.get("seeds", []), list):
-        raise UserError(f"{folder / 'settings.json'} was written by another version or command; train the run again")
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-
-
-def inherited(s: Settings, seed: int) -> dict:
-    """Weights that an earlier stage trained and this one did not touch: a run's file holds both."""
-    if not s.init:
-        return {}
-    return runs.read_tensors(Path(s.init) / f"seed{seed}" / "model.safetensors")[0]
+    t.modes()
+    for _ in tqdm(range(t.step, until), title, until, initial=t.step, disable=None if lead else True):
+        logged = t.update()
+        bad += sum(0 * v.float().to(bad.device) for v in logged.values())
+        t.step += 1
+        if t.step % LOG_EVERY == 0 or t.step == until:
+            lines.append({"step": t.step, "lr_share": schedule(t.step - 1, s.steps, s.warmup), **logged})
+        if (s.checkpoint_steps and t.step % s.checkpoint_steps == 0) or t.step == until:
+            flush()
+            if t.step < s.steps:
+                t.save(path, t.before + time.perf_counter() - started)
+    t.model.eval()
+    return t.before + time.perf_counter() - started
 
 
 def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool = False) -> bool:
@@ -118,7 +86,7 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     until = min(s.steps, t.step + s.max_steps) if s.max_steps else s.steps
     title = f"stage {s.stage} {s.label} seed {seed}"
     before = t.step
-    seconds = t.fit(path, lambda lines: run.log(seed, lines), until=until, title=title)
+    seconds = fit(t, path, lambda lines: run.log(seed, lines), until=until, title=title)
     if t.step < s.steps:
         print(f"stopped after step {t.step} of {s.steps}; start again with the same command to go on")
         return False
@@ -133,8 +101,6 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     metrics = {"steps": t.step, **skipped, "step_seconds": seconds / max(1, t.step), **counts}
     metrics |= {k: v for k, v in last_line(folder).items() if k in ("ntp", "nip", "csr", "total")}
     if s.dataset == "digits":
-        import study
-
         found, rows = study.score(model, s, seed)
         metrics |= found
         runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, seed))
@@ -143,7 +109,8 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     total = t.before + time.perf_counter() - clock if before else time.perf_counter() - clock
     about = sources.about(s, seed)
     if asked:
-        answer(s, seed, run, model, asked, accelerator.device)
+        root = runs.data_dir(s.data_dir) / "deem"
+        evaluate(asked, run, seed, model.eval(), s.prompt_form, row(s), root, accelerator.device)
     run.record(seed, seconds=total, data=about, metrics=metrics, where=where, device=accelerator.device)
     path.unlink(missing_ok=True)
     return True
@@ -151,24 +118,14 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
 
 def benchmarks_of(s: Settings, seed: int, names: tuple[str, ...]):
     """Settings of eval.py for what a stage is scored on; UserError for an unknown name or data that is not there."""
-    import eval as evaluation
-
-    known = [n for n in names if n not in evaluation.BENCHMARKS]
-    if known:
-        raise UserError(f"--benchmarks {known[0]} is unknown; use stage or one of {', '.join(evaluation.BENCHMARKS)}")
+    unknown = [n for n in names if n not in BENCHMARKS]
+    if unknown:
+        raise UserError(f"--benchmarks {unknown[0]} is unknown; use stage or one of {', '.join(BENCHMARKS)}")
     given = {"run": s.out, "benchmark": names, "table": s.benchmark_table, "scale": s.scale, "data_dir": s.data_dir}
-    e = evaluation.EvalSettings(**given, seeds=(seed,), download=s.download)
+    e = EvalSettings(**given, seeds=(seed,), download=s.download)
     e.check()
-    evaluation.check_data(e, runs.data_dir(s.data_dir) / "deem")
+    check_data(e, runs.data_dir(s.data_dir) / "deem")
     return e
-
-
-def answer(s: Settings, seed: int, run: runs.Run, model: Deem, asked, device) -> None:
-    """Benchmarks of eval.py, each with a record of its own in the run."""
-    import eval as evaluation
-
-    root = runs.data_dir(s.data_dir) / "deem"
-    evaluation.evaluate(asked, run, seed, model.eval(), s.prompt_form, row(s), root, device)
 
 
 def place(s: Settings) -> dict[str, str]:
@@ -233,7 +190,7 @@ def main() -> None:
         model.freeze(s.stage, s.variant)
         print(describe(s, model, accelerator))
         return
-    run = runs.Run(Path(s.out), s, IGNORE) if accelerator.is_main_process else None
+    run = runs.Run(Path(s.out), s, NOT_PART_OF_A_RUN) if accelerator.is_main_process else None
     if (Path(s.out) / "records.jsonl").is_file():
         if run:
             print(f"{s.out} is complete; delete it to run again")
@@ -280,7 +237,7 @@ def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later:
         own = following(given, stage, before, s.out)
         record, inner = folder / f"record-stage{stage}.json", Path(own.out) / f"seed{seed}" / "record.json"
         if run and stage not in later and (inner.is_file() or not record.is_file()):  # if only to finish its folder
-            later[stage] = runs.Run(Path(own.out), own, (*IGNORE, "init"))  # --init follows from --out
+            later[stage] = runs.Run(Path(own.out), own, (*NOT_PART_OF_A_RUN, "init"))  # --init follows from --out
         if not record.is_file():
             if not inner.is_file() and not train(own, seed, later.get(stage), accelerator, later=True):
                 return False

@@ -5,8 +5,6 @@ import json
 import math
 import random
 import shutil
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
-from tqdm import tqdm
 
 import recipe
 import sequences
@@ -25,8 +22,6 @@ from model import Deem
 from pretrain import runs_seed
 from sequences import Batch, Packer
 from views import two_views
-
-LOG_EVERY = 20  # steps between lines of metrics.jsonl; the only waits for the device
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -146,37 +141,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return logged | ({} if norm is None else {"grad_norm": torch.as_tensor(norm)})
-
-    def fit(self, path: Path, log: Callable[[list[dict]], None], *, until: int, title: str) -> float:
-        """Run to step `until`, with a checkpoint every --checkpoint-steps and at the end if that is not the last step.
-        Returns the seconds spent, those of earlier starts included."""
-        s, lines, lead = self.s, [], self.accelerator.is_main_process
-        started, bad = time.perf_counter(), torch.zeros((), device=self.accelerator.device)
-
-        def flush() -> None:
-            if not math.isfinite(float(bad)):
-                raise UserError(
-                    f"{title}: the loss or its gradient is not a finite number in a step up to {self.step}; the last "
-                    "checkpoint before it is kept; lower the learning rate"
-                )
-            rows = [{k: v if isinstance(v, int | float) else float(v) for k, v in line.items()} for line in lines]
-            if lead and rows:
-                log(rows)
-            lines.clear()
-
-        self.modes()
-        for _ in tqdm(range(self.step, until), title, until, initial=self.step, disable=None if lead else True):
-            logged = self.update()
-            bad += sum(0 * v.float().to(bad.device) for v in logged.values())
-            self.step += 1
-            if self.step % LOG_EVERY == 0 or self.step == until:
-                lines.append({"step": self.step, "lr_share": schedule(self.step - 1, s.steps, s.warmup), **logged})
-            if (s.checkpoint_steps and self.step % s.checkpoint_steps == 0) or self.step == until:
-                flush()
-                if self.step < s.steps:
-                    self.save(path, self.before + time.perf_counter() - started)
-        self.model.eval()
-        return self.before + time.perf_counter() - started
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 

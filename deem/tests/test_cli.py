@@ -9,7 +9,7 @@ import pytest
 
 import bench
 import train
-from settings import Settings
+from settings import EvalSettings, Settings
 
 
 @pytest.fixture
@@ -110,12 +110,11 @@ def test_every_planned_run_parses():
     import dataclasses
 
     import diva
-    import eval as evaluation
 
     classes = {
         "train.py": Settings,
         "bench.py": bench.BenchSettings,
-        "eval.py": evaluation.EvalSettings,
+        "eval.py": EvalSettings,
         "diva.py": diva.DivaSettings,
     }
     plan = load_plan()

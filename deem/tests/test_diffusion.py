@@ -180,7 +180,7 @@ def test_stable_diffusion_folder(tmp_path):
     predicts v."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from settings import PRESETS
+    from presets import PRESETS
 
     model, _ = make("tiny")
     place = tmp_path / "stable-diffusion-2-1-base"

@@ -21,15 +21,17 @@ from PIL import Image
 
 import asking
 import benchmarks
+import build
 import drawing
 import eval as evaluation
+import measure
 import parsers
 import scenes
 import sets
 import train
 from benchmarks import Question
 from readers import Picture
-from settings import Settings
+from settings import EvalSettings, Settings
 
 HERE = Path(__file__).resolve().parents[1]
 N = 12  # pictures of the small POPE lists
@@ -227,24 +229,24 @@ def test_rankings_choices_and_captions_carry_what_their_scores_need():
         0, "is it?", "b", "v", "", {"caption": "c", "turns": [], "options": ["a", "b"], "relevance": [0, 1], "right": 1}
     )
     (r,) = asking.ask(Oracle(), [q], "rank", form="plain", picture=lambda q: Picture(q.image))
-    assert evaluation.score("rank", [r])["ndcg"] == 100.0 and r["scores"] == [0.0, 1.0]
+    assert measure.score("rank", [r])["ndcg"] == 100.0 and r["scores"] == [0.0, 1.0]
     pair = [
         Question(k, "(a) Yes (b) No", m, "m", "p0", {"options": [("(a)", "Yes"), ("(b)", "No")]})
         for k, m in ((0, "(a)"), (1, "(b)"))
     ]
     got = asking.ask(Oracle(), pair, "choice", form="plain", picture=lambda q: Picture(q.image))
-    assert [r["parsed"] for r in got] == ["(a)", ""] and evaluation.score("choice", got)["score"] == 0.0
+    assert [r["parsed"] for r in got] == ["(a)", ""] and measure.score("choice", got)["score"] == 0.0
     named = [
         {"answer": "Yes.", "label": "yes"},
         {"answer": "the [hen]", "label": "hen"},
         {"answer": "cock", "label": "hen"},
     ]
-    assert evaluation.score("name", named)["accuracy"] == pytest.approx(200 / 3)
-    vqa = evaluation.score("vqa", [{"answer": "dog", "answers": ["dog"] * 10}])
+    assert measure.score("name", named)["accuracy"] == pytest.approx(200 / 3)
+    vqa = measure.score("vqa", [{"answer": "dog", "answers": ["dog"] * 10}])
     assert vqa["score"] == vqa["accuracy"] == 100.0
-    s = evaluation.EvalSettings(tokenize="plain", metrics=("cider",))
+    s = EvalSettings(tokenize="plain", metrics=("cider",))
     said = [{"answer": "a dog", "references": ["a dog"]}, {"answer": "two cats", "references": ["two cats"]}]
-    caption = evaluation.score("caption", said, s)
+    caption = measure.score("caption", said, s)
     assert caption["score"] == caption["cider"] > 0
 
 
@@ -351,7 +353,7 @@ def test_a_run_is_scored_in_the_precision_it_was_trained_in(monkeypatch, trained
     """With --precision bf16 frozen parts are bf16 and trained ones float32: they only fit together under autocast."""
     import recipe
 
-    real, met = train.load_run, []
+    real, met = build.load_run, []
 
     def load(*words):
         model, s = real(*words)
@@ -363,7 +365,7 @@ def test_a_run_is_scored_in_the_precision_it_was_trained_in(monkeypatch, trained
         model.yes_no = lambda *a: met.append(torch.is_autocast_enabled("cpu")) or asked(*a)
         return model, s
 
-    monkeypatch.setattr(train, "load_run", load)
+    monkeypatch.setattr(evaluation, "load_run", load)
     words = ["--run", trained, "--benchmark", "pope", "--data-dir", data, "--out", tmp_path / "o", "--fast"]
     call(monkeypatch, *words, "--items", "4", "--device", "cpu")
     assert met and set(met) == {precision == "bf16"} and not torch.is_autocast_enabled("cpu")
@@ -385,26 +387,26 @@ def test_robustvqa_and_table_9(monkeypatch, data, tmp_path):
     runs.write_json(place / "robustvqa_test.json", mined)
     root = data / "deem"
     for one in sets.BENCHMARKS["robustvqa"]:
-        asked = sets.questions_of(evaluation.EvalSettings(), one, root)
+        asked = sets.questions_of(EvalSettings(), one, root)
         assert len(asked) == 6 and sum(q.answer == "yes" for q in asked) == 3
     wrong, right = (
-        sets.questions_of(evaluation.EvalSettings(), sets.BENCHMARKS[f"robustvqa-{o}-first"][0], root)[0]
+        sets.questions_of(EvalSettings(), sets.BENCHMARKS[f"robustvqa-{o}-first"][0], root)[0]
         for o in ("wrong", "right")
     )
     assert "[cock, hen]" in wrong.question and "[hen, cock]" in right.question
-    s = evaluation.EvalSettings()
-    assert evaluation.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
+    s = EvalSettings()
+    assert measure.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
     (place / "robustvqa_test.json").unlink()
     with pytest.raises(UserError, match="mine it with mining.py"):
         sets.questions_of(s, sets.BENCHMARKS["robustvqa"][0], root)
 
 
 def test_a_record_says_what_is_not_the_papers(tmp_path):
-    s = evaluation.EvalSettings()
+    s = EvalSettings()
     some = [Question("x.jpg", "q", "yes", "coco_pope_random")]
 
     def said(name: str, **more) -> str:
-        return sets.variant_of(evaluation.EvalSettings(**more), name, sets.BENCHMARKS[name][0], some, tmp_path)
+        return sets.variant_of(EvalSettings(**more), name, sets.BENCHMARKS[name][0], some, tmp_path)
 
     assert said("pope") == "own questions" and said("pope", items=1) == "first 1"
     assert said("robustvqa") == "annotation as placed" and said("mmvp") == said("okvqa") == said("coco") == "paper"
@@ -424,7 +426,7 @@ def test_published_pope_lists_are_known():
         asked = benchmarks.read_pope(root / "pope" / f"{stem}.json", stem)
         assert sets.digest(asked).startswith(known)
     name = "pope-2910"
-    assert sets.variant_of(evaluation.EvalSettings(), name, sets.BENCHMARKS[name][0], asked, root) == "paper"
+    assert sets.variant_of(EvalSettings(), name, sets.BENCHMARKS[name][0], asked, root) == "paper"
 
 
 def test_user_errors(fails, trained, data, tmp_path):
@@ -475,7 +477,7 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, train
 def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys):
     import study
 
-    model, s = train.load_run(trained, torch.device("cpu"), 0)
+    model, s = build.load_run(trained, torch.device("cpu"), 0)
     metrics, _ = study.score(model, s, 0)
     base = {
         "table": "t",
@@ -637,7 +639,7 @@ def test_fid_draws_once_keeps_the_best_and_goes_on(monkeypatch, tmp_path):
             return torch.cat([x.mean(2), x.std(2)], 1)
 
     torch.jit.script(Features()).save(str(tmp_path / "features.pt"))
-    s = evaluation.EvalSettings(features=str(tmp_path / "features.pt"), batch_size=4, samples=1)
+    s = EvalSettings(features=str(tmp_path / "features.pt"), batch_size=4, samples=1)
     one, cpu = sets.Set("LN-COCO val", None, "draw"), torch.device("cpu")
     model = Painter()
     whole = drawing.draw(model, s, one, asked, root, folder, 0, "paper", cpu)
@@ -656,13 +658,13 @@ def test_fid_draws_once_keeps_the_best_and_goes_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(drawing.mining, "load_clip", lambda *a: Reddest())
     model = Painter()
-    many = evaluation.EvalSettings(features=s.features, batch_size=4, samples=3)
+    many = EvalSettings(features=s.features, batch_size=4, samples=3)
     assert drawing.draw(model, many, one, asked, root, tmp_path / "best", 0, "paper", cpu)["samples"] == 3
     assert model.drawn == 18
     assert (
         drawing.draw(
             Painter(),
-            evaluation.EvalSettings(features=s.features),
+            EvalSettings(features=s.features),
             sets.Set("MS-COCO val-30K", None, "draw"),
             asked,
             root,
@@ -674,4 +676,4 @@ def test_fid_draws_once_keeps_the_best_and_goes_on(monkeypatch, tmp_path):
         == 8
     )
     with pytest.raises(UserError, match="is no TorchScript file"):
-        drawing.features_of(evaluation.EvalSettings(features=str(root / "0.png")))
+        drawing.features_of(EvalSettings(features=str(root / "0.png")))

@@ -4,8 +4,9 @@ import json
 
 from lab import runs
 
+import pytest
 import torch
-from test_claims import record
+from test_paper_claims import record
 
 import figures
 from claims import BASE, CLEAN, DEEM
@@ -25,14 +26,24 @@ def folder(root, name, seed=0):
     return place
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+
+
 def test_all_figures(tmp_path):
     rows = []
     for m, name in ((DEEM, "a"), (CLEAN, "b"), (BASE, "c")):
         folder(tmp_path, name)
         rows += [{**record(m, setting=s, **answers()), "run": name} for s in ("stage 1", "stage 2")]
-    made = figures.draw(rows, tmp_path, "demo")
-    assert [p.name for p, _ in made] == [f"demo-{n}.png" for n in ("reconstructions", "attention", "pope", "losses")]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir(), two.mkdir()
+    made = figures.draw(rows, one, "demo")
+    names = [f"demo-{n}.png" for n in ("reconstructions", "attention", "pope", "losses")]
+    assert [p.name for p, _ in made] == names and sorted(p.name for p in one.iterdir()) == sorted(names)
     assert all(p.stat().st_size > 2000 for p, _ in made)
+    figures.draw(rows[::-1], two, "demo")  # the same records, in another order
+    assert all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
 
 
 def test_nothing_to_draw(tmp_path):

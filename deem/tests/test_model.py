@@ -11,9 +11,10 @@ import recipe
 import sequences
 from encoder import sincos_1d
 from model import Deem, Parts
+from presets import PRESETS
 from readers import Picture, Text
 from recipe import Rates
-from settings import PRESETS, Settings
+from settings import Settings
 from views import to_tensor
 
 # The table of the official configurations: parts that train, by stage and variant.

@@ -2,14 +2,14 @@
 
 import re
 
-from lab import runs, tables
+from lab import cells, runs
 
 import pytest
 
 import recipe
 from settings import Settings
 
-PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+PRINTED = cells.read_printed(runs.HERE / "paper.csv")
 COUNTS = {
     **{"table1": 80, "table2": 92, "table3": 28, "table4": 35, "table5": 28, "table6": 12, "table7": 22, "table8": 35},
     **{"table9": 9, "table10": 18, "table11": 48, "readme": 61, "diva": 16, "llava-zoo": 6, "figure1": 6},

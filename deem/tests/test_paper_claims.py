@@ -1,11 +1,14 @@
 """Each claim on both sides of its bar, and without numbers."""
 
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 from lab.records import long
 
 import pytest
 
 import claims
 from claims import BASE, BOTH, CLEAN, DEEM, SETS
+
+SPREAD = (-0.001, 0.0, 0.001)  # of three seeds
 
 
 def record(method, seed=0, setting="stage 1", table="digits", dataset="digit scenes", **metrics):
@@ -19,58 +22,99 @@ BY = {c.id: c for c in claims.CLAIMS}
 
 
 def verdict(name, *records):
-    return BY[name].check(long(list(records)))[0]
+    return BY[name].judge(long(list(records)))[0]
+
+
+def seeds(method, setting="stage 1", table="digits", dataset="digit scenes", **metrics):
+    """Three seeds about the given values."""
+    return [
+        record(method, k, setting, table, dataset, **{m: v + d for m, v in metrics.items()})
+        for k, d in enumerate(SPREAD)
+    ]
+
+
+def known(holds):
+    return HOLDS if holds else FAILS
 
 
 @pytest.mark.parametrize("b, c, holds", [(0.85, 0.99, True), (0.91, 0.99, False), (0.85, 0.96, False)])
 def test_feedback(b, c, holds):
-    assert verdict("1", record(DEEM, csr_ratio=b), record(CLEAN, csr_ratio=c)) is holds
+    assert verdict("1", *seeds(DEEM, csr_ratio=b), *seeds(CLEAN, csr_ratio=c)) == known(holds)
 
 
 @pytest.mark.parametrize("gap, holds", [(5.5, True), (4.5, False), (-3.0, False)])
 def test_details(gap, holds):
-    rows = [record(m, s, probe_uncaptioned=v) for s in (0, 1) for m, v in ((DEEM, 30 + gap), (CLEAN, 30.0))]
-    assert verdict("2", *rows) is holds
+    rows = [record(m, s, probe_uncaptioned=v + s * d) for s in (0, 1, 2) for m, v, d in
+            ((DEEM, 30 + gap, 1.01), (CLEAN, 30.0, 1))]  # fmt: skip
+    assert verdict("2", *rows) == known(holds)
 
 
-@pytest.mark.parametrize("name, stage", [("3", "stage 1"), ("3b", "stage 2")])
+@pytest.mark.parametrize("name, stage, other", [("3", "stage 1", BASE), ("3b", "stage 2", BASE),
+                                                ("3c", "stage 1", CLEAN), ("3d", "stage 2", CLEAN)])  # fmt: skip
 @pytest.mark.parametrize("pope, robust, holds", [(1, 1, True), (1, -1, False), (-1, 1, False)])
-def test_answers(name, stage, pope, robust, holds):
-    rows = [record(DEEM, 0, stage, POPE_accuracy=60 + pope, RobustVQA_accuracy=60 + robust),
-            record(BASE, 0, stage, POPE_accuracy=60.0, RobustVQA_accuracy=60.0)]  # fmt: skip
-    assert verdict(name, *rows) is holds
+def test_answers(name, stage, other, pope, robust, holds):
+    rows = [record(DEEM, k, stage, POPE_accuracy=60 + pope + d, RobustVQA_accuracy=60 + robust + d)
+            for k, d in enumerate(SPREAD)]  # fmt: skip
+    rows += [record(other, k, stage, POPE_accuracy=60.0, RobustVQA_accuracy=60.0) for k in range(3)]
+    assert verdict(name, *rows) == known(holds)
+
+
+def test_answers_that_scatter_decide_nothing():
+    rows = [record(DEEM, k, POPE_accuracy=60.0 + d, RobustVQA_accuracy=61.0) for k, d in enumerate((-5, 1, 7))]
+    rows += [record(BASE, k, POPE_accuracy=60.0, RobustVQA_accuracy=60.0) for k in range(3)]
+    assert verdict("3", *rows) == UNDECIDED
 
 
 @pytest.mark.parametrize("ratio, holds", [(0.99, False), (1.2, True), (1.61, False)])
 def test_cost(ratio, holds):
-    assert verdict("4", record(DEEM, table="cost", step_ratio=ratio)) is holds
+    assert verdict("4", *seeds(DEEM, table="cost", step_ratio=ratio)) == known(holds)
+
+
+def test_one_seed_decides_nothing():
+    assert verdict("4", record(DEEM, table="cost", step_ratio=1.2)) == UNDECIDED
 
 
 def test_always_yes():
-    assert verdict("5", record(DEEM, POPE_random_always_yes=50.0)) is True
-    assert (
-        verdict("5", record(DEEM, POPE_random_always_yes=50.0), record(DEEM, 1, POPE_random_always_yes=50.1)) is False
-    )
+    """The list that is furthest from 50 % counts, of whichever variant and stage."""
+    even = [
+        record(m, k, POPE_random_always_yes=50.0, POPE_popular_always_yes=50.0) for m in (DEEM, BASE) for k in (0, 1)
+    ]
+    odd = [record(CLEAN, k, RobustVQA_A_always_yes=50.1) for k in (0, 1)]
+    assert verdict("5", *even) == HOLDS and verdict("5", *even, *odd) == FAILS
 
 
 @pytest.mark.parametrize("name, better, worse", [("P1", DEEM, BASE), ("P2", DEEM, BOTH), ("P5", DEEM, CLEAN)])
 def test_printed_orders(name, better, worse):
     def rows(gap):
         return [
-            record(m, table="main", dataset=s, accuracy=v)
+            record(m, k, table="main", dataset=s, accuracy=v)
             for s in SETS
-            for m, v in ((better, 60.0 + gap), (worse, 60.0))
+            for k, d in enumerate(SPREAD)
+            for m, v in ((better, 60.0 + gap + d), (worse, 60.0))
         ]
 
-    assert verdict(name, *rows(2)) is True and verdict(name, *rows(-2)) is False
-    assert verdict(name, *rows(2)[:-2]) is None
+    assert verdict(name, *rows(2)) == HOLDS and verdict(name, *rows(-2)) == FAILS
+    assert verdict(name, *(r for r in rows(2) if r["dataset"] != SETS[-1])) == UNKNOWN
 
 
 def test_no_numbers_no_verdict():
     other = record("something else", x=1.0)
-    assert all(c.check(long([other]))[0] is None for c in claims.CLAIMS)
+    assert {c.judge(long([other]))[0] for c in claims.CLAIMS} == {UNKNOWN}
+    assert claims.bottom_line({"demo": long([other])}) == claims.bottom_line({}) == []
 
 
 def test_seeds_are_paired():
     rows = [record(DEEM, 0, probe_uncaptioned=40.0), record(CLEAN, 1, probe_uncaptioned=10.0)]
-    assert verdict("2", *rows) is None
+    assert verdict("2", *rows) == UNKNOWN
+
+
+def test_what_the_paper_does_not_say_is_a_control():
+    assert {c.id for c in claims.CLAIMS if c.control} == {c.id for c in claims.CLAIMS if "not in" in c.source}
+    assert [c.id for c in claims.CLAIMS if c.timed] == ["4"]
+
+
+def test_the_bottom_line_has_the_numbers():
+    stage1 = [*seeds(DEEM, csr_ratio=0.5, probe_uncaptioned=37.0), *seeds(CLEAN, csr_ratio=1.0, probe_uncaptioned=28.0)]
+    stage2 = [*seeds(DEEM, "stage 2", POPE_accuracy=52.0), *seeds(CLEAN, "stage 2", POPE_accuracy=60.0)]
+    (line,) = claims.bottom_line({"demo": long([*stage1, *stage2, *seeds(BASE, "stage 2", POPE_accuracy=57.0)])})
+    assert all(number in line for number in ("0.50", "1.00", "+9.0 ±", "-8.0 ±", "-5.0 ±"))

@@ -1,18 +1,18 @@
 """Every number that a run of the plan will measure has its cell in a table, and no cell gets two."""
 
+from lab import cells, runs
 from lab import plan as plans
-from lab import runs, tables
+from lab.records import long
 
 import pytest
 
-import eval as evaluation
+import measure
 import recipe
 import train
-from eval import EvalSettings
 from sets import BENCHMARKS
-from settings import Settings
+from settings import EvalSettings, Settings
 
-PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+PRINTED = cells.read_printed(runs.HERE / "paper.csv")
 PLAN = plans.load_plan(runs.HERE / "plan.yaml")
 # Of the rows of these tables only those with a printed number or a switch are shown.
 SILENT = {"train"}
@@ -35,8 +35,8 @@ def records():
     def benchmarks(run, names, table, label, e):
         for name in names:
             for one in BENCHMARKS[name]:
-                metrics = {evaluation.HEADLINE[one.kind], "score"} | ({"meteor"} if one.kind == "region" else set())
-                where = {"table": table, "dataset": one.label, "setting": evaluation.setting_of(e, name, "paper")}
+                metrics = {measure.HEADLINE[one.kind], "score"} | ({"meteor"} if one.kind == "region" else set())
+                where = {"table": table, "dataset": one.label, "setting": measure.setting_of(e, name, "paper")}
                 add(run, where | {"method": label}, sorted(metrics))
 
     for job in plans.jobs(PLAN, "paper"):
@@ -63,9 +63,9 @@ VIEWS = [v for v in PLAN["tables"] if v.get("scale", "paper") == "paper"]
 
 
 def shown():
-    frame, found = tables.long(records()), {}
+    frame, found = long(records()), {}
     for view in VIEWS:
-        rows, columns, grid = tables.cells(view, frame, PRINTED)  # UserError: two records of a seed in one cell
+        rows, columns, grid = cells.cells(view, frame, PRINTED)  # UserError: two records of a seed in one cell
         for (r, c), cell in grid.items():
             for v in cell.values["value"]:
                 found.setdefault(v, []).append((view["id"], r, c))
@@ -100,9 +100,9 @@ def test_every_measured_number_stands_in_a_table():
     ],
 )  # fmt: skip
 def test_numbers_stand_in_the_right_cell(view, row, column, run):
-    frame = tables.long(records())
+    frame = long(records())
     one = next(v for v in VIEWS if v["id"] == view)
-    values = tables.cells(one, frame, PRINTED)[2][row, column].values
+    values = cells.cells(one, frame, PRINTED)[2][row, column].values
     assert list(values["run"]) == [run]
 
 
@@ -110,7 +110,7 @@ def test_printed_numbers_of_the_tables_are_all_shown():
     """But for averages, which are not measured, and what stands in no table of ours (figure 1, abstract, recipe)."""
     seen = {v["id"]: 0 for v in VIEWS}
     for view in VIEWS:
-        grid = tables.cells(view, tables.long([]), PRINTED)[2]
+        grid = cells.cells(view, long([]), PRINTED)[2]
         seen[view["id"]] = sum(cell.expected for cell in grid.values())
     want = PRINTED[~PRINTED["dataset"].str.startswith("average")].groupby("table").size().to_dict()
     want["table3"] -= 4  # seconds a step, a table of its own

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import HERE, documents, make, run
 
+import build
 import pretrain
 import scenes
 import sources
@@ -73,7 +74,7 @@ def test_evaluating_again_gives_the_records_numbers(whole):
     import study
 
     for folder, name in ((whole, "record"), (whole / "stage2", "record")):
-        model, s = train.load_run(folder, "cpu")
+        model, s = build.load_run(folder, "cpu")
         found, _ = study.score(model, s, 0)
         stored = metrics(folder, name=name)
         assert all(stored[k] == v for k, v in found.items())
@@ -144,7 +145,7 @@ def test_two_processes_train(tmp_path):
     s = runs.parse(Settings, "", words)
     s.check()
     s.resolve()
-    model = train.build(s, 0, torch.device("cpu"))
+    model = build.build(s, 0, torch.device("cpu"))
     ranks = [SimpleNamespace(process_index=k, num_processes=2) for k in (0, 1)]
     feeders = [Feeder(s, model, sources.reader(s, 0, r), 0, r.process_index) for r in ranks]
     model.freeze(1, "deem")
@@ -265,7 +266,7 @@ def saved(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("saved") / "seed0.safetensors"
     t = trainer()
-    t.fit(path, lambda lines: None, until=2, title="")
+    train.fit(t, path, lambda lines: None, until=2, title="")
     return path, trainer
 
 
@@ -324,12 +325,12 @@ def test_run_that_was_edited(whole, tmp_path):
     name = max(tensors)
     runs.write_tensors(path, {k: v for k, v in tensors.items() if k != name}, meta)
     with pytest.raises(UserError, match=f"lacks {name}"):
-        train.load_run(out, "cpu")
+        build.load_run(out, "cpu")
     told = json.loads((out / "settings.json").read_text())
     for change in ({"preset": "nosuch"}, {"seeds": 3}):
         (out / "settings.json").write_text(json.dumps(told | change))
         with pytest.raises(UserError, match="another version"):
-            train.settings_of(out)
+            build.settings_of(out)
     (out / "seed0" / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe')
     assert train.last_line(out / "seed0") == {"step": 1}
 
@@ -376,7 +377,7 @@ def test_stage_three_from_files(tmp_path):
     assert done.returncode == 0, done.stderr
     m = metrics(tmp_path / "three")
     assert m["steps"] == 2 and "csr" not in m and "nip" not in m and m["ntp"] > 0
-    model, s = train.load_run(tmp_path / "three", "cpu")
+    model, s = build.load_run(tmp_path / "three", "cpu")
     assert model.denoiser is None and s.stage == 3 and model.encoder.region_proj is not None
     assert m["skipped"] == 0
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")
@@ -415,17 +416,17 @@ def test_what_a_benchmark_lacks_is_told_before_training(tmp_path):
 def test_init_checks_the_model(whole):
     model, s = make("tiny")
     with pytest.raises(UserError, match="another model"):
-        train.read_weights(model, whole / "seed0" / "model.safetensors", s)
+        build.read_weights(model, whole / "seed0" / "model.safetensors", s)
 
 
 def test_load_run_errors(tmp_path, whole):
     with pytest.raises(UserError, match="no file"):
-        train.load_run(tmp_path, "cpu")
+        build.load_run(tmp_path, "cpu")
     (tmp_path / "settings.json").write_text('{"nosuch": 1}')
     with pytest.raises(UserError, match="another version"):
-        train.load_run(tmp_path, "cpu")
+        build.load_run(tmp_path, "cpu")
     with pytest.raises(UserError, match="train the run first"):
-        train.load_run(whole, "cpu", seed=9)
+        build.load_run(whole, "cpu", seed=9)
 
 
 def test_documents_hold_one_or_two_scenes():

@@ -1,0 +1,51 @@
+"""What the models of --preset are made of: the paper's, its variants, and the small ones."""
+
+import scenes
+from model import Parts
+
+_WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
+_LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+_LLAMA |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_LLAMA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_UNET = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "cross_attention_dim": 64}
+_UNET |= {"block_out_channels": (24, 32), "norm_num_groups": 8, "attention_head_dim": 2}
+_UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+_UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+# The real classes at a size for trying out: every part random.
+_TINY_UNET = {**_UNET, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 32}
+_TINY_UNET |= {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "layers_per_block": 2}
+_TINY_UNET |= {"up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "use_linear_projection": True}
+_TINY_VAE = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}
+_TINY_VAE |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+_TINY_VAE |= {"scaling_factor": 0.18215}
+
+PRESETS: dict[str, Parts] = {
+    "digits": Parts(
+        encoder="conv:16,32,64", encoder_weights="random", drop_path=0.0, width=64, grid=4, token_level=1, queries=8,
+        resampler_layers=2, resampler_width=64, resampler_heads=2, dropout=0.0, init_std=0.1, head_std=0.02, llm=_LLAMA,
+        tokenizer=_WORDS, llm_every=2, llm_levels=2, llm_base=4, mmfs_width=32, mmfs_heads=2, mmfs_points=4,
+        diffusion={"unet": _UNET, "scheduler": {"prediction_type": "v_prediction"}},
+        decoder_width=64, decoder_heads=4, resolution=16, decoder_resolution=16,
+    ),
+    "tiny": Parts(
+        encoder="timm:test_convnext", encoder_weights="random", drop_path=0.1, width=32, grid=4, queries=8,
+        resampler_layers=4, resampler_width=32, resampler_heads=4, llm={**_LLAMA, "num_hidden_layers": 5},
+        tokenizer=_WORDS, llm_every=4, llm_base=4, mmfs_width=32, mmfs_heads=4, mmfs_points=4,
+        diffusion={"unet": _TINY_UNET, "vae": _TINY_VAE}, decoder_width=32, decoder_heads=4, resolution=64,
+        decoder_resolution=64,
+    ),
+    "deem": Parts(),
+    "deem-large": Parts(encoder="open_clip:convnext_large_d_320", encoder_weights="laion2b_s29b_b131k_ft_soup"),
+    "deem-13b": Parts(llm="lmsys/vicuna-13b-v1.3"),
+    "deem-vit": Parts(encoder="open_clip:ViT-L-14", encoder_weights="openai"),
+    "llava": Parts(
+        encoder="plain:ViT-L-14-336", encoder_weights="openai", drop_path=0.0, token_level=0, patch=14, reader="mlp",
+        grid=24, llm_every=0, resolution=336,
+    ),
+}  # fmt: skip
+SMALL = ("digits", "tiny")  # random or pretrained on the spot: the run keeps every weight
