@@ -22,12 +22,12 @@ from lab.runs import UserError
 import torch
 from torch import Tensor, nn
 
-import scenes
+from digits import scenes
+from documents.sequences import Batch
 from model import Deem
 from presets import PRESETS
-from pretrain import runs_seed
-from sequences import Batch
 from settings import Settings
+from streams import torch_seed
 from trainer import Feeder
 
 
@@ -120,7 +120,7 @@ def measured(b_: BenchSettings, seed: int, device: torch.device) -> tuple[dict[s
     s = Settings(preset=b_.preset, batch=b_.batch, seeds=b_.seeds, dataset="digits", scene_count=200)
     s.resolve()
     s.prompt_form = "plain"
-    torch.manual_seed(runs_seed(seed, "weights"))
+    torch.manual_seed(torch_seed(seed, "weights"))
     m = Deem(s.parts(), folder=runs.data_dir(b_.data_dir) / "weights", download=b_.download, loss=s.loss()).to(device)
     m.freeze(1, "deem")
     s.max_tokens = 0

@@ -8,16 +8,17 @@ from lab.runs import UserError
 import torch
 
 import recipe
+from digits.pretrain import base
 from model import Deem
 from presets import PRESETS
-from pretrain import base, runs_seed
 from settings import Settings
+from streams import torch_seed
 
 
 def build(s: Settings, seed: int, device: torch.device) -> Deem:
     """The model of a stage before training: random parts from the seed, pretrained ones from their sources, what --init
     trained on top."""
-    torch.manual_seed(runs_seed(seed, "weights"))
+    torch.manual_seed(torch_seed(seed, "weights"))
     dtype = torch.bfloat16 if s.precision == "bf16" and not s.small else torch.float32
     folder = runs.data_dir(s.data_dir) / "weights"
     model = Deem(s.parts(), folder=folder, download=s.download, dtype=dtype, diffusion=s.stage < 3, loss=s.loss())

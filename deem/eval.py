@@ -16,9 +16,9 @@ from lab.runs import UserError
 
 import torch
 
-import study
 from build import load_run, settings_of
-from measure import check_data, evaluate, show
+from digits import study
+from evaluation.measure import check_data, evaluate, show
 from settings import NOT_PART_OF_AN_EVALUATION, EvalSettings
 
 

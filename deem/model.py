@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import recipe
-import sequences
-from answering import Answering, Seen
 from diffusion import Denoiser, Latents, Pixels, csr_error, load_diffusion, nip_error, squeezed_steps
-from encoder import Encoder, make_trunk, sincos_1d
-from mmfs import GatedMMFS, synchronise
-from resampler import Resampler
-from sequences import Batch
+from documents import sequences
+from documents.sequences import Batch
+from evaluation.answering import Answering, Seen
+from vision.encoder import Encoder, make_trunk
+from vision.grids import sincos_1d
+from vision.mmfs import GatedMMFS, synchronise
+from vision.resampler import Resampler
 
 # On a CPU oneDNN prepares each convolution anew for each number of images and keeps 1024 of them; a step of the digit
 # model has hundreds and a number of its own. Read when the first convolution runs; changes no result.

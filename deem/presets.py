@@ -1,6 +1,6 @@
 """What the models of --preset are made of: the paper's, its variants, and the small ones."""
 
-import scenes
+from digits import scenes
 from model import Parts
 
 _WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))

@@ -5,13 +5,13 @@ from typing import Literal
 
 from lab.runs import Number, UserError
 
-import parsers
 import recipe
+from documents.prompts import FORMS
+from evaluation import parsers
+from evaluation.sets import BENCHMARKS
 from model import Loss, Parts
 from presets import PRESETS, SMALL
-from prompts import FORMS
 from recipe import Rates
-from sets import BENCHMARKS
 
 # What may change between starts of one run.
 NOT_PART_OF_A_RUN = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps")

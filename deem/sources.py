@@ -6,8 +6,9 @@ from pathlib import Path
 from lab import runs
 from lab.runs import UserError
 
-import readers
-import scenes
+from digits import scenes
+from documents import readers
+from streams import stream
 
 PLACES = {
     1: ("deem/mmc4", "deem/blip-lcs"),
@@ -76,7 +77,7 @@ def title(s) -> str:
 def about(s, seed: int) -> dict:
     """The record's `data`."""
     if s.dataset == "digits":
-        made = scenes.make(s.scene_count, scenes.stream(seed, "scenes"), scenes.pools()[0])
+        made = scenes.make(s.scene_count, stream(seed, "scenes"), scenes.pools()[0])
         digest = hashlib.sha256(made.images.tobytes() + made.cells.tobytes()).hexdigest()
         return {"name": "digit scenes", "variant": "wheel", "sha256": digest, "n": len(made)}
     names = s.files or PLACES[s.stage]

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import recipe
 import sources
-import study
 from build import build, inherited
-from measure import check_data, evaluate
+from digits import study
+from evaluation.measure import check_data, evaluate
+from evaluation.sets import BENCHMARKS
 from model import Deem
-from sets import BENCHMARKS
 from settings import NOT_PART_OF_A_RUN, EvalSettings, Settings
 from trainer import Feeder, Trainer, accelerator_of, schedule
 

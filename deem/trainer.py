@@ -17,11 +17,11 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 
 import recipe
-import sequences
+from documents import sequences
+from documents.sequences import Batch, Packer
 from model import Deem
-from pretrain import runs_seed
-from sequences import Batch, Packer
-from views import two_views
+from streams import torch_seed
+from vision.views import two_views
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -51,7 +51,7 @@ class Feeder:
         else:
             rows = [sequences.encode(next(self.reader).parts, self.tok, self.p.per_image) for _ in range(self.s.batch)]
         b, pictures = sequences.collate(rows, self.tok)
-        rng = random.Random(runs_seed(self.seed, "views", step, k, self.rank))
+        rng = random.Random(torch_seed(self.seed, "views", step, k, self.rank))
         tosses = [random.Random(rng.getrandbits(62)) for _ in pictures]
         made = list((self.pool.map if self.pool else map)(self.views, pictures, tosses))
         if made:
@@ -121,13 +121,13 @@ class Trainer:
             b = self.feeder.batch(self.step, k).to(self.accelerator.device)
             # Dropout and drop-path draw from torch's own stream: it starts anew for each micro-batch, so that a resumed
             # run draws the same.
-            torch.manual_seed(runs_seed(self.seed, "dropout", self.step, k, rank))
+            torch.manual_seed(torch_seed(self.seed, "dropout", self.step, k, rank))
             last = k == self.s.accum - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps inside the backward pass
             wait = self.accelerator.no_sync(self.call) if self.spread and not last else contextlib.nullcontext()
             with wait:
                 with self.autocast:
-                    out = self.call(b, runs_seed(self.seed, "noise", self.step, k, rank))
+                    out = self.call(b, torch_seed(self.seed, "noise", self.step, k, rank))
                 if not getattr(out.get("total"), "requires_grad", False):
                     raise UserError(
                         "nothing to learn: every loss of this stage has weight 0, or the rows hold no image"

@@ -14,11 +14,11 @@ from lab import runs
 import pytest
 import torch
 
-import scenes
-import sequences
+from digits import scenes
+from documents import sequences
 from model import Deem
 from settings import Settings
-from views import two_views
+from vision.views import two_views
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parents[1]

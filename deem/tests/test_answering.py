@@ -9,8 +9,8 @@ import torch
 from conftest import make
 from PIL import Image
 
-from mmfs import GatedMMFS
-from readers import Picture, Text
+from documents.readers import Picture, Text
+from vision.mmfs import GatedMMFS
 
 
 def prompt(word, shade=0):

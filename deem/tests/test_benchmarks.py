@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-import benchmarks as bm
-import parsers
+from evaluation import benchmarks as bm
+from evaluation import parsers
 
 POPE = Path(os.environ.get("REPRO_DATA", "nowhere")) / "deem" / "pope"
 NAMES = [f"thing{k}" for k in range(12)]

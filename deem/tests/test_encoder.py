@@ -12,10 +12,11 @@ from conftest import make
 from PIL import Image
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-import encoder
-from encoder import Encoder, binary_mask, make_trunk, resized, sincos_2d
-from resampler import Resampler
-from views import two_views
+from vision import encoder
+from vision.encoder import Encoder, make_trunk
+from vision.grids import binary_mask, resized, sincos_2d
+from vision.resampler import Resampler
+from vision.views import two_views
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +256,7 @@ def test_deformable_attention_of_the_adapter_by_hand():
     """One query, head, level and point at a time; offsets count cells of their level; one softmax over all."""
     from test_mmfs import bilinear
 
-    from vit_adapter import Deformable, Injector
+    from vision.vit_adapter import Deformable, Injector
 
     torch.manual_seed(0)
     m = Deformable(8, 2, heads=2, points=3)

@@ -19,19 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import asking
-import benchmarks
 import build
-import drawing
-import eval as evaluation
-import measure
-import parsers
-import scenes
-import sets
+import eval as command
 import train
-from benchmarks import Question
-from readers import Picture
+from digits import scenes
+from documents.readers import Picture
+from evaluation import asking, benchmarks, drawing, measure, parsers, sets
+from evaluation.benchmarks import Question
 from settings import EvalSettings, Settings
+from streams import stream
 
 HERE = Path(__file__).resolve().parents[1]
 N = 12  # pictures of the small POPE lists
@@ -57,7 +53,7 @@ def trained(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """POPE's three lists over scenes of digits, in the official files and folders."""
     folder = tmp_path_factory.mktemp("data")
-    made = scenes.make(40, scenes.stream(0, "eval"), scenes.pools()[1])
+    made = scenes.make(40, stream(0, "eval"), scenes.pools()[1])
     some = [k for k, o in enumerate(made.objects()) if len(o) >= 2][:N]
     files = [f"COCO_val2014_{k:012d}.jpg" for k in range(N)]
     place = folder / "deem" / "coco" / "val2014"
@@ -74,7 +70,7 @@ def data(tmp_path_factory) -> Path:
 
 def call(monkeypatch, *words) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    evaluation.main()
+    command.main()
 
 
 def rows(path: Path) -> list[dict]:
@@ -86,7 +82,7 @@ def fails(monkeypatch, capsys):
     def check(words: list, *expected: str) -> None:
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
-            runs.command(evaluation.main)
+            runs.command(command.main)
         lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert stop.value.code == 2 and len(lines) == 1
         for word in expected:
@@ -321,7 +317,7 @@ def test_kill_and_start_again_gives_the_same_answers(trained, data, tmp_path):
     try:
         for name in ("cut", "whole"):
             sys.argv = [*words, "--out", str(tmp_path / name)]
-            evaluation.main()
+            command.main()
     finally:
         sys.argv = old
     for path in (tmp_path / "whole" / "seed0").glob("answers-*.jsonl"):
@@ -365,7 +361,7 @@ def test_a_run_is_scored_in_the_precision_it_was_trained_in(monkeypatch, trained
         model.yes_no = lambda *a: met.append(torch.is_autocast_enabled("cpu")) or asked(*a)
         return model, s
 
-    monkeypatch.setattr(evaluation, "load_run", load)
+    monkeypatch.setattr(command, "load_run", load)
     words = ["--run", trained, "--benchmark", "pope", "--data-dir", data, "--out", tmp_path / "o", "--fast"]
     call(monkeypatch, *words, "--items", "4", "--device", "cpu")
     assert met and set(met) == {precision == "bf16"} and not torch.is_autocast_enabled("cpu")
@@ -475,7 +471,7 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, train
 
 
 def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys):
-    import study
+    from digits import study
 
     model, s = build.load_run(trained, torch.device("cpu"), 0)
     metrics, _ = study.score(model, s, 0)
@@ -601,9 +597,7 @@ def test_regions_are_asked_with_their_masks():
     model, _ = make("tiny", stage=3)
     square = {"segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]], "height": 60, "width": 60}
     q = Question(0, "", "there is a 3", "refcocog", "", {"question_id": 1, "references": ["there is a 3"], **square})
-    image = (
-        scenes.to_picture(scenes.make(1, scenes.stream(0, "x"), scenes.pools()[0]).images[0]).load().resize((60, 60))
-    )
+    image = scenes.to_picture(scenes.make(1, stream(0, "x"), scenes.pools()[0]).images[0]).load().resize((60, 60))
     masks, real = [], model.encode_images
     model.encode_images = lambda images, m=None: masks.append(m) or real(images, m)
     (r,) = asking.ask(model.eval(), [q], "region", form="plain", picture=lambda q: Picture(image))

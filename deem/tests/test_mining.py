@@ -14,9 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import benchmarks
-import mining
-import parsers
+from evaluation import benchmarks, mining, parsers
 
 CONFIG = {
     "embed_dim": 16,

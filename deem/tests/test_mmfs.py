@@ -8,8 +8,8 @@ from conftest import batch_of, documents, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mmfs
-from mmfs import MMFS, GatedMMFS, ImageContext, distances
+from vision import mmfs
+from vision.mmfs import MMFS, GatedMMFS, ImageContext, distances
 
 
 def bilinear(m, x, y):

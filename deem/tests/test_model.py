@@ -8,14 +8,14 @@ from conftest import batch_of, documents, make
 from PIL import Image
 
 import recipe
-import sequences
-from encoder import sincos_1d
+from documents import sequences
+from documents.readers import Picture, Text
 from model import Deem, Parts
 from presets import PRESETS
-from readers import Picture, Text
 from recipe import Rates
 from settings import Settings
-from views import to_tensor
+from vision.grids import sincos_1d
+from vision.views import to_tensor
 
 # The table of the official configurations: parts that train, by stage and variant.
 COMMON = {"eyes", "synchroniser", "gate", "offsets", "soi", "new head"}
@@ -481,7 +481,7 @@ def test_llama_folder_gets_six_new_tokens(tmp_path):
 
 def test_parameters_of_the_paper_size():
     """At the paper's size, on no device: the trained parameters of stage I lie near the printed 494.9 M (README)."""
-    from resampler import Resampler
+    from vision.resampler import Resampler
 
     with torch.device("meta"):
         r = Resampler(77, 768, 12, 12, 1024)

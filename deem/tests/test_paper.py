@@ -129,7 +129,7 @@ def test_methods_of_our_runs_have_their_labels():
 
 
 def test_data_sets_of_the_tables_are_those_eval_records():
-    import sets
+    from evaluation import sets
 
     labels = {one.label for some in sets.BENCHMARKS.values() for one in some}
     for table in ("table1", "table3", "table4", "table5", "table6", "table7", "table8", "table9", "table10", "table2"):

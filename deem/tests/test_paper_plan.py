@@ -6,10 +6,10 @@ from lab.records import long
 
 import pytest
 
-import measure
 import recipe
 import train
-from sets import BENCHMARKS
+from evaluation import measure
+from evaluation.sets import BENCHMARKS
 from settings import EvalSettings, Settings
 
 PRINTED = cells.read_printed(runs.HERE / "paper.csv")

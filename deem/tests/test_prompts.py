@@ -5,8 +5,8 @@ from lab.runs import UserError
 import numpy as np
 import pytest
 
-import prompts
-from readers import Picture, Text
+from documents import prompts
+from documents.readers import Picture, Text
 
 PICTURE = Picture("x.jpg")
 

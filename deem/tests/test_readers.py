@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import readers
-from readers import Document, Picture, Text
+from documents import readers
+from documents.readers import Document, Picture, Text
 
 
 def jpg(color, size=(8, 6)) -> bytes:
@@ -396,7 +396,7 @@ def test_pictures_that_are_no_pictures_names_are_told(tmp_path):
 
 
 def test_benchmark_questions_become_training_documents(tmp_path):
-    from benchmarks import Question
+    from evaluation.benchmarks import Question
 
     items = [Question("a.jpg", f"What is {k}", f"thing {k}", "okvqa") for k in range(3)]
     made = take(readers.questions(items, tmp_path, shuffle=False), 4)

@@ -5,10 +5,9 @@ import pytest
 import torch
 from conftest import make
 
-import benchmarks
-import scenes
-import study
-from scenes import stream
+from digits import scenes, study
+from evaluation import benchmarks
+from streams import stream
 
 
 def test_scenes_are_a_function_of_their_stream():

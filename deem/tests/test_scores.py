@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import scores
+from evaluation import scores
 
 
 def leave_one_out(answer: str, annotators: list[str]) -> float:

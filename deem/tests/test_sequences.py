@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import sequences
-from readers import Document, Picture, Text
-from scenes import WORDS
-from sequences import IGNORED, Packer, WordTokenizer, collate, encode, join
+from digits.scenes import WORDS
+from documents import sequences
+from documents.readers import Document, Picture, Text
+from documents.sequences import IGNORED, Packer, WordTokenizer, collate, encode, join
 
 TOK = WordTokenizer(WORDS)
 P = Picture(Image.new("RGB", (4, 4)))

@@ -11,7 +11,7 @@ from test_readers import lines, page, shard
 
 import sources
 from settings import Settings
-from views import two_views
+from vision.views import two_views
 
 # 8 x 4, bright on the left: a mirrored view is bright on the right.
 HALF = Image.fromarray(np.repeat(np.where(np.arange(8) < 4, 255, 0)[None, :, None], 4, 0).repeat(3, 2).astype(np.uint8))

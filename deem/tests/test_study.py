@@ -5,10 +5,9 @@ import pytest
 import torch
 from conftest import make
 
-import scenes
-import study
+from digits import scenes, study
 from model import Seen
-from scenes import stream
+from streams import stream
 
 
 def test_probe_against_a_reference(monkeypatch):

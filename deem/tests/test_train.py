@@ -19,11 +19,11 @@ import torch
 from conftest import HERE, documents, make, run
 
 import build
-import pretrain
-import scenes
 import sources
 import train
+from digits import pretrain, scenes
 from settings import Settings
+from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_a_run_leaves_its_files(whole):
 
 
 def test_evaluating_again_gives_the_records_numbers(whole):
-    import study
+    from digits import study
 
     for folder, name in ((whole, "record"), (whole / "stage2", "record")):
         model, s = build.load_run(folder, "cpu")
@@ -159,8 +159,8 @@ def test_two_processes_train(tmp_path):
             group["lr"] = rate * schedule(step, 3, s.warmup)
         for rank in (0, 1):
             b = feeders[rank].batch(step, 0)
-            torch.manual_seed(pretrain.runs_seed(0, "dropout", step, 0, rank))
-            (model.losses(b, pretrain.runs_seed(0, "noise", step, 0, rank))["total"] / 2).backward()
+            torch.manual_seed(torch_seed(0, "dropout", step, 0, rank))
+            (model.losses(b, torch_seed(0, "noise", step, 0, rank))["total"] / 2).backward()
         torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], s.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -9,10 +9,10 @@ import torch
 from conftest import make
 from PIL import Image
 
-import pretrain
 import recipe
-import scenes
-from readers import Picture
+from digits import pretrain, scenes
+from documents.readers import Picture
+from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def test_steps_against_a_loop(stage, betas, eps):
         sums = {}
         for k in range(2):
             b = feeder.batch(step, k)
-            torch.manual_seed(pretrain.runs_seed(1, "dropout", step, k, 0))
-            out = own.losses(b, pretrain.runs_seed(1, "noise", step, k, 0))
+            torch.manual_seed(torch_seed(1, "dropout", step, k, 0))
+            out = own.losses(b, torch_seed(1, "noise", step, k, 0))
             (out["total"] / 2).backward()
             for key, value in out.items():
                 sums[key] = sums.get(key, 0) + float(value.detach()) / 2

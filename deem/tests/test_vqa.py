@@ -6,8 +6,8 @@ from lab.runs import UserError
 
 import pytest
 
-import vqa
-from benchmarks import Question
+from evaluation import vqa
+from evaluation.benchmarks import Question
 
 
 def put(path, value):

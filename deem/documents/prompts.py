@@ -10,7 +10,7 @@ A prompt is a list of Text and Picture parts that ends with the assistant's pref
 
 from lab.runs import UserError
 
-from documents import Picture, Text
+from documents.document import Picture, Text
 
 FORMS = ("paper", "code", "plain")
 SYSTEM = "You are a helpful assistant.\n\n "

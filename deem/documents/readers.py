@@ -15,8 +15,8 @@ from lab.runs import UserError
 
 import numpy as np
 
-import prompts
-from documents import Document, Mixture, Picture, Raw, Source, Text, find_shards
+from documents import prompts
+from documents.document import Document, Mixture, Picture, Raw, Source, Text, find_shards
 
 __all__ = ["Document", "Mixture", "Picture", "Source", "Text", "find_shards"]  # and the readers below
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder import resized
-from mmfs import sample
+from vision.grids import resized
+from vision.mmfs import sample
 
 
 class Deformable(nn.Module):

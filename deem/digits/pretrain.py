@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import scenes
-import sequences
+from digits import scenes
+from documents import sequences
 from model import Deem
-from scenes import stream
+from streams import stream, torch_seed
 
 BATCH = 64
 LEARNED = ("llm.", "encoder.trunk.", "denoiser.unet.", "denoiser.null")
@@ -66,18 +66,13 @@ def pretrain(model: Deem, s, seed: int) -> dict[str, Tensor]:
     """-> weights of the learned parts."""
     model.train()
     with torch.random.fork_rng():
-        torch.manual_seed(runs_seed(seed, "pretraining"))
+        torch.manual_seed(torch_seed(seed, "pretraining"))
         text(model, s.pretrain_text, seed)
         train = scenes.make(s.scene_count, stream(seed, "scenes"), scenes.pools()[0])
         captions(model, s.pretrain_encoder, train, seed)
         denoise(model, s.pretrain_denoiser, train, seed)
     model.zero_grad(set_to_none=True)  # of weights that were in a graph and not in the optimizer
     return {k: p.detach() for k, p in model.named_parameters() if learned(k)}
-
-
-def runs_seed(seed: int, name: str, *more: int) -> int:
-    """A seed for torch's own generator, of the same streams as numpy's."""
-    return int(stream(seed, name, *more).integers(2**62))
 
 
 def fit(parameters: list, steps: int, lr: float, loss: Callable[[int], Tensor], title: str) -> None:

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from encoder import resized, sincos_2d
+from vision.grids import resized, sincos_2d
 
 MASKED = -1e4
 LARGEST = 2**27  # sampled values kept at once; more are made in pieces and made again in the backward pass

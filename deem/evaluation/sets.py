@@ -8,10 +8,9 @@ from pathlib import Path
 
 from lab.runs import UserError
 
-import benchmarks as bm
-import mining
-import vqa
-from benchmarks import Question
+from evaluation import benchmarks as bm
+from evaluation import mining, vqa
+from evaluation.benchmarks import Question
 
 
 @dataclass(frozen=True)

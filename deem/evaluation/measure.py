@@ -9,14 +9,12 @@ from lab import runs
 
 import torch
 
-import mining
-import parsers
-import scores
-from asking import GENERATION, SHORT, ask, seconds_of
-from benchmarks import Question
-from documents import Picture
-from drawing import draw
-from sets import BENCHMARKS, SETTINGS_OF, Set, digest, questions_of, variant_of
+from documents.document import Picture
+from evaluation import mining, parsers, scores
+from evaluation.asking import GENERATION, SHORT, ask, seconds_of
+from evaluation.benchmarks import Question
+from evaluation.drawing import draw
+from evaluation.sets import BENCHMARKS, SETTINGS_OF, Set, digest, questions_of, variant_of
 from settings import EvalSettings
 
 HEADLINE = {

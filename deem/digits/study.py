@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import benchmarks
-import parsers
-import prompts
-import scenes
+from digits import scenes
+from digits.pretrain import images_of, views
+from documents import prompts
+from evaluation import benchmarks, parsers
 from model import Deem, Seen
-from pretrain import images_of, runs_seed, views
-from scenes import stream
+from streams import stream, torch_seed
 
 TIMES = (100, 300, 500, 700, 900)
 PROBE = (1500, 500)  # scenes that fit the probe, scenes that test it
@@ -32,7 +31,7 @@ def denoising(model: Deem, held: scenes.Scenes, seed: int, *, maps: bool) -> dic
     index = np.arange(min(len(held), 256))
     dev, den = model.device, model.denoiser
     seen = model.encode_images(images_of(model, held, index))
-    g = torch.Generator(dev).manual_seed(runs_seed(seed, "denoising"))
+    g = torch.Generator(dev).manual_seed(torch_seed(seed, "denoising"))
     z0 = den.latents.encode(views(model, held, index), g)
     own = other = 0.0
     there = torch.ones(len(index), dtype=torch.bool, device=dev)

@@ -12,11 +12,10 @@ from lab.runs import UserError
 import torch
 from tqdm import tqdm
 
-import parsers
-import prompts
-import vqa
-from benchmarks import Question
-from readers import Picture
+from documents import prompts
+from documents.readers import Picture
+from evaluation import parsers, vqa
+from evaluation.benchmarks import Question
 
 # Generation of the paper: beams, new tokens (least, most), penalties of length and repetition.
 SHORT = {"num_beams": 3, "max_new_tokens": 10, "length_penalty": 0.0}

@@ -3,10 +3,9 @@
 A scene has 2x2 cells, each empty or with one digit, moved by up to one pixel. Digits keep company (3 with 8, 1 with 7,
 ...: in `company` of the scenes with two or more), so that language alone gives a guess about what else is there. A
 caption names one digit, the most frequent kind in the scene, and is wrong now and then. Every draw comes from a stream
-of its own, named in `stream`.
+of its own (streams.py).
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,8 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from readers import Document, Picture, Text
+from documents.readers import Document, Picture, Text
+from streams import stream
 
 SIDE, CELLS = 16, 4
 NAMES = tuple("0123456789")
@@ -28,12 +28,6 @@ SHAPES = 12  # principal components that describe the shape of a scan
 SPARE = 600  # scans kept for tests
 WORDS = (*NAMES, *"there is a an and the in image main object this on left digits yes no . ? ,".split())
 WORDS = (*WORDS, "digit", "two", "mirrored", "please", "answer", "or", "are")
-
-
-def stream(seed: int, name: str, *more: int) -> np.random.Generator:
-    """A generator of its own for each name; no stream sees the draws of another."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    return np.random.default_rng([seed, key, *more])
 
 
 @cache

@@ -8,11 +8,10 @@ from lab.runs import UserError
 import torch
 from tqdm import tqdm
 
-import mining
-import prompts
-import scores
-from documents import Picture
-from sets import Set
+from documents import prompts
+from documents.document import Picture
+from evaluation import mining, scores
+from evaluation.sets import Set
 
 
 def features_of(s):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lab.runs import UserError
 
-from benchmarks import Question, _json, _text
-from readers import region_mask
+from documents.readers import region_mask
+from evaluation.benchmarks import Question, _json, _text
 
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 

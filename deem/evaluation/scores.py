@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parsers import extract_answer
+from evaluation.parsers import extract_answer
 
 # ----------------------------------------------------------------------------------------------------- short answers
 

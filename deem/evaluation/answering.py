@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sequences
-from readers import Text
-from sequences import Batch
-from views import to_tensor
+from documents import sequences
+from documents.readers import Text
+from documents.sequences import Batch
+from vision.views import to_tensor
 
 
 @dataclass

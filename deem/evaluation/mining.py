@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from readers import Picture
+from documents.readers import Picture
 
 SUBSETS = {  # official key -> (folder, pattern of the pictures)
     "imagenet_a": ("imagenet-a", "*.jpg"),
