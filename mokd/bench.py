@@ -20,7 +20,7 @@ import episodes
 import heads
 import hsic
 import mokd
-from eval import PAIRS, grouped
+from evaluation import PAIRS, grouped
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Domains: the classes of one split of an image set, how many images each has, and the images, one by one.
 
 A domain comes from ordinary archives (readers.py), from folders <name>/<class>/<image>, from Meta-Dataset's TFRecord or
-h5 export, or from packages and generated pictures. Class lists and splits are Meta-Dataset's (specs/).
+h5 export, or from packages and generated pictures. Names, class lists and splits stand in sets.py.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.runs import HERE, UserError
+from lab.runs import UserError
 
 import numpy as np
 import torch
@@ -20,21 +20,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import drawn
+import readers
+import sets
 from episodes import Pool
-
-SPLITS = ("train", "valid", "test")
-# The 8 training sets of Meta-Dataset, then the sets that are only tested on; the order of the paper's tables.
-TRAINING = ("ilsvrc_2012", "omniglot", "aircraft", "cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower")
-UNSEEN = ("traffic_sign", "mscoco", "mnist", "cifar10", "cifar100")
-PAPER = TRAINING + UNSEEN
-SMALL = ("drawn", "mnist5k", "digits")  # inside packages, or generated
-TITLES = {
-    **{"ilsvrc_2012": "ImageNet", "omniglot": "Omniglot", "aircraft": "Aircraft", "cu_birds": "Birds"},
-    **{"dtd": "Textures", "quickdraw": "Quick Draw", "fungi": "Fungi", "vgg_flower": "VGG Flower"},
-    **{"traffic_sign": "Traffic Sign", "mscoco": "MSCOCO", "mnist": "MNIST", "cifar10": "CIFAR-10"},
-    **{"cifar100": "CIFAR-100", "drawn": "Drawn characters", "mnist5k": "MNIST (5,000)", "digits": "8x8 digits"},
-}
-CAP = {"quickdraw": 2000, "mscoco": 2000}  # images of a class that are read; the sampling law counts all
 
 
 @dataclass
@@ -61,7 +49,7 @@ class Domain:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.name, self.name)
+        return sets.TITLES.get(self.name, self.name)
 
     @property
     def pool(self) -> Pool:
@@ -111,8 +99,6 @@ def read(item) -> np.ndarray:
                 found = file[str(where)]["image"][()]
             return np.repeat(found[..., None], 3, -1) if found.ndim == 2 else found
         if Path(path).suffix == ".tfrecords":
-            import readers
-
             found = Image.open(readers.record_image(path, where))
         else:
             found = Image.open(path)
@@ -131,72 +117,19 @@ def prepare(image: np.ndarray, size: int) -> Tensor:
     return x / 127.5 - 1
 
 
-@functools.cache
-def spec(name: str) -> dict:
-    """Class lists, splits and image counts (specs/<name>.json)."""
-    return json.loads((HERE / "specs" / f"{name}.json").read_text())
-
-
-def class_names(name: str, split: str) -> list[str]:
-    """Class names of a split in Meta-Dataset's order."""
-    if name in ("mnist", "cifar10", "cifar100"):
-        raise ValueError(f"{name} has no class list")
-    s = spec(name)
-    if name == "omniglot":
-        return [f"{a}-character{i + 1:02d}" for a, n in s["alphabets"][split].items() for i in range(n)]
-    return list(s[split])
-
-
-def spec_counts(name: str, split: str) -> list[int]:
-    """Images of each class, in the order of class_names."""
-    s = spec(name)
-    return [s["images"]] * len(class_names(name, split)) if name == "omniglot" else list(s[split].values())
-
-
-def first_id(name: str, split: str) -> int:
-    """Number of a split's first class among all: the files of the exports are named by it."""
-    return sum(len(class_names(name, s)) for s in SPLITS[: SPLITS.index(split)])
-
-
-def alphabets(name: str, split: str) -> tuple[tuple[int, ...], ...]:
-    """Omniglot: class numbers of each alphabet of a split."""
-    if name != "omniglot":
-        return ()
-    out, start = [], 0
-    for n in spec(name)["alphabets"][split].values():
-        out.append(tuple(range(start, start + n)))
-        start += n
-    return tuple(out)
-
-
-def spanning(name: str, split: str) -> tuple[tuple[int, ...], ...]:
-    """ImageNet: classes below each inner node of the split's part of WordNet, in a fixed order."""
-    if name != "ilsvrc_2012":
-        return ()
-    children, number = spec(name)["nodes"][split], {c: i for i, c in enumerate(class_names(name, split))}
-
-    @functools.cache
-    def below(node: str) -> frozenset[int]:
-        if node not in children:
-            return frozenset([number[node]])
-        return frozenset().union(*(below(c) for c in children[node]))
-
-    return tuple(tuple(sorted(below(n))) for n in sorted(children))
-
-
 def load(name: str, split: str, folder: Path, size: int, limit: int = 0) -> Domain:
     """A domain by its name. size: side in pixels of pictures that are generated or re-sampled when they are read;
-    limit: keep so many images of a class (0: all; of huge classes CAP are read, while the law counts all). Raises
+    limit: keep so many images of a class (0: all; of huge classes sets.CAP are read, while the law counts all). Raises
     UserError if it is not there."""
     if name == "drawn":
         d = _drawn(split, size)
-    elif name in SMALL:
+    elif name in sets.SMALL:
         d = _wheel(name, split)
-    elif name in PAPER:
+    elif name in sets.PAPER:
         d = _paper(name, split, folder, size)
     else:
-        raise UserError(f"no domain {name}; use one of {', '.join((*SMALL, *PAPER))}")
-    most = limit or CAP.get(name, 0)
+        raise UserError(f"no domain {name}; use one of {', '.join((*sets.SMALL, *sets.PAPER))}")
+    most = limit or sets.CAP.get(name, 0)
     if most and any(len(x) > most for x in d.items):
         counts = tuple(min(n, limit) for n in d.counts) if limit else d.counts
         d = Domain(
@@ -218,7 +151,7 @@ def _drawn(split: str, size: int) -> Domain:
 
 def _wheel(name: str, split: str) -> Domain:
     if split != "test":
-        raise UserError(f"{TITLES[name]} has no {split} classes: all of its classes are test classes")
+        raise UserError(f"{sets.TITLES[name]} has no {split} classes: all of its classes are test classes")
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -233,22 +166,24 @@ def _wheel(name: str, split: str) -> Domain:
 
 
 def _paper(name: str, split: str, folder: Path, size: int) -> Domain:
-    import readers
-
     if name in ("mnist", "cifar10", "cifar100"):  # only their test images, all classes are test classes
         if split != "test":
-            raise UserError(f"{TITLES[name]} has no {split} classes: all of its classes are test classes")
+            raise UserError(f"{sets.TITLES[name]} has no {split} classes: all of its classes are test classes")
         x, y, variant = readers.ARRAYS[name](folder)
         items = [readers.lanczos(x[y == k], size) for k in range(int(y.max()) + 1)]
         return Domain(name, split, [str(k) for k in range(len(items))], items, variant=variant)
-    names, counts = class_names(name, split), spec_counts(name, split)
+    names, counts = sets.class_names(name, split), sets.spec_counts(name, split)
     items = readers.find(name, split, names, folder)
     empty = [n for n, x in zip(names, items, strict=True) if not len(x)]
     if empty:
-        raise UserError(f"{TITLES[name]} in {folder}: no image of class {empty[0]} ({len(empty)} classes are empty)")
+        raise UserError(
+            f"{sets.TITLES[name]} in {folder}: no image of class {empty[0]} ({len(empty)} classes are empty)"
+        )
     whole = [len(x) for x in items] == counts
     # The law counts the images that a class has in the published lists, as long as they are at hand.
-    counts = counts if whole or name in CAP else [len(x) for x in items]
-    at_hand = "" if whole else f"{sum(map(len, items))} of {sum(spec_counts(name, split))} images"
+    counts = counts if whole or name in sets.CAP else [len(x) for x in items]
+    at_hand = "" if whole else f"{sum(map(len, items))} of {sum(sets.spec_counts(name, split))} images"
     variant = "paper" if whole else at_hand
-    return Domain(*(name, split, names, items, tuple(counts), alphabets(name, split), spanning(name, split), variant))
+    return Domain(
+        *(name, split, names, items, tuple(counts), sets.alphabets(name, split), sets.spanning(name, split), variant)
+    )

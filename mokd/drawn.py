@@ -4,6 +4,8 @@ An alphabet has a few strokes of its own; a character joins some of them at fixe
 look alike. A drawing moves, turns and scales strokes and page, and changes the pen.
 """
 
+import functools
+
 import numpy as np
 
 SPLITS = {"train": range(0, 25), "valid": range(25, 30), "test": range(30, 40)}
@@ -52,6 +54,10 @@ def draw(alphabet: int, number: int, size: int) -> np.ndarray:
     return out
 
 
+@functools.cache
 def alphabet(number: int, size: int) -> list[np.ndarray]:
-    """The characters of an alphabet."""
-    return [draw(number, k, size) for k in range(CHARACTERS)]
+    """The characters of an alphabet, kept: every seed of a process asks for the same. Not to be written to."""
+    found = [draw(number, k, size) for k in range(CHARACTERS)]
+    for x in found:
+        x.flags.writeable = False
+    return found

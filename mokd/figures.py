@@ -1,5 +1,6 @@
 """Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
+import re
 from pathlib import Path
 
 import matplotlib
@@ -12,24 +13,17 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 HEADS = {"NCC": "#777777", "URL": "#e69f00", "MOKD": "#0072b2"}
 
 
-def save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-
-
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
-    """-> [(path, caption)] of the figures the records allow."""
+    """-> [(path in folder, caption)] of the figures the records allow."""
     out = []
 
     def add(found, name: str) -> None:
         if found:
-            path = (
-                folder
-                / f"{scale}-{name.lower().replace(' ', '-').replace('(', '').replace(')', '').replace(',', '')}.png"
-            )
-            save(found[0], path)
-            out.append((path, found[1]))
+            figure, caption = found
+            path = folder / f"{scale}-{re.sub('[(),]', '', name.lower().replace(' ', '-'))}.png"
+            figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+            plt.close(figure)
+            out.append((path, caption))
 
     for table in sorted({r["table"] for r in records}):
         rows = [r for r in records if r["table"] == table]

@@ -12,9 +12,9 @@ from lab.runs import UserError
 import torch
 from torch import Tensor
 
-import domains
 import heads
 import mokd
+import sets
 
 LABELS = {
     **{"ncc": "NCC", "url": "URL", "mokd": "MOKD", "ssl-hsic": "SSL-HSIC", "protonet": "ProtoNet (frozen)"},
@@ -39,7 +39,7 @@ CHOICES = {
     **{"kernel": ("rbf", "imq", "linear", "cosine"), "estimator": ("unbiased", "biased")},
     **{"search": ("grid", "gradient", "none"), "zz": ("shared", "searched")},
 }
-GAMMA_ONE = ("omniglot", "aircraft", "cu_birds", "quickdraw", "mnist", *domains.SMALL)
+GAMMA_ONE = ("omniglot", "aircraft", "cu_birds", "quickdraw", "mnist", *sets.SMALL)
 
 
 def published(name: str, law: str) -> dict[str, float]:
@@ -47,7 +47,7 @@ def published(name: str, law: str) -> dict[str, float]:
     characters Omniglot's, both sets of digits MNIST's."""
     return {
         "lr": 1.0 if name in ("traffic_sign", "mnist", "mnist5k", "digits") else 0.25,
-        "weight_decay": 0.25 if name in (*domains.TRAINING, "drawn") else 0.0,
+        "weight_decay": 0.25 if name in (*sets.TRAINING, "drawn") else 0.0,
         "gamma": {"1shot": 0.0, "5shot": 1.0}.get(law, 1.0 if name in GAMMA_ONE else 3.0),
     }
 

@@ -21,6 +21,8 @@ from lab.runs import UserError
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+import sets
+
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp")
 RECORDS, H5 = "meta-dataset-records", "meta-dataset-h5"
 # Publisher's layout below --data-dir, and who publishes it.
@@ -45,11 +47,9 @@ PLACES = {
 
 
 def missing(name: str, folder: Path) -> UserError:
-    import domains
-
     place, origin = PLACES[name]
     return UserError(
-        f"{domains.TITLES[name]} is not in {folder}: expected {place} ({origin}), or folders {name}/<class>/, or an "
+        f"{sets.TITLES[name]} is not in {folder}: expected {place} ({origin}), or folders {name}/<class>/, or an "
         f"export of Meta-Dataset in {RECORDS}/{name} or {H5}/{name}; give the folder by --data-dir or $REPRO_DATA"
     )
 
@@ -65,9 +65,7 @@ def pictures(folder: Path) -> list[Path]:
 
 def find(name: str, split: str, names: list[str], folder: Path) -> list[Sequence]:
     """Images of each class in `names`."""
-    import domains
-
-    first = domains.first_id(name, split)
+    first = sets.first_id(name, split)
     if (folder / RECORDS / name).is_dir():
         return [records(folder / RECORDS / name / f"{first + i}.tfrecords") for i in range(len(names))]
     if (folder / H5 / name).is_dir():

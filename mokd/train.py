@@ -11,11 +11,10 @@ checkpoint when started again, to the same bits.
 """
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 from lab import runs
-from lab.runs import Number, UserError
+from lab.runs import UserError
 
 import numpy as np
 import torch
@@ -23,90 +22,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import domains
-import eval as evaluation
+import evaluation
 import methods
 import trainer
-
-# Published recipes (single-domain networks and URL's): pictures a step, lr, steps, period of the cosine.
-RECIPES = {
-    **{"ilsvrc_2012": (64, 3e-2, 480_000, 48_000), "omniglot": (16, 3e-2, 50_000, 3_000)},
-    **{"aircraft": (8, 3e-2, 50_000, 3_000), "cu_birds": (16, 3e-2, 50_000, 3_000)},
-    **{"dtd": (32, 3e-2, 50_000, 1_500), "quickdraw": (64, 1e-2, 480_000, 48_000)},
-    **{"fungi": (32, 3e-2, 480_000, 15_000), "vgg_flower": (8, 3e-2, 50_000, 1_500)},
-    **{"several": (64, 3e-2, 240_000, 48_000), "drawn": (64, 3e-2, 400, 400)},
-}
-
-
-@dataclass
-class Settings(evaluation.Harness):
-    train: tuple[str, ...] = ("drawn",)
-    """Domains to train on, each with a classifier of its own over its training classes."""
-    backbone: str = "conv4"
-    """resnet18 (the paper's, for 84x84), conv4, conv4-group, or a timm model by name."""
-    weights: str = ""
-    """Start from these weights instead of new ones."""
-    steps: int = 0
-    """Optimiser steps; 0: published for the domain (drawn characters: 400, our choice)."""
-    pictures: int = 0
-    """Pictures of each domain a step; 0: published (64 for several domains)."""
-    first: int = 0
-    """Pictures of the first domain a step if there are several; 0: 7 times the others', as URL has for ImageNet."""
-    rate: Number = -1.0
-    """Learning rate of SGD; -1: published (0.03; Quick Draw 0.01)."""
-    momentum: Number = 0.9
-    """Momentum of SGD (published: 0.9, no Nesterov)."""
-    decay: Number = 7e-4
-    """Weight decay of SGD (published)."""
-    period: int = 0
-    """Steps of a cosine, after which the rate starts anew; 0: published."""
-    augment: bool = True
-    """Random crop out of 8 reflected pixels, brightness, contrast, saturation, hue; no flips (published)."""
-    validate: int = 300
-    """Validation tasks a domain, by NCC without adaptation; the best weights are kept (published: 300). 0: the last."""
-    validate_every: int = 5000
-    """Steps between validations."""
-    teachers: tuple[str, ...] = ()
-    """URL: finished runs of train.py, one for each of --train in the same order; features and logits are distilled."""
-    precision: str = "fp32"
-    """fp32 or bf16 (autocast in the network; losses and HSIC stay in float32)."""
-    compile: bool = False
-    """torch.compile the network."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints."""
-    dry_run: bool = False
-    """Print what would be done."""
-
-    def check(self) -> None:
-        self.domains = tuple(x for d in self.domains for x in (self.train if d == "seen" else (d,)))
-        super().check()
-        for name in self.train:
-            if name not in (*domains.TRAINING, "drawn"):
-                raise UserError(
-                    f"--train {name}: one of {', '.join((*domains.TRAINING, 'drawn'))} has training classes"
-                )
-        if not self.train or len(set(self.train)) != len(self.train):
-            raise UserError("--train takes one or more different domains")
-        if self.teachers and len(self.teachers) != len(self.train):
-            raise UserError(f"--teachers names {len(self.teachers)} runs for {len(self.train)} domains; one for each")
-        if self.precision not in ("fp32", "bf16"):
-            raise UserError(f"--precision {self.precision}: use fp32 or bf16")
-        if self.backbone == "random5x5":
-            raise UserError("--backbone random5x5 has no weights to train; eval.py takes it")
-        batch, rate, steps, period = RECIPES["several" if len(self.train) > 1 else self.train[0]]
-        self.steps, self.pictures = self.steps or steps, self.pictures or batch
-        self.period = self.period or min(period, self.steps)
-        self.first = self.first or self.pictures * (7 if len(self.train) > 1 else 1)
-        self.rate = rate if self.rate == -1 else self.rate
-        for key in ("steps", "pictures", "first", "period", "validate_every", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(self, key)}")
-        if self.pictures < 2:
-            raise UserError("--pictures must be at least 2: batch statistics are of several pictures")
-        if self.rate <= 0 or self.decay < 0 or not 0 <= self.momentum < 1 or self.validate < 0:
-            raise UserError("--rate is positive, --decay and --validate are not negative, --momentum lies in [0, 1)")
-        if self.size < 16:
-            raise UserError(f"--size must be at least 16 for a network, not {self.size}")
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.backbone}-{'-'.join(self.train)[:60]}"
+from settings import Settings
 
 
 def rate(s: Settings, step: int) -> float:

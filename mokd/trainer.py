@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import domains
 import episodes
-import eval as evaluation
+import evaluation
 import heads
 import hsic
 import mokd

@@ -17,7 +17,10 @@ import torch
 
 import backbones
 import domains
-import eval as evaluation
+import eval
+import evaluation
+import sets
+import settings
 import train
 import trainer
 
@@ -74,10 +77,10 @@ def test_train_then_eval_gives_the_same_again(monkeypatch, tmp_path, capsys):
     curve = [json.loads(x) for x in (tmp_path / "a" / "seed0" / "metrics.jsonl").read_text().splitlines()]
     assert {x["step"] for x in curve if "valid_drawn" in x} == {3, 6} and any("loss" in x for x in curve)
     again = ["--run", tmp_path / "a", "--domains", "digits", "--methods", "ncc", "mokd", "--tasks", "3", "--limit", "6"]
-    call(evaluation, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
+    call(eval, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
     assert [x[3]["accuracy"] for x in records(tmp_path / "b")] == [x[3]["accuracy"] for x in found]
     capsys.readouterr()
-    call(evaluation, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
+    call(eval, monkeypatch, *again, "--max-support", "50", "--workers", "0", "--out", tmp_path / "b")
     assert "complete" in capsys.readouterr().out
 
 
@@ -119,9 +122,9 @@ def test_killed_evaluation_goes_on_with_the_next_block(tmp_path, monkeypatch):
     seen = []
     block = evaluation.block
     monkeypatch.setattr(evaluation, "block", lambda *a: (seen.append(a[3].start), block(*a))[1])
-    call(evaluation, monkeypatch, *words[1:], cut)
+    call(eval, monkeypatch, *words[1:], cut)
     assert 0 not in seen and first
-    call(evaluation, monkeypatch, *words[1:], tmp_path / "whole")
+    call(eval, monkeypatch, *words[1:], tmp_path / "whole")
     assert records(cut) == records(tmp_path / "whole")
 
 
@@ -140,14 +143,14 @@ def test_killed_while_the_records_are_written(killed_at, tmp_path, monkeypatch):
 
     monkeypatch.setattr(place, name, die)
     with pytest.raises(KeyboardInterrupt):
-        call(evaluation, monkeypatch, *words, tmp_path / "cut")
+        call(eval, monkeypatch, *words, tmp_path / "cut")
     monkeypatch.setattr(place, name, before)
     assert (tmp_path / "cut" / "seed0" / "tasks-digits.jsonl").is_file()
     assert (tmp_path / "cut" / "seed0" / "tasks-digits").is_dir()
-    call(evaluation, monkeypatch, *words, tmp_path / "cut")
+    call(eval, monkeypatch, *words, tmp_path / "cut")
     assert not (tmp_path / "cut" / "seed0" / "tasks-digits").exists()
     assert len((tmp_path / "cut" / "seed0" / "tasks-digits.jsonl").read_text().splitlines()) == 5
-    call(evaluation, monkeypatch, *words, tmp_path / "whole")
+    call(eval, monkeypatch, *words, tmp_path / "whole")
     assert records(tmp_path / "cut") == records(tmp_path / "whole")
 
 
@@ -156,7 +159,7 @@ def test_a_damaged_piece_makes_no_record(text, tmp_path, monkeypatch):
     words = [*RANDOM, "--tasks", "2", "--methods", "ncc", "--out", tmp_path / "r"]
     runs.write_text(tmp_path / "r" / "seed0" / "tasks-digits" / "00000.json", text)
     with pytest.raises(UserError, match="does not hold tasks 0 to 1|not valid JSON"):
-        call(evaluation, monkeypatch, *words)
+        call(eval, monkeypatch, *words)
     assert not list((tmp_path / "r").rglob("record*")) and not list((tmp_path / "r").rglob("*.jsonl"))
 
 
@@ -164,7 +167,7 @@ def test_two_processes_share_the_tasks(tmp_path, monkeypatch):
     words = ["eval.py", *RANDOM, "--tasks", "45", "--methods", "ncc", "mokd", "--device", "cpu", "--out"]
     start(*words, tmp_path / "two", port=29541)
     monkeypatch.setenv("MOKD_CACHE", str(tmp_path / "other"))
-    call(evaluation, monkeypatch, *words[1:], tmp_path / "one")
+    call(eval, monkeypatch, *words[1:], tmp_path / "one")
     assert records(tmp_path / "two") == records(tmp_path / "one")
     files = [[f.name for f in (tmp_path / k).iterdir()] for k in ("cache", "other")]
     assert files[0] == files[1]  # the same features, no pieces left
@@ -187,7 +190,7 @@ def test_distillation_from_single_domain_teachers(monkeypatch, tmp_path):
     call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "t")
     words = [*TINY, "--methods", "ncc", "--teachers", tmp_path / "t", "--out", tmp_path / "u"]
     call(train, monkeypatch, *words)
-    s = runs.parse(train.Settings, "", [*map(str, words)])
+    s = runs.parse(settings.Settings, "", [*map(str, words)])
     s.check()
     t = trainer.Trainer(s, 0, torch.device("cpu"), trainer.load_training(s))
     sgd, adam = t.optimizer.parts
@@ -290,14 +293,14 @@ def test_augmentation_one_step_after_the_other():
 
 
 def test_rate_has_warm_restarts():
-    s = runs.parse(train.Settings, "", ["--steps", "100", "--period", "50", "--rate", "0.4"])
+    s = runs.parse(settings.Settings, "", ["--steps", "100", "--period", "50", "--rate", "0.4"])
     s.check()
     found = [train.rate(s, k) for k in (0, 25, 49, 50, 75)]
     assert found == pytest.approx([0.4, 0.2, 0.4 * 0.5 * (1 + np.cos(np.pi * 49 / 50)), 0.4, 0.2])
 
 
 def test_pictures_read_on_demand_are_those_held_in_memory(monkeypatch):
-    s = runs.parse(train.Settings, "", [*TINY])
+    s = runs.parse(settings.Settings, "", [*TINY])
     s.check()
     found = []
     for limit in (trainer.RESIDENT, 0):
@@ -381,9 +384,9 @@ def test_summary_pairs_tasks():
 
 def test_every_record_of_the_plan_has_its_place_in_paper_csv():
     printed = tables.read_printed(runs.HERE / "paper.csv")
-    titles = set(domains.TITLES.values()) | {"Average Seen", "Average Unseen", "Average All", "all"}
+    titles = set(sets.TITLES.values()) | {"Average Seen", "Average Unseen", "Average All", "all"}
     assert set(printed["dataset"]) <= titles
-    assert set(printed["setting"]) <= set(evaluation.LAW_NAMES.values())
+    assert set(printed["setting"]) <= set(settings.LAW_NAMES.values())
     ours = {"URL", "MOKD", "SSL-HSIC", "TSA", *(f"MOKD(gamma={g})" for g in ("0", "0.5", "1", "2", "3", "4", "5"))}
     assert ours <= set(printed["method"])
 
@@ -395,7 +398,7 @@ def test_no_weights_no_numbers(monkeypatch, tmp_path):
     runs.write_tensors(tmp_path / "w.safetensors", state)
     words = ["--backbone", "conv4", "--weights", tmp_path / "w.safetensors", *RANDOM[2:], "--tasks", "2"]
     with pytest.raises(UserError, match="not finite"):
-        call(evaluation, monkeypatch, *words, "--out", tmp_path / "r")
+        call(eval, monkeypatch, *words, "--out", tmp_path / "r")
     assert not list((tmp_path / "r").rglob("record*"))
 
 
@@ -462,7 +465,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_pat
     ],
 )
 def test_user_errors_are_one_line(script, words, expected, monkeypatch, tmp_path, capsys):
-    module = {"train": train, "eval": evaluation}[script]
+    module = {"train": train, "eval": eval}[script]
     monkeypatch.setenv("REPRO_DATA", str(tmp_path / "empty"))
     more = ["--size", "28", "--workers", "0"] if script == "train" and "--size" not in words else []
     monkeypatch.setattr(sys, "argv", ["x.py", *more, *words, "--out", str(tmp_path / "out")])
@@ -484,6 +487,6 @@ def test_cpu_and_gpu_agree(tmp_path, monkeypatch):
         pytest.skip("no CUDA device")
     words = [*RANDOM, "--tasks", "20", "--methods", "ncc", "url", "mokd"]
     for device in ("cpu", "cuda"):
-        call(evaluation, monkeypatch, *words, "--device", device, "--out", tmp_path / device)
+        call(eval, monkeypatch, *words, "--device", device, "--out", tmp_path / device)
     for a, b in zip(records(tmp_path / "cpu"), records(tmp_path / "cuda"), strict=True):
         assert a[3]["accuracy"] == pytest.approx(b[3]["accuracy"], abs=1.0)

@@ -19,6 +19,7 @@ import domains
 import drawn
 import episodes
 import readers
+import sets
 import trainer
 
 
@@ -51,17 +52,17 @@ def check(d: domains.Domain, classes: int, n: int, firsts: bool = True) -> None:
     ("name", "place"), [("dtd", "dtd/images"), ("cu_birds", "CUB_200_2011/images"), ("ilsvrc_2012", "ILSVRC2012/train")]
 )
 def test_class_folders(name, place, tmp_path):
-    names = domains.class_names(name, "test")
+    names = sets.class_names(name, "test")
     folders(tmp_path / place, name, "test", names)
     d = domains.load(name, "test", tmp_path, 28)
     check(d, len(names), 2 * len(names))
-    assert d.variant == f"{2 * len(names)} of {sum(domains.spec_counts(name, 'test'))} images" and bool(d.nodes) == (
+    assert d.variant == f"{2 * len(names)} of {sum(sets.spec_counts(name, 'test'))} images" and bool(d.nodes) == (
         name == "ilsvrc_2012"
     )
 
 
 def test_own_folders_come_before_the_publishers_layout(tmp_path):
-    names = domains.class_names("dtd", "valid")
+    names = sets.class_names("dtd", "valid")
     folders(tmp_path / "dtd", "dtd", "valid", names, n=3)
     folders(tmp_path / "dtd" / "images", "dtd", "valid", names)
     assert len(domains.load("dtd", "valid", tmp_path, 28)) == 3 * len(names)
@@ -79,7 +80,7 @@ def record(payload: bytes) -> bytes:
 def test_tfrecords(tmp_path):
     from tfrecord import example_pb2
 
-    first = domains.first_id("dtd", "test")
+    first = sets.first_id("dtd", "test")
     root = tmp_path / readers.RECORDS / "dtd"
     root.mkdir(parents=True)
     for k in range(7):
@@ -103,7 +104,7 @@ def test_tfrecords(tmp_path):
 def test_h5(tmp_path):
     import h5py
 
-    first = domains.first_id("aircraft", "test")
+    first = sets.first_id("aircraft", "test")
     root = tmp_path / readers.H5 / "aircraft"
     root.mkdir(parents=True)
     for k in range(15):
@@ -119,7 +120,7 @@ def test_h5(tmp_path):
 def omniglot_entries() -> list[tuple[str, bytes]]:
     out = []
     for part, split in (("images_background", "train"), ("images_background", "valid"), ("images_evaluation", "test")):
-        for name in domains.class_names("omniglot", split):
+        for name in sets.class_names("omniglot", split):
             alphabet, _, character = name.rpartition("-")
             out += [(f"{part}/{alphabet}/{character}/0001_{i:02d}.png", png(1, (5, 5), "1")) for i in (1, 2)]
     return out
@@ -127,14 +128,17 @@ def omniglot_entries() -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_omniglot_is_inverted_and_split_by_alphabet(zipped, tmp_path):
-    for name, content in omniglot_entries():
+    (tmp_path / "omniglot").mkdir()
+    for part in ("images_background", "images_evaluation"):
+        entries = [e for e in omniglot_entries() if e[0].startswith(part)]
         if zipped:
-            (tmp_path / "omniglot").mkdir(exist_ok=True)
-            with zipfile.ZipFile(tmp_path / "omniglot" / f"{name.split('/')[0]}.zip", "a") as file:
-                file.writestr(name, content)
-        elif "evaluation" in name:  # the unpacked layout once more, for one split
-            (tmp_path / "omniglot" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "omniglot" / name).write_bytes(content)
+            with zipfile.ZipFile(tmp_path / "omniglot" / f"{part}.zip", "w") as file:
+                for name, content in entries:
+                    file.writestr(name, content)
+        elif "evaluation" in part:  # the unpacked layout once more, for one split
+            for name, content in entries:
+                (tmp_path / "omniglot" / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / "omniglot" / name).write_bytes(content)
     for split, n, groups in (("train", 883, 25), ("valid", 81, 5), ("test", 659, 20)):
         if zipped or split == "test":
             d = domains.load("omniglot", split, tmp_path, 28)
@@ -148,7 +152,7 @@ def test_omniglot_is_inverted_and_split_by_alphabet(zipped, tmp_path):
 
 def test_aircraft_is_cropped_and_joins_its_splits(tmp_path):
     root = tmp_path / "fgvc-aircraft-2013b" / "data"
-    names = domains.class_names("aircraft", "test")
+    names = sets.class_names("aircraft", "test")
     lines, boxes = {"train": [], "val": [], "test": []}, []
     for k, n in enumerate(names):
         for split in lines:
@@ -168,13 +172,13 @@ def test_aircraft_is_cropped_and_joins_its_splits(tmp_path):
 
 
 def test_quickdraw_is_cut_but_counted_whole(tmp_path, monkeypatch):
-    monkeypatch.setitem(domains.CAP, "quickdraw", 3)
+    monkeypatch.setitem(sets.CAP, "quickdraw", 3)
     (tmp_path / "quickdraw").mkdir()
-    for k, n in enumerate(domains.class_names("quickdraw", "test")):
+    for k, n in enumerate(sets.class_names("quickdraw", "test")):
         np.save(tmp_path / "quickdraw" / f"{n}.npy", np.full((5, 784), k, np.uint8))
     d = domains.load("quickdraw", "test", tmp_path, 28)
     check(d, 52, 156)
-    assert d.counts == tuple(domains.spec_counts("quickdraw", "test")) and d.pool.available == (3,) * 52
+    assert d.counts == tuple(sets.spec_counts("quickdraw", "test")) and d.pool.available == (3,) * 52
     assert "at most 3" in d.variant
     assert domains.load("quickdraw", "test", tmp_path, 28, limit=2).counts == (2,) * 52
     (tmp_path / "quickdraw" / f"{n}.npy").unlink()
@@ -183,7 +187,7 @@ def test_quickdraw_is_cut_but_counted_whole(tmp_path, monkeypatch):
 
 
 def test_fungi(tmp_path):
-    names = domains.class_names("fungi", "test")
+    names = sets.class_names("fungi", "test")
     categories = [{"id": int(n.split(".")[0]), "name": n.split(".", 1)[1]} for n in names]
     (tmp_path / "fungi").mkdir()
     for split in ("train", "val"):
@@ -199,7 +203,7 @@ def test_fungi(tmp_path):
 def test_flowers(tmp_path):
     import scipy.io
 
-    names = domains.class_names("vgg_flower", "test")
+    names = sets.class_names("vgg_flower", "test")
     labels = [int(n.split(".")[0]) for n in names for _ in range(2)] + [999]
     (tmp_path / "flowers-102").mkdir()
     scipy.io.savemat(tmp_path / "flowers-102" / "imagelabels.mat", {"labels": np.array([labels])})
@@ -218,7 +222,7 @@ def test_traffic_signs(tmp_path):
 
 
 def test_coco_boxes(tmp_path):
-    names = domains.class_names("mscoco", "test")
+    names = sets.class_names("mscoco", "test")
     root = tmp_path / "coco"
     put(root / "train2017" / "a.jpg", 9, (50, 40))
     content = {
@@ -286,7 +290,7 @@ def test_incomplete_jpeg_copy_is_refused(tmp_path):
         domains.load("cifar10", "test", tmp_path, 32)
 
 
-@pytest.mark.parametrize("name", domains.PAPER)
+@pytest.mark.parametrize("name", sets.PAPER)
 def test_what_is_missing_is_told_with_its_layout(name, tmp_path):
     with pytest.raises(UserError) as error:
         domains.load(name, "test", tmp_path, 28)
@@ -294,7 +298,7 @@ def test_what_is_missing_is_told_with_its_layout(name, tmp_path):
 
 
 def test_broken_picture_is_named(tmp_path):
-    names = domains.class_names("dtd", "test")
+    names = sets.class_names("dtd", "test")
     folders(tmp_path / "dtd", "dtd", "test", names)
     (tmp_path / "dtd" / names[0] / "1.png").write_bytes(b"no picture")
     d = domains.load("dtd", "test", tmp_path, 28)
@@ -317,7 +321,7 @@ def test_drawn_characters():
     assert a.shape == (20, 28, 28) and a.dtype == np.uint8 and np.array_equal(a, drawn.draw(0, 0, 28))
     assert not np.array_equal(a, b) and not np.array_equal(a[0], a[1])
     assert 0.02 < (a > 127).mean() < 0.6
-    splits = [set(drawn.SPLITS[s]) for s in domains.SPLITS]
+    splits = [set(drawn.SPLITS[s]) for s in sets.SPLITS]
     assert not splits[0] & splits[1] and not (splits[0] | splits[1]) & splits[2]
     d = domains.load("drawn", "valid", None, 28)
     assert len(d.groups) == 5 and len(d) == 5 * 20 * 20
@@ -333,7 +337,7 @@ def test_digits_inside_packages(name):
 
 
 def test_checksum_changes_with_the_data(tmp_path):
-    names = domains.class_names("dtd", "test")
+    names = sets.class_names("dtd", "test")
     folders(tmp_path / "dtd", "dtd", "test", names)
     first = domains.load("dtd", "test", tmp_path, 28).sha256
     put(tmp_path / "dtd" / names[0] / "0.png", 3, (60, 50))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import domains
 import episodes
+import sets
 from episodes import LAWS, Law, Pool
 
 
@@ -147,12 +147,12 @@ def test_published_splits():
         **{"vgg_flower": (71, 15, 16), "traffic_sign": (0, 0, 43), "mscoco": (0, 40, 40)},
     }
     for name, expected in sizes.items():
-        lists = [domains.class_names(name, s) for s in domains.SPLITS]
+        lists = [sets.class_names(name, s) for s in sets.SPLITS]
         assert tuple(map(len, lists)) == expected
         assert len(set(sum(lists, []))) == sum(expected)
-        assert [domains.first_id(name, s) for s in domains.SPLITS] == [0, expected[0], sum(expected[:2])]
-    assert [len(domains.alphabets("omniglot", s)) for s in domains.SPLITS] == [25, 5, 20]
-    assert sum(map(len, domains.alphabets("omniglot", "test"))) == 659
-    nodes = domains.spanning("ilsvrc_2012", "test")
+        assert [sets.first_id(name, s) for s in sets.SPLITS] == [0, expected[0], sum(expected[:2])]
+    assert [len(sets.alphabets("omniglot", s)) for s in sets.SPLITS] == [25, 5, 20]
+    assert sum(map(len, sets.alphabets("omniglot", "test"))) == 659
+    nodes = sets.spanning("ilsvrc_2012", "test")
     assert len(nodes) == 50 and max(nodes, key=len) == tuple(range(130))
     assert sum(5 <= len(n) for n in nodes) < 50
