@@ -30,6 +30,7 @@ import lap
 import models
 import train
 from readers import KINDS
+from settings import Settings
 from trainer import Trainer
 
 
@@ -187,7 +188,7 @@ def main() -> None:
     sets = data.Data("cifar10", kind, "random", "", part, part, 32, 3)
 
     def trainer(method: str, precision: str = "fp32", compiled: bool = False) -> Trainer:
-        s = train.Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
+        s = Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
         s.precision, s.compile, s.model = precision, compiled, "preact18" if big else "preact-small"
         s.resolve()
         t = Trainer(s, device, sets)

@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md, drawn from records: results/figures/<scale>-<name>.png; analyse.py draws single runs."""
+"""Pictures of RESULTS.md, drawn from records: <scale>-<name>.png; analyse.py draws single runs."""
 
 from pathlib import Path
 

@@ -1,6 +1,8 @@
-"""What a run holds while it trains: data, network, optimiser, schedule, generator, sums of an epoch; its checkpoint."""
+"""What a run holds while it trains: data, network, optimiser, schedule, generator, sums of an epoch; its checkpoint.
+A finished run is taken up again by `open_run`."""
 
 import contextlib
+import json
 import warnings
 from pathlib import Path
 
@@ -14,19 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR
 
 import data
-import eval as evaluation
+import evaluation
 import lap
 import layerwise
 import vit
+from settings import Settings
 
 # Sums over the steps of an epoch.
 SUMS = ("loss", "first_loss", "right", "seen", "steps", "bad")
 
 
 class Trainer:
-    """Data, network and optimiser of one seed, and everything a checkpoint needs. `s`: Settings of train.py."""
+    """Data, network and optimiser of one seed, and everything a checkpoint needs."""
 
-    def __init__(self, s, device: torch.device, given: data.Data | None = None):
+    def __init__(self, s: Settings, device: torch.device, given: data.Data | None = None):
         self.s, self.device = s, device
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -212,3 +215,30 @@ def close_epoch(t: Trainer, seconds: float, cpu: float) -> dict:
         x, y = next(t.test.in_order(t.probe[: s.distortion]))
         row["distortion"] = layerwise.distortion(t.model, t.layers, x, y, s.eps)
     return row | {"train_seconds": seconds, "train_cpu_seconds": cpu}
+
+
+def read_curve(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, one an epoch."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete the run folder and train again") from None
+
+
+def open_run(run: str, data_dir: str, device: str, **changed) -> tuple[Trainer, Path, list[int]]:
+    """(trainer, run folder, seeds asked for) of a run folder or of one seed's folder in it. `changed`: settings."""
+    folder, only = Path(run), None
+    if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
+        folder, only = folder.parent, folder.name
+    stored = runs.read_json(folder / "settings.json")
+    try:
+        stored["seeds"] = tuple(stored["seeds"])
+        s = Settings(**{**stored, "data_dir": data_dir, "device": device, "download": False, **changed})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    torch.set_float32_matmul_precision("high")  # as in training
+    t = Trainer(s, runs.device(s.device))
+    seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
+    if not seeds:
+        raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")
+    return t, folder, seeds

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attacks
 import baselines
 import models
-import train
+from settings import Settings
 
 EPS = 16 / 255
 
@@ -31,7 +31,7 @@ def noise(x, size, generator=None):
 
 
 def settings_of(method, start="r", **more):
-    s = train.Settings(method=method, start=start, eps=EPS, **more)
+    s = Settings(method=method, start=start, eps=EPS, **more)
     s.resolve()
     return s
 

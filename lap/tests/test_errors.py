@@ -11,8 +11,9 @@ from lab import runs
 import pytest
 import torch
 
-import eval as evaluation
+import eval as evaluate
 import train
+from settings import Settings
 
 HERE = Path(train.__file__).parent
 TINY = ["--dataset", "digits", "--epochs", "1", "--train-limit", "64", "--probe", "10", "--probe-steps", "1"]
@@ -87,23 +88,23 @@ def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, mo
 
 def test_evaluation_repeats_the_record_and_can_write_its_own(done, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--run", str(done), "--device", "cpu"])
-    evaluation.main()
+    evaluate.main()
     record = runs.read_record(done / "seed0" / "record.json")
     text = capsys.readouterr().out
     assert f"PGD {record['metrics']['pgd']:.2f} %" in text and "says otherwise" not in text
     args = ["x", "--run", str(done / "seed0"), "--steps", "3", "--restarts", "2", "--autoattack", "apgd-ce", "--write"]
     monkeypatch.setattr(sys, "argv", [*args, "--limit", "8", "--device", "cpu"])
-    evaluation.main()
+    evaluate.main()
     new = runs.read_record(done / "seed0" / "record-eval.json")
     assert new["table"] == "own-eval" and "PGD-3-2 n=8" in new["setting"] and "autoattack" in new["metrics"]
 
 
 def test_damaged_runs(done, capsys, monkeypatch):
     def says(*args):
-        return told(capsys, monkeypatch, evaluation.main, ["--run", done, "--device", "cpu", *args])
+        return told(capsys, monkeypatch, evaluate.main, ["--run", done, "--device", "cpu", *args])
 
-    assert "no file" in told(capsys, monkeypatch, evaluation.main, ["--run", done.parent / "x" / "y"])
-    assert "has no seed7" in told(capsys, monkeypatch, evaluation.main, ["--run", done / "seed7", "--device", "cpu"])
+    assert "no file" in told(capsys, monkeypatch, evaluate.main, ["--run", done.parent / "x" / "y"])
+    assert "has no seed7" in told(capsys, monkeypatch, evaluate.main, ["--run", done / "seed7", "--device", "cpu"])
     assert "--eps in [0, 1]" in says("--eps", "2")
     weights = done / "seed0" / "model.safetensors"
     raw = weights.read_bytes()
@@ -132,7 +133,7 @@ def test_a_broken_or_foreign_checkpoint_is_told(done, capsys, monkeypatch):
 
 
 def test_two_runs_at_once_in_a_folder(tmp_path, capsys, monkeypatch):
-    s = train.Settings()
+    s = Settings()
     held = runs.Run(tmp_path / "r", s)
     assert "another process is writing" in told(capsys, monkeypatch, train.main, [*TINY, "--out", tmp_path / "r"])
     assert held.out.exists()
@@ -143,14 +144,19 @@ def test_a_read_only_place_is_told(capsys, monkeypatch):
     assert "choose another --out" in line
 
 
+def test_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 0 and "--eps" in capsys.readouterr().out
+
+
 def test_commands_from_the_shell(tmp_path):
-    """Once through real processes: help, a dry run, an error."""
+    """Once through real processes: a dry run, an error."""
 
     def shell(*args):
         return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120)
 
-    done = shell("train.py", "--help")
-    assert done.returncode == 0 and "--eps" in done.stdout
     done = shell("train.py", "--dry-run", "--dataset", "digits", "--eps", "8/255", "--device", "cpu")
     assert done.returncode == 0 and "beta 0.002 (not published" in done.stdout and "L = 10" in done.stdout
     done = shell("train.py", "--eps", "9")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_train import CPU, parsed, weights
 
-import eval as evaluation
+import evaluation
 import train
 from trainer import Trainer
 

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 
 import analyse
-import eval as evaluation
+import analysis
+import evaluation
 import figures
 import lap
 import layerwise
 import train
 import vit
-from trainer import Trainer
+from settings import Settings
+from trainer import Trainer, open_run
 
 CPU = torch.device("cpu")
 
@@ -152,13 +154,13 @@ def curve(*pairs):
 
 
 def test_moments_of_the_surfaces():
-    assert analyse.moments(curve((40, 30), (42, 35), (50, 33), (90, 1), (95, 0))) == {
+    assert analysis.moments(curve((40, 30), (42, 35), (50, 33), (90, 1), (95, 0))) == {
         "before": 2,
         "during": 4,
         "after": 5,
     }
-    assert analyse.moments(curve(*[(40, 30)] * 9)) == {"early": 3, "middle": 6, "end": 9}
-    assert analyse.shown(list("abcdefghijklmnopq")) == list("aeimq") and analyse.shown(["a", "b"]) == ["a", "b"]
+    assert analysis.moments(curve(*[(40, 30)] * 9)) == {"early": 3, "middle": 6, "end": 9}
+    assert analysis.shown(list("abcdefghijklmnopq")) == list("aeimq") and analysis.shown(["a", "b"]) == ["a", "b"]
 
 
 TINY = ["--dataset", "digits", "--eps", "0.3", "--epochs", "3", "--train-limit", "64", "--batch", "32", "--probe", "20"]
@@ -185,7 +187,7 @@ def test_a_run_records_removals_and_layers(done):
     assert sorted(tables) == ["layers", "main", *["removal"] * 5]
     main = next(r for r in rows if r["table"] == "main")["metrics"]
     removed = {r["setting"].split(", ", 1)[1]: r["metrics"] for r in rows if r["table"] == "removal"}
-    assert set(removed) == {name for name, *_ in analyse.REMOVALS}
+    assert set(removed) == {name for name, *_ in analysis.REMOVALS}
     assert all(removed["nothing"][k] == main[k] for k in ("clean", "fgsm", "pgd"))
     for m in removed.values():
         assert m["fgsm_drop"] == pytest.approx(removed["nothing"]["fgsm"] - m["fgsm"])
@@ -197,7 +199,7 @@ def test_a_run_records_removals_and_layers(done):
 
 def test_a_surface_is_that_of_the_weights_of_its_epoch_on_images_attacked_there(done):
     found = runs.read_record(done / "seed0" / "record-layers.json")["metrics"]["surfaces"]
-    t, *_ = evaluation.open_run(str(done), "", "cpu")
+    t, *_ = open_run(str(done), "", "cpu")
     t.fresh(0)
     x, y = next(t.test.in_order(t.probe[:100]))
     for moment, epoch in found["epochs"].items():
@@ -261,7 +263,7 @@ def test_figures_need_no_more_than_records(tmp_path, done):
 
 def test_vision_transformer_trains_with_lap_and_gradalign(tmp_path):
     for method in ("lap", "gradalign"):
-        s = runs.parse(train.Settings, "", [*TINY, "--model", "vit-tiny", "--method", method, "--lr", "0.05"])
+        s = runs.parse(Settings, "", [*TINY, "--model", "vit-tiny", "--method", method, "--lr", "0.05"])
         s.check()
         s.resolve()
         t = Trainer(s, CPU)

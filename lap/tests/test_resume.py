@@ -100,7 +100,7 @@ def environment():
 
 def test_kill_and_start_again_gives_the_same(tmp_path, monkeypatch):
     """A real process, killed the moment its first checkpoint inside an epoch is there."""
-    args = [*TINY, "--epochs", "30", "--checkpoint-steps", "2", "--method", "lap"]
+    args = [*TINY, "--epochs", "10", "--checkpoint-steps", "2", "--method", "lap"]
     command = [sys.executable, "train.py", *args, "--out", str(tmp_path / "b")]
     process = subprocess.Popen(
         command, cwd=HERE, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL

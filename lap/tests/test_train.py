@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import lap
 import train
+from settings import Settings
 from trainer import Trainer
 
 HERE = Path(train.__file__).parent
@@ -26,7 +27,7 @@ TINY += ["--probe", "20", "--probe-steps", "2", "--test-steps", "3", "--test-res
 
 
 def parsed(*args):
-    s = runs.parse(train.Settings, "", [*TINY, *args])
+    s = runs.parse(Settings, "", [*TINY, *args])
     s.check()
     s.resolve()
     return s
@@ -308,7 +309,7 @@ def test_multistep_schedule():
 
 def test_published_settings_of_every_data_set():
     def resolved(**k):
-        s = train.Settings(**k)
+        s = Settings(**k)
         s.check()
         s.resolve()
         return s

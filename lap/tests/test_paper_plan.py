@@ -3,7 +3,10 @@
 from collections import Counter
 
 from lab import plan as plans
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
+from lab.cli import _number
 
 import pandas as pd
 import pytest
@@ -11,28 +14,28 @@ import pytest
 import claims
 import figures
 import readers
-import train
+from settings import Settings
 
 PLAN = plans.load_plan()
-PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+PRINTED = read_printed(runs.HERE / "paper.csv")
 
 
 def resolved(job, scale):
     """Settings of a run, without the command line: parsing 140 of them takes long."""
     assert job.script == "train.py"
-    given = {k: runs._number(v) if isinstance(v, str) and "/" in v else v for k, v in job.args.items()}
-    s = train.Settings(**given, scale=scale, seeds=job.seeds)
+    given = {k: _number(v) if isinstance(v, str) and "/" in v else v for k, v in job.args.items()}
+    s = Settings(**given, scale=scale, seeds=job.seeds)
     s.check()
     s.resolve()
     return s
 
 
-@pytest.mark.parametrize("scale", runs.SCALES)
+@pytest.mark.parametrize("scale", PLAN["scales"])
 def test_the_command_lines_say_the_same(scale):
     """One run of each kind of options."""
     kinds = {tuple(sorted(job.args)): job for job in plans.jobs(PLAN, scale)}
     for job in kinds.values():
-        s = runs.parse(train.Settings, "", job.command(scale)[1:])
+        s = runs.parse(Settings, "", job.command(scale)[1:])
         s.check()
         s.resolve()
         s.out = ""
@@ -49,7 +52,7 @@ def shown(view, where, key):
     return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
 
 
-@pytest.mark.parametrize("scale", runs.SCALES)
+@pytest.mark.parametrize("scale", PLAN["scales"])
 def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
     cells = Counter()
     for job in plans.jobs(PLAN, scale):
@@ -60,7 +63,7 @@ def test_every_run_is_valid_and_has_a_cell_of_its_own(scale):
 
 def test_a_run_by_hand_enters_no_table():
     """Otherwise it would be a second record for a cell of the demo, which uses the same data and method."""
-    own = train.Settings().table
+    own = Settings().table
     for view in PLAN["tables"]:
         where = view.get("where", {})["table"]
         assert own != where and own not in where
@@ -107,13 +110,18 @@ def test_curves_of_all_starts_can_be_told_apart():
 
 def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
     def frame(cells):
-        base = {"table": "main", "dataset": "CIFAR-10", "seed": 0, "metric": "collapsed"}
-        return pd.DataFrame([{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells])
+        base = {"table": "main", "dataset": "CIFAR-10", "metric": "collapsed"}
+        rows = [{**base, "setting": f"eps={r}/255", "method": m, "value": v} for r, m, v in cells]
+        return pd.DataFrame([{**row, "seed": k} for row in rows for k in (0, 1)])
 
-    check = next(c.check for c in claims.CLAIMS if c.id == "C")
+    claim = next(c for c in claims.CLAIMS if c.id == "C")
     some = [(8, "V-LAP", 0.0), (12, "R-LAP", 0.0)]
-    assert check(frame(some)) == (None, "V 8/255: 0.00; R 12/255: 0.00")
-    assert check(frame([*some, (16, "N-LAP", 1.0)]))[0] is False
+    verdict, text = claim.judge(frame(some))
+    assert verdict == UNKNOWN and "V 8/255: +0.00 ± 0.00 (2 seeds; below 0.01)" in text
+    assert claim.judge(frame([*some, (16, "N-LAP", 1.0)]))[0] == FAILS
     every = [(r, f"{k}-LAP", 0.0) for r in claims.RADII for k in "VRN"]
-    assert check(frame(every))[0] is True and check(frame(every[1:]))[0] is None
-    assert check(frame([(8, "R-FGSM", 1.0)])) == (None, "")
+    assert claim.judge(frame(every))[0] == HOLDS and claim.judge(frame(every[1:]))[0] == UNKNOWN
+    one = frame(every)
+    one.loc[0, "value"] = 1.0
+    assert claim.judge(one)[0] == UNDECIDED  # a single run of two
+    assert claim.judge(frame([(8, "R-FGSM", 1.0)])) == (UNKNOWN, "")

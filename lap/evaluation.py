@@ -1,0 +1,115 @@
+"""Accuracy under attack, and what a record says of the course of training: what training and evaluation both need."""
+
+from collections.abc import Callable, Iterable
+
+from lab.runs import UserError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import attacks
+from data import Batches
+
+
+def order(n: int, limit: int) -> Tensor:
+    """The first `limit` (0: all) of a fixed random order of n images."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[: limit or n]
+
+
+@torch.no_grad()
+def attack_all(
+    model: torch.nn.Module,
+    batches: Batches,
+    index: Tensor,
+    eps: float,
+    steps: int,
+    restarts: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, float]:
+    """Clean, FGSM and PGD accuracy in per cent over the test images `index`. PGD steps are eps/4 from U(-eps, eps).
+
+    The model is put in eval mode and back; nothing of a training run (weights, statistics, generators) is touched.
+    """
+    training, device = model.training, batches.device
+    model.eval()
+    generator = torch.Generator(device).manual_seed(1_000_000_007 + seed * 1009 + rank)
+    count = torch.zeros(5, dtype=torch.float64, device=device)
+    for x, y in batches.in_order(index[rank::world]):
+        logits = model(x)
+        clean = logits.argmax(1) == y
+        quick = model(x + attacks.fgsm(model, x, y, eps)).argmax(1) == y
+        strong = attacks.strongest(model, x, y, eps, eps / 4, steps, restarts, generator)[1] & clean
+        odd = ~torch.isfinite(logits).all(1)
+        sums = [clean.sum(), quick.sum(), strong.sum(), odd.sum(), torch.tensor(len(y), device=device)]
+        count += torch.stack(sums).double()
+    model.train(training)
+    clean, quick, strong, odd, n = (count if reduce is None else reduce(count)).tolist()
+    if odd:  # argmax of NaN is a class like any other: such a network would get an accuracy
+        raise UserError(f"the network's outputs are not finite on {odd:.0f} of {n:.0f} test images; train it again")
+    return {"clean": 100 * clean / n, "fgsm": 100 * quick / n, "pgd": 100 * strong / n}
+
+
+def auto_attack(model: torch.nn.Module, batches: Batches, index: Tensor, eps: float, version: str, seed: int) -> dict:
+    """AutoAttack accuracy in per cent."""
+    model.eval()
+    robust = n = 0
+    for x, y in batches.in_order(index):
+        adversarial = attacks.auto_attack(model, x, y, eps, batches.batch, seed, version)
+        with torch.no_grad():
+            robust += int((model(adversarial).argmax(1) == y).sum())
+        n += len(y)
+    return {"autoattack": 100 * robust / n}
+
+
+def onset(curve: list[dict]) -> int | None:
+    """Epoch in which catastrophic overfitting began, None if it did not. Our definition, on the fixed probe: from that
+    epoch to the last, PGD accuracy stays below half of the best before it, and at the end it is below half of FGSM
+    accuracy. There must have been something to lose: a best below 5 % counts for nothing."""
+    last, found, best = curve[-1], None, [0.0]
+    for row in curve:
+        best.append(max(best[-1], row["probe_pgd"]))
+    for row, before in reversed(list(zip(curve, best, strict=False))):
+        if before < 5 or row["probe_pgd"] >= before / 2:
+            break
+        found = int(row["epoch"])
+    return found if last["probe_pgd"] < last["probe_fgsm"] / 2 else None
+
+
+def summary(curve: list[dict]) -> dict:
+    """What a record says of the course of training: onset, curves, time an epoch."""
+    out: dict = {f"curve_{k}": [row.get(k) for row in curve] for k in CURVES if k in curve[-1]}
+    out |= {"epochs": len(curve), "probe_pgd_best": max(row["probe_pgd"] for row in curve)}
+    co = onset(curve)
+    out["collapsed"] = int(co is not None)
+    if co is not None:
+        out["co_epoch"] = co
+    for key in ("train_seconds", "train_cpu_seconds"):  # not of an epoch that was cut and resumed
+        times = {row["epoch"]: row[key] for row in curve if key in row}
+        if len(times) > 1:
+            times.pop(1, None)  # the first epoch also warms caches up
+        out |= {f"{key}_epoch": float(np.median(list(times.values())))} if times else {}
+    return out
+
+
+CURVES = (
+    *("loss", "first_loss", "train_accuracy", "probe_clean", "probe_fgsm", "probe_pgd", "train_seconds"),
+    *("norm", "singular", "top1", "top10", "distortion"),
+)
+
+
+def show(records: Iterable[dict]) -> None:
+    """Print a line a seed and the mean."""
+    rows = list(records)
+    for r in rows:
+        m = r["metrics"]
+        extra = f"  AutoAttack {m['autoattack']:.2f} %" if "autoattack" in m else ""
+        if "collapsed" in m:
+            extra += f"  CO in epoch {m['co_epoch']}" if "co_epoch" in m else "  no CO"
+        print(f"seed {r['seed']}: clean {m['clean']:.2f} %  FGSM {m['fgsm']:.2f} %  PGD {m['pgd']:.2f} %{extra}")
+    if len(rows) > 1:
+        means = {k: np.array([r["metrics"][k] for r in rows]) for k in ("clean", "fgsm", "pgd")}
+        print("mean: " + "  ".join(f"{k} {v.mean():.2f} +- {v.std():.2f} %" for k, v in means.items()))
