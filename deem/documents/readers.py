@@ -1,6 +1,6 @@
 """Readers of the training sets: WebDataset tars, parquet, MMC4, LLaVA-665K, benchmark questions, regions.
 
-Each returns a `documents.Source`, an endless seeded iterator over Documents that resumes exactly; see documents.py.
+Each returns a `document.Source`, an endless seeded iterator over Documents that resumes exactly.
 """
 
 import json

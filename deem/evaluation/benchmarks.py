@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab.runs import UserError
+from lab.runs import UserError, command, parse, write_text
 
 POPE_KINDS = ("random", "popular", "adversarial")
 ROBUST_SETS = {"imagenet_a": "RobustVQA-A", "imagenet_r": "RobustVQA-R", "imagenet_v2": "RobustVQA-V"}
@@ -159,8 +159,6 @@ def read_pope(path: Path, group: str = "") -> list[Question]:
 
 def write_pope(path: Path, questions: Sequence[Question], files: Sequence[str] | None = None) -> None:
     """JSON lines in the official format; `files` turns picture indices into file names."""
-    from lab.runs import write_text
-
     rows = [
         {
             "question_id": q.meta.get("question_id", k),
@@ -304,7 +302,7 @@ def _csv(path: Path, needed: Sequence[str]) -> list[dict]:
 
 @dataclass
 class BuildSettings:
-    """Build the three POPE question lists from a COCO instances file."""
+    """Build the three POPE question lists from a COCO instances file: python -m evaluation.benchmarks"""
 
     annotations: str
     """COCO instances JSON, e.g. instances_val2014.json."""
@@ -319,8 +317,6 @@ class BuildSettings:
 
 
 def main() -> None:
-    from lab.runs import parse
-
     s = parse(BuildSettings, BuildSettings.__doc__)
     files, scenes, names = coco_scenes(Path(s.annotations))
     for kind in POPE_KINDS:
@@ -331,6 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from lab.runs import command
-
     command(main)

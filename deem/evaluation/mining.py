@@ -1,8 +1,8 @@
 """Mine the RobustVQA questions: pictures of ImageNet-A, -R and -V2 that CLIP takes for another class, and that class.
 
-    python mining.py --data-dir DATA --out data/deem/robustvqa                  # as the released set was mined
-    python mining.py --clip ViT-B-32 --weights openai --normalise-text          # another model, unit text features
-    python mining.py --check data/deem/robustvqa/robustvqa_test.json            # what an annotation file holds
+    python -m evaluation.mining --data-dir DATA --out data/deem/robustvqa           # as the released set was mined
+    python -m evaluation.mining --clip ViT-B-32 --weights openai --normalise-text   # another model, unit text features
+    python -m evaluation.mining --check data/deem/robustvqa/robustvqa_test.json     # what an annotation file holds
 
 Looks for `deem/robustvqa/imagenet-a/<wnid>/*.jpg`, `imagenet-r/<wnid>/*.jpg` and `imagenetv2/<0..999>/*.jpeg` below the
 data folder. Writes predictions.jsonl (a line a picture; an interrupted start goes on from it), robustvqa_test.json and

@@ -36,7 +36,8 @@ def _robust(subset: str, order: str = "") -> Callable[[Path], list[Question]]:
         path = root / "robustvqa" / mining.FILE
         if not path.is_file():
             raise UserError(
-                f"no file {path}; mine it with mining.py, or place the annotation of the official repository"
+                f"no file {path}; mine it with `python -m evaluation.mining`, or place the annotation of the official "
+                "repository there"
             )
         mined = mining.read_robustvqa(path)
         if subset not in mined:

@@ -393,7 +393,7 @@ def test_robustvqa_and_table_9(monkeypatch, data, tmp_path):
     s = EvalSettings()
     assert measure.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
     (place / "robustvqa_test.json").unlink()
-    with pytest.raises(UserError, match="mine it with mining.py"):
+    with pytest.raises(UserError, match="mine it with `python -m evaluation.mining`"):
         sets.questions_of(s, sets.BENCHMARKS["robustvqa"][0], root)
 
 
