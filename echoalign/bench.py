@@ -18,8 +18,8 @@ from torch import Tensor
 
 import echomod
 import features
-import generators
 import readers
+from generator import nets as generators
 
 
 @dataclass

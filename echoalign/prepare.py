@@ -5,10 +5,8 @@ setting share it. Two processes that want the same thing: one makes it, the othe
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,64 +16,21 @@ from lab.runs import HERE, UserError
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import classes
 import echomod
 import echoselect
 import features
-import generators
 import noise
 import readers
-import selection
-import stable
+from baselines import selection
+from baselines.semi import clean_probability, scaled
+from cache import alone, fingerprint
+from generator.build import build
 from readers import Part
-from semi import clean_probability, scaled
-from trainer import Learner, Phase, Task, fit
-
-
-def fingerprint(value: dict) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; another process that makes the same thing is waited for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that is making {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob(".*.tmp"):  # half a file of a process that was killed: nobody else writes here
-            left.unlink(missing_ok=True)
-        yield
-
-
-class WarmUp(Learner):
-    """A fresh classifier on noisy originals at a constant rate; the mean of the epochs' losses of each sample."""
-
-    every: Tensor  # all images, the held-out ones too
-    labels: Tensor
-
-    def setup(self) -> None:
-        n = len(self.labels)
-        self.buffers |= {"sum": torch.zeros(n, device=self.device), "last": torch.zeros(n, device=self.device)}
-
-    def phases(self) -> list[Phase]:
-        return [Phase("warmup", self.s.small_loss_epochs)]
-
-    def learning_rate(self, phase: str, epoch: int) -> float:
-        return self.s.lr
-
-    def epoch(self, phase: str, epoch: int, at: int) -> Tensor:
-        out = super().epoch(phase, epoch, at)
-        loss = F.cross_entropy(self.predict(self.every), self.labels.to(self.device), reduction="none")
-        self.buffers["sum"] += loss
-        self.buffers["last"] = loss
-        return out
+from trainer import Learner, Task, fit
+from warmup import WarmUp
 
 
 class Prepared:
@@ -123,60 +78,8 @@ class Prepared:
 
     @functools.cached_property
     def generator(self) -> echomod.Generator:
-        s, d = self.s, self.data
-        if s.generator == "exact":
-            return echomod.ExactDenoiser(d.pre.x, d.pre.y, s.strength, s.edit_steps, s.sampler)
-        if s.generator in generators.NETS:
-            place = self.cache / "generators" / f"{s.generator}-{self.seed}"
-            with alone(place):
-                net, about = generators.train(
-                    *(s.generator, d.pre.x, d.pre.y, d.kind.classes, place, self.device),
-                    seed=self.seed,
-                    steps=s.generator_steps,
-                    batch=s.generator_batch,
-                    lr=s.generator_lr,
-                    widths=s.widths,
-                    layers=s.generator_layers,
-                    control=s.control,
-                    control_dropout=s.control_dropout,
-                    flip=d.kind.flip,
-                    bf16=s.precision == "bf16",
-                    every=s.generator_checkpoint,
-                    show=self.show,
-                )
-            return generators.Trained(
-                *(net, about, d.kind.classes, self.device),
-                strength=s.strength,
-                steps=s.edit_steps,
-                sampler=s.sampler,
-                guidance=s.guidance,
-                control=s.control,
-                control_scale=s.control_scale,
-                control_end=s.control_end,
-                bf16=s.precision == "bf16",
-            )
-        knobs = stable.Knobs(
-            mode=s.sd_mode,
-            strength=s.strength,
-            steps=s.edit_steps,
-            sampler=s.sampler,
-            eta=s.eta,
-            guidance=s.guidance,
-            control=s.control,
-            control_scale=s.control_scale,
-            control_start=s.control_start,
-            control_end=s.control_end,
-            resolution=s.resolution,
-            canny_low=s.canny[0],
-            canny_high=s.canny[1],
-            prompt=s.prompt,
-            negative=s.negative_prompt,
-        )
-        words = classes.names(s.dataset)
-        more = {"bf16": s.precision == "bf16", "download": s.download, "compile": s.compile}
-        more["annotators"] = self.local(s.sd_annotators)
-        control = s.sd_controlnet or stable.CONTROLNETS.get(s.control, stable.CONTROLNETS["canny"])
-        return stable.load(self.local(s.sd_base), self.local(control), words, knobs, self.device, **more)
+        where = {"cache": self.cache, "local": self.local}
+        return build(self.s, self.data, self.seed, self.device, show=self.show, **where)
 
     def local(self, name: str, end: str = "") -> str:
         """<data folder>/weights/<last part of the name> when it is there, else the name itself."""
@@ -340,7 +243,9 @@ class Prepared:
         for fold in order.chunk(5):
             rest = torch.ones(n, dtype=torch.bool)
             rest[fold] = False
-            out[fold] = _fitted(self.original_features[rest], y[rest], self.original_features[fold], out.shape[1])
+            out[fold] = selection.fitted(
+                self.original_features[rest], y[rest], self.original_features[fold], out.shape[1]
+            )
         return out
 
     def scores(self, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -428,16 +333,3 @@ class Prepared:
         """Originals of the training part with their noisy labels."""
         use = mask & self.train
         return Part(self.data.train.x[use], self.y[use])
-
-
-def _fitted(f: Tensor, y: Tensor, new: Tensor, n: int) -> Tensor:
-    from sklearn.linear_model import LogisticRegression
-
-    out = torch.zeros(len(new), n)
-    if len(y.unique()) < 2:
-        out[:, y[0]] = 1.0
-        return out
-    f, new = (F.normalize(v.float(), dim=1).numpy() for v in (f, new))
-    model = LogisticRegression(max_iter=1000).fit(f, y.numpy())
-    out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(new)).float()
-    return out

@@ -5,14 +5,12 @@ from typing import Literal
 
 from lab.runs import Number, UserError
 
-import hints
 import methods
 import models
 import noise as label_noise
-import promix
 import readers
-import semi
-import stable
+from baselines import promix, semi, single
+from generator import hints, stable
 from trainer import Learner
 
 # --methods -> (row of the tables, class of the loop)
@@ -29,14 +27,14 @@ METHODS: dict[str, tuple[str, type[Learner]]] = {
     "clipcleaner": ("CLIPCleaner", Learner),
     "prior-filter": ("filtered by the prior", Learner),
     "pretrain": ("CE on the clean pretraining images", Learner),
-    "forward": ("Forward", methods.Forward),
-    "reweight": ("Reweight", methods.Reweight),
-    "t-revision": ("T-Revision", methods.Revision),
-    "ptd": ("PTD", methods.Parts),
-    "co-teaching": ("Co-teaching", methods.CoTeaching),
-    "jocor": ("JoCoR", methods.JoCoR),
-    "elr": ("ELR", methods.Elr),
-    "cores": ("CORES", methods.Cores),
+    "forward": ("Forward", single.Forward),
+    "reweight": ("Reweight", single.Reweight),
+    "t-revision": ("T-Revision", single.Revision),
+    "ptd": ("PTD", single.Parts),
+    "co-teaching": ("Co-teaching", single.CoTeaching),
+    "jocor": ("JoCoR", single.JoCoR),
+    "elr": ("ELR", single.Elr),
+    "cores": ("CORES", single.Cores),
     "dividemix": ("DivideMix", semi.DivideMix),
     "promix": ("ProMix", promix.ProMix),
 }
@@ -372,3 +370,23 @@ IGNORE = (
     *("out", "data_dir", "device", "download", "dry_run", "checkpoint_every", "generator_checkpoint", "cache", "check"),
     *("feature_batch", "methods", "stage", "check_agreement"),
 )
+
+
+@dataclass
+class EvalSettings:
+    run: str
+    """Run folder written by train.py, or one seed of it (runs/.../seed0)."""
+    taus: tuple[Number, ...] = ()
+    """Thresholds to try on the similarities: samples kept, precision, recall."""
+    check: bool = False
+    """Run the generator's check: exit code 2 if it ignores the label or returns the instance."""
+    official: bool = False
+    """Also measure on cropped and flipped test images, the released code's protocol."""
+    write: bool = False
+    """Write what was measured into records of their own (record-eval-<method>.json, table <table>-eval)."""
+    cache: str = ""
+    """Noise files, generators and modified images; default the run's."""
+    data_dir: str = ""
+    """Folder of the raw data; default $REPRO_DATA, else ./data."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -10,9 +10,9 @@ from conftest import TINY, records, same_runs, settings, start, told
 from torch import nn
 
 import echomod
-import generators
 import prepare
 import train
+from generator import nets as generators
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,8 @@ from conftest import settings
 import methods
 import models
 import readers
-import selection
-import semi
 import trainer
+from baselines import selection, semi, single
 from readers import Part
 from trainer import Learner, Task, fit
 
@@ -35,9 +34,9 @@ def test_forward_loss():
     p, total = soft(z), 0.0
     for b in range(6):
         total -= math.log(sum(p[b][i] * float(t[i, y[b]]) for i in range(4)))
-    assert float(methods.forward_loss(z, y, t)) == pytest.approx(total / 6)
-    assert float(methods.forward_loss(z, y, t.expand(6, 4, 4))) == pytest.approx(total / 6)
-    plain = methods.forward_loss(z, y, torch.eye(4, dtype=torch.float64))
+    assert float(single.forward_loss(z, y, t)) == pytest.approx(total / 6)
+    assert float(single.forward_loss(z, y, t.expand(6, 4, 4))) == pytest.approx(total / 6)
+    plain = single.forward_loss(z, y, torch.eye(4, dtype=torch.float64))
     assert float(plain) == pytest.approx(float(F.cross_entropy(z, y)))
 
 
@@ -48,30 +47,30 @@ def test_reweight_loss():
         k = int(y[b])
         w = p[b][k] / sum(p[b][i] * float(t[i, k]) for i in range(4))
         total -= w * math.log(p[b][k])
-    assert float(methods.reweight_loss(z, y, t)) == pytest.approx(total / 6)
+    assert float(single.reweight_loss(z, y, t)) == pytest.approx(total / 6)
     z.requires_grad_(True)
-    plain = methods.reweight_loss(z.detach(), y, torch.eye(4, dtype=torch.float64))
+    plain = single.reweight_loss(z.detach(), y, torch.eye(4, dtype=torch.float64))
     assert float(plain) == pytest.approx(float(F.cross_entropy(z.detach(), y)))
-    one = torch.autograd.grad(methods.reweight_loss(z, y, t), z)[0]
-    two = torch.autograd.grad(methods.reweight_loss(z, y, t, detach=False), z)[0]
+    one = torch.autograd.grad(single.reweight_loss(z, y, t), z)[0]
+    two = torch.autograd.grad(single.reweight_loss(z, y, t, detach=False), z)[0]
     assert not torch.allclose(one, two)
 
 
 def test_anchor_matrix():
     p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]])
-    assert torch.allclose(methods.anchor_matrix(p, 100), torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
-    assert torch.allclose(methods.anchor_matrix(p, 50), torch.tensor([[0.5, 0.5], [0.6, 0.4]]))
+    assert torch.allclose(single.anchor_matrix(p, 100), torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    assert torch.allclose(single.anchor_matrix(p, 50), torch.tensor([[0.5, 0.5], [0.6, 0.4]]))
 
 
 def test_part_matrices_explain_the_anchors():
     h = torch.eye(2).repeat(10, 1)
     p = torch.where(h[:, :1] > 0, torch.tensor([[0.7, 0.3]]), torch.tensor([[0.1, 0.9]]))
-    parts = methods.part_matrices(h, p, 20, 1500, 0)
+    parts = single.part_matrices(h, p, 20, 1500, 0)
     assert torch.allclose(parts.sum(2), torch.ones(2, 2))
     assert torch.allclose(parts[0], torch.tensor([[0.7, 0.3]]).expand(2, 2), atol=0.03)
     # Only the surest samples of a class are anchors: others, told to be different, do not count.
     sure = torch.tensor([[0.95, 0.05]] * 5 + [[0.05, 0.95]] * 5 + [[0.5, 0.5]] * 30)
-    parts = methods.part_matrices(torch.ones(40, 1), sure, 5, 1500, 0)
+    parts = single.part_matrices(torch.ones(40, 1), sure, 5, 1500, 0)
     assert torch.allclose(parts[0], torch.tensor([[0.95, 0.05], [0.05, 0.95]]), atol=0.03)
 
 
@@ -83,14 +82,14 @@ def test_elr_loss_and_its_limit():
         total += -math.log(p[b][y[b]]) + 3.0 * math.log(
             1 - sum(a * float(t) for a, t in zip(p[b], target[b], strict=True))
         )
-    assert float(methods.elr_loss(z, y, target, 3.0)) == pytest.approx(total / 6, rel=1e-3)
-    assert float(methods.elr_loss(z, y, target, 0.0)) == pytest.approx(float(F.cross_entropy(z, y)))
+    assert float(single.elr_loss(z, y, target, 3.0)) == pytest.approx(total / 6, rel=1e-3)
+    assert float(single.elr_loss(z, y, target, 0.0)) == pytest.approx(float(F.cross_entropy(z, y)))
 
 
 def test_cores_values_and_sieve():
     z, y, _ = case()
     prior = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    found, score = methods.cores_values(z, y, prior, 2.0), methods.cores_score(z, y)
+    found, score = single.cores_values(z, y, prior, 2.0), single.cores_score(z, y)
     for b, row in enumerate(soft(z)):
         ce = [-math.log(v + 1e-8) for v in row]
         assert float(found[b]) == pytest.approx(
@@ -98,7 +97,7 @@ def test_cores_values_and_sieve():
         )
         assert float(score[b]) == pytest.approx(ce[y[b]] - sum(ce) / 4)
     sure = torch.tensor([[9.0, 0, 0, 0]])
-    assert methods.cores_score(sure, torch.tensor([0])) < 0 < methods.cores_score(sure, torch.tensor([1]))
+    assert single.cores_score(sure, torch.tensor([0])) < 0 < single.cores_score(sure, torch.tensor([1]))
 
 
 def test_coteaching_exchanges_the_small_losses():
@@ -106,15 +105,15 @@ def test_coteaching_exchanges_the_small_losses():
     z2 = torch.tensor([[0, 5.0], [5.0, 0], [0, 9.0], [0, 0]])
     y = torch.tensor([0, 0, 1, 0])
     a, b = (F.cross_entropy(z, y, reduction="none") for z in (z1, z2))
-    one, two = methods.coteaching_losses(z1, z2, y, 0.5)  # net 1 finds 0, 3 easy; net 2 finds 2, 1
+    one, two = single.coteaching_losses(z1, z2, y, 0.5)  # net 1 finds 0, 3 easy; net 2 finds 2, 1
     assert float(one) == pytest.approx(float(a[[1, 2]].mean())) and float(two) == pytest.approx(float(b[[0, 3]].mean()))
-    assert len(methods.small_loss(a, 0.0)) == 1
+    assert len(single.small_loss(a, 0.0)) == 1
 
 
 def test_jocor_values():
     z1, y, _ = case()
     z2 = case(seed=2)[0]
-    found = methods.jocor_values(z1, z2, y, 0.3)
+    found = single.jocor_values(z1, z2, y, 0.3)
     for b, (p, q) in enumerate(zip(soft(z1), soft(z2), strict=True)):
         ce = -math.log(p[y[b]]) - math.log(q[y[b]])
         kl = sum(u * math.log(u / v) + v * math.log(v / u) for u, v in zip(p, q, strict=True))
@@ -209,11 +208,11 @@ def test_echo_switches_change_the_training_and_fine_tuning_keeps_rate_and_moment
 
 
 def test_pair_methods_forget_nothing_at_rate_zero(tmp_path):
-    learner = methods.CoTeaching(settings(), task(rho=0.4), 0, CPU)
+    learner = single.CoTeaching(settings(), task(rho=0.4), 0, CPU)
     assert [round(learner.keep(e), 3) for e in (0, 4, 9, 50)] == [0.96, 0.8, 0.6, 0.6]
-    learner = methods.CoTeaching(settings(), task(rho=0.4, noise="asymmetric"), 0, CPU)
+    learner = single.CoTeaching(settings(), task(rho=0.4, noise="asymmetric"), 0, CPU)
     assert learner.keep(50) == pytest.approx(0.8)
-    learner = methods.CoTeaching(settings("--forget-rate", "0"), task(rho=0.4), 0, CPU)
+    learner = single.CoTeaching(settings("--forget-rate", "0"), task(rho=0.4), 0, CPU)
     assert learner.keep(50) == 1
     a, b = (next(iter(n.parameters())) for n in learner.plain)
     assert not torch.equal(a, b)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-import promix
 import readers
 import trainer
+from baselines import promix
 from readers import Part
 from trainer import Task
 

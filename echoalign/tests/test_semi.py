@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-import methods
 import readers
-import semi
 import trainer
+from baselines import semi, single
 from readers import Part
 from trainer import Task
 
@@ -130,7 +129,7 @@ def test_warm_up_subtracts_the_entropy_under_noise_that_depends_on_the_class():
 
 
 def test_elr_targets_are_running_means():
-    own = learner(methods.Elr)
+    own = learner(single.Elr)
     i, x = torch.tensor([2, 5]), None
     z = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
     own.forward = lambda k, x: z
@@ -142,7 +141,7 @@ def test_elr_targets_are_running_means():
 
 
 def test_the_sieve_of_cores_drops_the_least_likely_labels_after_the_warm_up():
-    own = learner(methods.Cores, "--warmup", "2", "--cores-beta", "0")
+    own = learner(single.Cores, "--warmup", "2", "--cores-beta", "0")
     z = torch.zeros(2, 10)
     z[:, 4] = 3.0
     own.forward = lambda k, x: z

@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import records, start, told
 
-import hints
-import stable
 import train
 from classes import names
+from generator import hints, stable
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from semi import clean_probability, scaled
+from baselines.semi import clean_probability, scaled
 
 
 def knn_agreement(features: Tensor, y: Tensor, k: int = 10, chunk: int = 1024) -> Tensor:
@@ -78,3 +78,15 @@ def cleanlab(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones(len(y), dtype=torch.float64), torch.ones(len(y), dtype=torch.bool)
     score = get_label_quality_scores(remap, v)
     return torch.from_numpy(score.copy()), ~torch.from_numpy(find_label_issues(remap, v, n_jobs=1).copy())
+
+
+def fitted(f: Tensor, y: Tensor, new: Tensor, n: int) -> Tensor:
+    """Posteriors [m, n] of `new` by a logistic regression on features f [k, d] and labels y [k]."""
+    out = torch.zeros(len(new), n)
+    if len(y.unique()) < 2:
+        out[:, y[0]] = 1.0
+        return out
+    f, new = (F.normalize(v.float(), dim=1).numpy() for v in (f, new))
+    model = LogisticRegression(max_iter=1000).fit(f, y.numpy())
+    out[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(new)).float()
+    return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from semi import TwoViews, mix, sharpen, soft_cross_entropy
+from baselines.semi import TwoViews, mix, sharpen, soft_cross_entropy
 
 LOWEST = 1e-3  # of the first rate, at the end of the cosine
 BIAS_MOMENTUM = 0.9999

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import hints
+from generator import hints
 
 PROMPT = "a photo of a {name}, best quality, extremely detailed"
 NEGATIVE = (
