@@ -1,141 +1,141 @@
-"""The paper's claims as inequalities over measured metrics, tau = 0.9.
+"""The paper's claims as measured differences, tau = 0.9; how a verdict is made stands in lab/claims.py.
 
 Those of scale demo are the specification of the small default, looked at once on five seeds that are not shown and then
 fixed; those of scale paper are the orderings that the printed tables show.
 """
 
-from lab.claims import Claim
+from collections.abc import Callable
+
+from lab.claims import Claim, Difference, paired, values
 
 import pandas as pd
 
 ATTACKS = ("jail-breaking", "embedding probing", "relearning", "token noising")
 METHODS = ("GA", "GD", "KL", "PO", "NPO", "RMU")
 MINI = "model=mini Llama"
-Verdict = tuple[bool | None, str]
-
-
-def mean(f: pd.DataFrame, metric: str, method: str, setting: str, dataset: str, table: str = "main") -> float:
-    """Mean over seeds, NaN when there is no record."""
-    rows = f[(f["metric"] == metric) & (f["method"] == method) & (f["setting"] == setting)]
-    rows = rows[(rows["dataset"] == dataset) & (rows["table"] == table)]
-    return rows["value"].mean() if len(rows) else float("nan")
-
-
-def judge(holds: bool, *values: float, text: str) -> Verdict:
-    """`holds`, unless one of the numbers was not measured."""
-    return (None, "") if any(v != v for v in values) else (bool(holds), text)
-
-
 SMALL = "miniature forget-small"
+RAW, UWC = "calibration=none", "calibration=UWC tau=0.9"
 
 
-def raw(f, method: str, part: str, dataset: str = SMALL, model: str = MINI) -> float:
-    return mean(f, f"ES_exact_{part}", method, f"calibration=none,{model}", dataset)
+def cell(f: pd.DataFrame, metric: str, method: str, calibration: str, dataset: str, model: str) -> pd.Series:
+    return values(f, metric, table="main", method=method, setting=f"{calibration},{model}", dataset=dataset)
 
 
-def calibrated(f, method: str, part: str, dataset: str = SMALL, model: str = MINI, tau: str = "0.9") -> float:
-    return mean(f, f"ES_exact_{part}", method, f"calibration=UWC tau={tau},{model}", dataset)
+def raw(f: pd.DataFrame, method: str, part: str, dataset: str = SMALL, model: str = MINI) -> pd.Series:
+    return cell(f, f"ES_exact_{part}", method, RAW, dataset, model)
 
 
-def alpha(f, method: str) -> float:
-    return mean(f, "alpha_exact", method, f"calibration=UWC tau=0.9,{MINI}", SMALL)
+def calibrated(
+    f: pd.DataFrame, method: str, part: str, dataset: str = SMALL, model: str = MINI, tau="0.9"
+) -> pd.Series:
+    return cell(f, f"ES_exact_{part}", method, f"calibration=UWC tau={tau}", dataset, model)
 
 
-def memorised(f: pd.DataFrame) -> Verdict:
-    r, t = (raw(f, "Original", part) for part in ("retain", "unlearn"))
-    return judge(r >= 0.8 and t >= 0.8, r, t, text=f"retain {r:.3f}, forget {t:.3f}")
+def of_methods(found: dict[str, pd.Series], how: str) -> pd.Series:
+    """The least or largest over methods, seed by seed; empty unless all were measured."""
+    table = pd.DataFrame(found).dropna()
+    return getattr(table, how)(axis=1) if len(table) and all(len(v) for v in found.values()) else pd.Series(dtype=float)
 
 
-def excessive(f: pd.DataFrame) -> Verdict:
-    t, r, ref = raw(f, "GA", "unlearn"), raw(f, "GA", "retain"), raw(f, "Original", "retain")
-    text = f"GA: forget {t:.3f}, retain {r:.3f} of {ref:.3f}"
-    return judge(t <= 0.05 and r <= 0.5 * ref, t, r, ref, text=text)
+def memorised(f: pd.DataFrame) -> list[Difference]:
+    parts = {"retain": raw(f, "Original", "retain"), "forget": raw(f, "Original", "unlearn")}
+    return [Difference(f"ES, {name}", v, above=0.8, digits=3) for name, v in parts.items()]
 
 
-def aligned(f: pd.DataFrame) -> Verdict:
-    """Every method and seed by itself, not the mean: that is what calibration promises."""
-    here = f[(f["setting"] == f"calibration=UWC tau=0.9,{MINI}") & (f["dataset"] == SMALL) & (f["table"] == "main")]
-    kept, bar = (here[here["metric"] == m] for m in ("ES_exact_retain", "bar_exact"))
-    if not set(METHODS) <= set(kept["method"]):
-        return None, ""
-    both = kept.merge(bar, on=["method", "seed"])
-    low = (both["value_x"] - both["value_y"]).min()
-    a = {m: alpha(f, m) for m in ("GA", "GD", "KL")}
-    holds = low >= -1e-9 and a["GA"] < max(a["GD"], a["KL"])
-    text = f"least distance from the bar {low:+.3f}; alpha* " + ", ".join(f"{m} {v:.2f}" for m, v in a.items())
-    return judge(holds, *a.values(), text=text)
+def excessive(f: pd.DataFrame) -> list[Difference]:
+    left = paired(raw(f, "GA", "retain"), 0.5 * raw(f, "Original", "retain"))
+    return [
+        Difference("GA: ES, forget", raw(f, "GA", "unlearn"), above=None, below=0.05, digits=3),
+        Difference("ES, retain, GA - half of the original's", left, above=None, below=0.0, digits=3),
+    ]
 
 
-def turned(f: pd.DataFrame) -> Verdict:
-    t = {m: calibrated(f, m, "unlearn") for m in METHODS}
+def aligned(f: pd.DataFrame) -> list[Difference]:
+    gaps = {m: paired(calibrated(f, m, "retain"), cell(f, "bar_exact", m, UWC, SMALL, MINI)) for m in METHODS}
+    alpha = {m: cell(f, "alpha_exact", m, UWC, SMALL, MINI) for m in ("GA", "GD", "KL")}
+    higher = of_methods({m: alpha[m] for m in ("GD", "KL")}, "max")
+    return [
+        Difference("least distance of a method from the bar", of_methods(gaps, "min"), above=-0.01, digits=3),
+        Difference("alpha*, the larger of GD and KL - GA", paired(higher, alpha["GA"])),
+    ]
+
+
+def turned(f: pd.DataFrame) -> list[Difference]:
+    after = {m: calibrated(f, m, "unlearn") for m in METHODS}
     before = {m: raw(f, m, "unlearn") for m in METHODS}
-    best = min(t["GD"], t["KL"])
-    first = before["GA"] <= min(before.values())
-    text = (
-        f"forget after: best of GD, KL {best:.3f}, GA {t['GA']:.3f}, PO {t['PO']:.3f}; before: GA {before['GA']:.3f}, "
-    )
-    text += f"least of the others {min(v for m, v in before.items() if m != 'GA'):.3f}"
-    holds = best <= t["GA"] - 0.1 and best <= t["PO"] - 0.1 and first
-    return judge(holds, *t.values(), *before.values(), text=text)
+    best = of_methods({m: after[m] for m in ("GD", "KL")}, "min")
+    others = of_methods({m: v for m, v in before.items() if m != "GA"}, "min")
+    return [
+        Difference(
+            "before: ES, forget, GA - the least of the others", paired(before["GA"], others), None, 0.02, digits=3
+        ),
+        *(
+            Difference(f"after: {m} - the lower of GD and KL", paired(after[m], best), above=0.1, digits=3)
+            for m in ("GA", "PO")
+        ),
+    ]
 
 
-def smooth(f: pd.DataFrame) -> Verdict:
-    setting, values, text = f"calibration=none,{MINI}", [], []
+def smooth(f: pd.DataFrame) -> list[Difference]:
+    out = []
     for m in ("GA", "NPO"):
-        rho = [mean(f, f"spearman_exact_{part}", m, setting, SMALL) for part in ("retain", "unlearn")]
-        jump = [mean(f, f"jump_exact_{part}", m, setting, SMALL) for part in ("retain", "unlearn")]
-        values += [*(r <= -0.9 for r in rho), *(j <= 0.35 for j in jump)]
-        if any(v != v for v in (*rho, *jump)):
-            return None, ""
-        text.append(f"{m}: rank correlation {rho[0]:.2f}, {rho[1]:.2f}, largest jump {jump[0]:.2f}, {jump[1]:.2f}")
-    return all(values), "; ".join(text)
-
-
-def study_mean(f: pd.DataFrame, metric: str) -> float:
-    """Mean PCC over attacks, parts and seeds; NaN when one is missing."""
-    found = []
-    for kind in ATTACKS:
         for part in ("retain", "unlearn"):
-            found.append(mean(f, f"PCC_{part}", metric, f"attack={kind},{MINI}", "miniature"))
-    return sum(found) / len(found)
+            rho, jump = (cell(f, f"{k}_exact_{part}", m, RAW, SMALL, MINI) for k in ("spearman", "jump"))
+            out += [
+                Difference(f"{m}, {part}: rank correlation", rho, above=None, below=-0.9),
+                Difference("largest jump", jump, above=None, below=0.35),
+            ]
+    return out
 
 
-def reliable(f: pd.DataFrame) -> Verdict:
-    es, ppl, log, em, rouge = (study_mean(f, m) for m in ("ES", "PPL", "logPPL", "EM", "ROUGE-L"))
-    text = f"ES {es:.3f}, PPL {ppl:.3f}; beside them log PPL {log:.3f}, EM {em:.3f}, ROUGE-L {rouge:.3f}"
-    return judge(es >= ppl, es, ppl, text=text)
+def study_mean(f: pd.DataFrame, metric: str) -> pd.Series:
+    """Mean PCC over attacks and parts, one a seed; only with all of them."""
+    parts = [(k, p) for k in ATTACKS for p in ("retain", "unlearn")]
+    where = {"table": "main", "method": metric, "dataset": "miniature"}
+    found = {(k, p): values(f, f"PCC_{p}", setting=f"attack={k},{MINI}", **where) for k, p in parts}
+    return of_methods(found, "mean")
+
+
+def reliable(f: pd.DataFrame) -> Difference:
+    es, others = study_mean(f, "ES"), {m: study_mean(f, m) for m in ("PPL", "logPPL", "EM", "ROUGE-L")}
+    beside = ", ".join(f"{m} {v.mean():.3f}" for m, v in others.items() if len(v))
+    name = f"mean PCC, ES - PPL (ES {es.mean():.3f}; {beside})" if len(es) else "mean PCC, ES - PPL"
+    return Difference(name, paired(es, others["PPL"]), digits=3)
 
 
 # ----------------------------------------------------------------------------------------------------------- the paper
 
+Check = Callable[[pd.DataFrame], list[Difference]]
 
-def order(model: str, wanted: tuple[str, ...]):
-    def check(f: pd.DataFrame) -> Verdict:
+
+def order(model: str, wanted: tuple[str, ...]) -> Check:
+    """Each method leaves more of the forget set than the one before it."""
+
+    def check(f: pd.DataFrame) -> list[Difference]:
         t = {m: calibrated(f, m, "unlearn", "TOFU forget05", f"model={model}") for m in wanted}
-        text = ", ".join(f"{m} {v:.3f}" for m, v in t.items())
-        return judge(list(t.values()) == sorted(t.values()), *t.values(), text=text)
+        steps = zip(wanted, wanted[1:], strict=False)
+        return [Difference(f"{b} - {a}", paired(t[b], t[a]), digits=3) for a, b in steps]
 
     return check
 
 
-def not_comparable(model: str):
-    def check(f: pd.DataFrame) -> Verdict:
-        place = ("TOFU forget05", f"model={model}")
-        ga = [raw(f, "GA", part, *place) for part in ("retain", "unlearn")]
-        npo = [raw(f, "NPO", part, *place) for part in ("retain", "unlearn")]
-        text = f"GA: retain {ga[0]:.3f}, forget {ga[1]:.3f}; NPO: {npo[0]:.3f}, {npo[1]:.3f}"
-        return judge(ga[1] <= npo[1] and npo[0] >= ga[0], *ga, *npo, text=text)
+def not_comparable(model: str) -> Check:
+    def check(f: pd.DataFrame) -> list[Difference]:
+        ga, npo = (
+            {p: raw(f, m, p, "TOFU forget05", f"model={model}") for p in ("retain", "unlearn")} for m in ("GA", "NPO")
+        )
+        return [Difference(f"NPO - GA, {p}", paired(npo[p], ga[p]), digits=3) for p in ga]
 
     return check
 
 
-def smaller_bar(model: str):
-    def check(f: pd.DataFrame) -> Verdict:
-        pairs = {m: [calibrated(f, m, "unlearn", "TOFU forget05", f"model={model}", t) for t in ("0.4", "0.9")]
-                 for m in ("GA", "GD", "KL")}  # fmt: skip
-        text = ", ".join(f"{m} {a:.3f} at 0.4, {b:.3f} at 0.9" for m, (a, b) in pairs.items())
-        values = [v for pair in pairs.values() for v in pair]
-        return judge(all(a < b for a, b in pairs.values()), *values, text=text)
+def smaller_bar(model: str) -> Check:
+    def check(f: pd.DataFrame) -> list[Difference]:
+        out = []
+        for m in ("GA", "GD", "KL"):
+            low, high = (calibrated(f, m, "unlearn", "TOFU forget05", f"model={model}", t) for t in ("0.4", "0.9"))
+            out.append(Difference(f"{m}, tau 0.9 - 0.4", paired(high, low), digits=3))
+        return out
 
     return check
 
@@ -144,10 +144,10 @@ CLAIMS = [
     Claim("A", "the original model has memorised both sets: ES at least 0.8", "premise", "demo", memorised),
     Claim("B", "GA unlearns to excess: ES at most 0.05 on the forget set and half of the original's on the retain set",
           "figure 1", "demo", excessive),
-    Claim("C", "after calibration every method keeps 0.9 of the original retention, and alpha* of GA is below that of "
-          "GD or KL", "section 5", "demo", aligned),
-    Claim("D", "calibration turns the order: GA removes most before it; after it GD or KL removes more than GA and PO, "
-          "by 0.1 or more", "reply table, tau 0.9", "demo", turned),
+    Claim("C", "after calibration every method keeps 0.9 of the original retention (to 0.01), and alpha* of GA is below "
+          "the larger of GD's and KL's", "section 5", "demo", aligned),
+    Claim("D", "calibration turns the order: before it no method removes 0.02 more than GA; after it GD or KL removes "
+          "more than GA and PO, by 0.1 or more", "reply table, tau 0.9", "demo", turned),
     Claim("E", "control is smooth: ES falls with alpha (rank correlation at most -0.9, steps of 0.05 change ES by at "
           "most 0.35) for GA and NPO", "figure 3", "demo", smooth),
     Claim("F", "ES keeps the order of models under attacks at least as well as PPL: mean PCC", "figure 2", "demo",

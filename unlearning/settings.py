@@ -209,3 +209,29 @@ class Settings:
         self.forget = self.forget or data.splits(self.dataset)
         self.out = self.out or f"runs/{self.scale}/{self.table}-{self.preset}-{self.dataset}"
         self.models = self.models or str(Path(self.out).parent / "models")
+
+
+@dataclass
+class EvalSettings:
+    run: str
+    """Run folder written by train.py."""
+    methods: tuple[str, ...] = ()
+    """Only these methods; default all of the run."""
+    forget: tuple[str, ...] = ()
+    """Only these forget splits; default all of the run."""
+    tau: tuple[Number, ...] = ()
+    """Calibrate to these shares of the original retention, each in (0, 1]; default the run's."""
+    alpha: Number = -1.0
+    """Score the mixture at this alpha instead of searching (0: original, 1: unlearned)."""
+    alpha_search: control.Search = "scan+bisect"
+    """How alpha* is found."""
+    literal: int = 0
+    """Also compute ES by generating for the first so many items of each set, and compare."""
+    utility: bool = False
+    """Also model utility of the mixture that is scored (needs generation)."""
+    write: bool = False
+    """Write the calibrated scores into records of their own (record-eval-...json); they stand in no table."""
+    data_dir: str = ""
+    """Folder of the raw data; default $REPRO_DATA, else ./data."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import control
-import eval as evaluation
+import evaluation
 import metrics
 import models
 import study

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import control
 import data
-import eval as evaluation
+import evaluation
 import metrics
 import models
 

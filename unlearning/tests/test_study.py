@@ -8,7 +8,7 @@ import torch
 
 import control
 import data
-import eval as evaluation
+import evaluation
 import metrics
 import study
 from models import set_weights, weights

@@ -15,10 +15,12 @@ from lab import runs
 import pytest
 import torch
 
-import eval as evaluation
+import eval as command
+import evaluation
 import models
 import originals
 import settings
+import study
 import train
 from trainer import Trainer
 
@@ -128,17 +130,17 @@ def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, mo
 
 
 def test_evaluation_again_agrees_with_the_records(done, capsys, monkeypatch):
-    run_main(monkeypatch, "--run", done, "--device", "cpu", "--literal", "2", main=evaluation.main)
+    run_main(monkeypatch, "--run", done, "--device", "cpu", "--literal", "2", main=command.main)
     text = capsys.readouterr().out
     assert "says otherwise" not in text and text.count("0 of 2 items differ") == 3 * 4
     record = runs.read_record(done / "seed0" / "record-forget-small-ga-tau0.9.json")["metrics"]
     assert f"exact retain {record['ES_exact_retain']:.3f}" in text
-    run_main(monkeypatch, "--run", done, "--device", "cpu", "--methods", "ga", "--alpha", "0", main=evaluation.main)
+    run_main(monkeypatch, "--run", done, "--device", "cpu", "--methods", "ga", "--alpha", "0", main=command.main)
     original = runs.read_record(done / "seed0" / "record-forget-small-original.json")["metrics"]
     want = f"exact retain {original['ES_exact_retain']:.3f}, exact unlearn {original['ES_exact_unlearn']:.3f}"
     assert want in capsys.readouterr().out
     args = ["--run", done, "--device", "cpu", "--methods", "gd", "--tau", "0.5", "--alpha-search", "bisect", "--write"]
-    run_main(monkeypatch, *args, "--utility", main=evaluation.main)
+    run_main(monkeypatch, *args, "--utility", main=command.main)
     assert "model utility at alpha 1" in capsys.readouterr().out
     new = runs.read_record(done / "seed0" / "record-eval-forget-small-gd-tau0.5.json")
     assert new["table"] == "own-eval" and "tau=0.5" in new["setting"]
@@ -148,11 +150,11 @@ def test_an_attack_begins_with_the_unlearned_weights(done):
     """Relearning, which comes first here, moves them."""
     stored = runs.read_json(done / "settings.json")
     s = settings.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    bench = evaluation.Bench(s, 0, evaluation.accelerator_of(torch.device("cpu")))
+    bench = originals.Bench(s, 0, originals.accelerator_of(torch.device("cpu")))
     bench.set_original()
     tensors, _ = runs.read_tensors(evaluation.unlearned_path(done / "seed0", "forget-small", "ga"))
-    evaluation.set_weights(bench.lm, tensors, "ga")
-    found = evaluation.study.attack("token noising", bench.lm, bench.chat, bench.sets("forget-small"), s, 0, [])
+    models.set_weights(bench.lm, tensors, "ga")
+    found = study.attack("token noising", bench.lm, bench.chat, bench.sets("forget-small"), s, 0, [])
     record = runs.read_record(done / "seed0" / "record-forget-small-ga-none.json")["metrics"]
     assert found == pytest.approx({k: record[f"study.{k}@token noising"] for k in found}, rel=1e-6)
     assert record["study.logPPL_unlearn@relearning"] != record["study.logPPL_unlearn"]
@@ -166,19 +168,19 @@ def test_evaluation_again_names_a_record_that_was_changed(done, tmp_path, capsys
     record = json.loads(path.read_text())
     record["metrics"]["ES_exact_unlearn"] += 0.125
     path.write_text(json.dumps(record))
-    run_main(monkeypatch, "--run", copy, "--device", "cpu", "--methods", "ga", main=evaluation.main)
+    run_main(monkeypatch, "--run", copy, "--device", "cpu", "--methods", "ga", main=command.main)
     assert "the record says otherwise, by up to 0.1250" in capsys.readouterr().out
 
 
 def test_evaluation_tells_what_is_wrong(done, tmp_path, capsys, monkeypatch):
     def says(*args):
-        return told(capsys, monkeypatch, ["--run", done, "--device", "cpu", *args], evaluation.main)
+        return told(capsys, monkeypatch, ["--run", done, "--device", "cpu", *args], command.main)
 
     assert "--tau must lie in (0, 1]" in says("--tau", "1.5")
     assert "--alpha must lie in [0, 1]" in says("--alpha", "2")
     assert "has no rmu; its methods: ga, npo-kl, gd" in says("--methods", "rmu")
     assert "has no forget01" in says("--forget", "forget01")
-    line = told(capsys, monkeypatch, ["--run", tmp_path / "none"], evaluation.main)
+    line = told(capsys, monkeypatch, ["--run", tmp_path / "none"], command.main)
     assert "no file" in line
 
 
@@ -298,10 +300,10 @@ def test_broken_and_foreign_checkpoints_are_told(done, tmp_path, capsys, monkeyp
     run_main(monkeypatch, *args)
     model = tmp_path / "r" / "seed0" / "model-forget-small-ga.safetensors"
     model.write_bytes(model.read_bytes()[:100])
-    assert "is damaged" in told(capsys, monkeypatch, ["--run", tmp_path / "r", "--device", "cpu"], evaluation.main)
+    assert "is damaged" in told(capsys, monkeypatch, ["--run", tmp_path / "r", "--device", "cpu"], command.main)
     model.unlink()
     assert "train the run first" in told(
-        capsys, monkeypatch, ["--run", tmp_path / "r", "--device", "cpu"], evaluation.main
+        capsys, monkeypatch, ["--run", tmp_path / "r", "--device", "cpu"], command.main
     )
 
 
