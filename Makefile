@@ -95,11 +95,20 @@ UV_TOOL := $(if $(HAVE_UV),,.tools/uv-$(UV_VERSION))
 HELPER   = "$(PYTHON)" .ci/workspace.py
 SET_CACHE = export UV_CACHE_DIR="$$($(HELPER) cache)"
 
+# Two makes at once: what one of them builds, or runs in a folder, the other waits for. The lock is the shell's (file 9), and
+# goes with it; the helper takes it because not every system has flock(1).
+define alone
+exec 9>>"$(1)"
+"$(PYTHON)" "$(CURDIR)/.ci/workspace.py" wait "$(2)"
+endef
+
 python-ok:
 	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
 		echo "PYTHON=$(PYTHON) is not a Python 3.11 to 3.13: name one, as in make PYTHON=python3.12" >&2; exit 2; }
 
 .tools/uv-$(UV_VERSION): | python-ok
+	$(call alone,.tools.lock,the tools)
+	[ ! -f $@ ] || exit 0
 	echo "tools: installing uv $(UV_VERSION) into .tools"
 	.tools/bin/python -m pip --version >/dev/null 2>&1 || { rm -rf .tools; "$(PYTHON)" -m venv .tools; } || {
 		echo "$(PYTHON) -m venv failed: install uv, or the venv module (on Debian: apt install python3-venv)" >&2; exit 1; }
@@ -108,6 +117,8 @@ python-ok:
 	touch $@
 
 .tools/ruff-$(RUFF_VERSION): $(UV_TOOL) | python-ok
+	$(call alone,.tools.lock,the tools)
+	[ ! -f $@ ] || exit 0
 	echo "tools: installing ruff $(RUFF_VERSION) into .tools"
 	$(SET_CACHE)
 	[ -x .tools/bin/python ] || "$(UV)" venv -q --python "$(PYTHON)" .tools
@@ -121,13 +132,15 @@ $(HERE:%=env-%): env-%: | python-ok $(UV_TOOL)
 	[ -f $*/requirements.txt ] || { echo "$*/requirements.txt is missing: make lock-$*" >&2; exit 2; }
 	want="$$($(HELPER) stamp $*/requirements.txt)"
 	[ "$$(cat $*/.venv/.stamp 2>/dev/null)" != "$$want" ] || exit 0
+	$(call alone,$*/.venv.lock,$*/.venv)
+	[ "$$(cat $*/.venv/.stamp 2>/dev/null)" != "$$want" ] || exit 0
 	echo "$*: building $*/.venv (Python $${want##* })"
 	[[ "$${want##* }" =~ ^3\.1[123]\. ]] || echo "warning: tested with Python 3.11 to 3.13 only" >&2
 	$(SET_CACHE)
 	rm -rf $*/.venv
 	{ "$(UV)" venv -q --relocatable --python "$(PYTHON)" $*/.venv &&
 		"$(UV)" pip sync -q --python $*/.venv/bin/python $*/requirements.txt; } || {
-		echo "$*: the environment could not be built (message above): is the package index reachable?" >&2; exit 1; }
+		echo "$*: the environment could not be built, for the reason above" >&2; exit 1; }
 	echo "$$want" > $*/.venv/.stamp
 
 LOCKING = -q --universal --python-version 3.11 --python "$(PYTHON)" $(if $(filter 1,$(UPGRADE)),--upgrade) \
@@ -167,6 +180,7 @@ limits+=($${OMP_NUM_THREADS:+--set-threads run=$$OMP_NUM_THREADS})
 endef
 define workflow
 cd $(1)
+$(call alone,.workflow.lock,the runs of $(1))
 export PATH="$$PWD/.venv/bin:$$PATH"
 $(if $(PROFILE),$(there),$(call here,$(1),$(2)))
 # A copy of the Snakefile that jobs on all nodes can read. A new one each time: Snakemake never renews one that is there.
@@ -291,6 +305,8 @@ report: .tools/site/.stamp
 	echo "report: site/index.html"
 
 .tools/site/.stamp: .ci/site/requirements.txt | python-ok $(UV_TOOL)
+	$(call alone,.tools.lock,the tools)
+	[ ! $@ -nt .ci/site/requirements.txt ] || exit 0
 	echo "tools: building the environment of the report in .tools/site"
 	$(SET_CACHE)
 	rm -rf .tools/site

@@ -1,6 +1,7 @@
 """What the Makefile needs and a shell cannot do well: stamps, counts, comparisons. Standard library only."""
 
 import ast
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +31,15 @@ def cache():
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     user = Path(os.environ.get("UV_CACHE_DIR") or os.path.join(home, "uv")).absolute()
     return str(user if device(user) == os.stat(".").st_dev else Path(".cache/uv").absolute())
+
+
+def wait(what):
+    """Takes the lock of file 9, which the calling shell holds open; says so where another make has it."""
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another make: {what}", file=sys.stderr, flush=True)
+        fcntl.flock(9, fcntl.LOCK_EX)
 
 
 def closing(folder, scale, seconds):
@@ -270,7 +280,9 @@ def audit(*folders):
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (stamp, cache, closing, count, together, lint, wheels, sync, audit)}[sys.argv[1]]
+    command = {f.__name__: f for f in (stamp, cache, wait, closing, count, together, lint, wheels, sync, audit)}[
+        sys.argv[1]
+    ]
     answer = command(*sys.argv[2:])
     if answer:
         try:

@@ -8,14 +8,13 @@ The run must be complete; nothing is written.
 
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
 
 import priors
 from evaluation import estimate, measure, show
-from methods import CLASSES
 from settings import EvalSettings, Settings
 from trainer import Trainer
 
@@ -25,19 +24,16 @@ def load(settings: EvalSettings):
     folder = Path(settings.run)
     if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
         folder = folder.parent  # runs/x/seed0 -> runs/x
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        stored["seeds"] = tuple(stored["seeds"])
-        CLASSES[stored["method"]]
-        s = Settings(**{**stored, "data_dir": settings.data_dir, "device": settings.device, "download": False})
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    given = {"data_dir": settings.data_dir, "device": settings.device, "download": False}
+    s = runs.settings_from(folder / "settings.json", Settings, **given)
+    s.check()
     t = Trainer(s, runs.device(settings.device))
     loaded = [runs.read_tensors(folder / f"seed{seed}" / "model.safetensors")[0] for seed in s.seeds]
     try:
         stack = {k: torch.stack([one[k] for one in loaded]).to(t.device) for k in loaded[0]}
         method = {k[7:]: v for k, v in stack.items() if k.startswith("method.")}
-        t.model.load_state_dict({k: v for k, v in stack.items() if not k.startswith("method.")})
+        weights = {k: v for k, v in stack.items() if not k.startswith("method.")}
+        checkpoints.restore_module(t.model, weights, folder)
         t.method.restore(method)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} holds weights of another model ({error}); train it again") from None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 from data import DATASETS
 
@@ -90,7 +90,7 @@ class Settings:
     """Setting inside the table; default r_p=<r_p>."""
     label: str = ""
     """Row name in the table; default the method."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<label>-<dataset>."""
@@ -119,7 +119,7 @@ class Settings:
             self.inner_lr = 0.3 if self.inner_optimizer == "sgd" else 0.01
         self.setting = self.setting or f"r_p={self.r_p:g}"
         self.label = self.label or self.method
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.label}-{self.dataset}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.label}-{self.dataset}")
         for name in ("r_p", "h", "dropout", "cpe_holdout", "cpe_holdout_u"):
             top = 1.0 if name in ("r_p", "h") else 0.99
             if not 0 <= getattr(self, name) <= top:

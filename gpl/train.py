@@ -10,12 +10,12 @@ import dataclasses
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 import evaluation
 from methods import GRAB
@@ -33,7 +33,7 @@ def train(t: Trainer, run: runs.Run) -> Tensor:
         print(f"resuming {run.out} at epoch {start}")
     lines: list[dict[str, Tensor]] = []
     keep_to: int | None = start
-    bar = tqdm(range(start, method.epochs), initial=start, total=method.epochs, desc=f"{s.method} {s.dataset}")
+    bar = progress(range(start, method.epochs), f"{s.method} {s.dataset}", method.epochs, start)
     for epoch in bar:
         method.begin(epoch, t)
         if isinstance(method, GRAB) and method.done:

@@ -1,11 +1,9 @@
 """Batch, method, model and optimiser of a run's seeds, and its checkpoints."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
@@ -61,8 +59,7 @@ class Trainer:
     def save(self, path: Path, epoch: int, seconds: float) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"method.{k}": v for k, v in self.method.state().items()}
-        for i, p in enumerate(self.model.parameters()):
-            tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        tensors |= {f"adam.{k}": v for k, v in checkpoints.pack_optimizer(self.optimizer).items()}
         tensors |= {f"rng.{i}": g.get_state() for i, g in enumerate(self.model.generators)}
         meta = {"epoch": str(epoch), "rounds": str(self.rounds), "seconds": str(seconds), "run": self.fingerprint()}
         runs.write_tensors(path, tensors, meta)
@@ -70,8 +67,7 @@ class Trainer:
     def fingerprint(self) -> str:
         """Of the settings that matter and the data: a checkpoint of anything else is refused."""
         own = {k: v for k, v in dataclasses.asdict(self.s).items() if k not in NOT_PART_OF_A_RUN}
-        text = json.dumps([own, [g.sha256 for g in self.graphs]], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return checkpoints.fingerprint(own, [g.sha256 for g in self.graphs])
 
     def load(self, path: Path) -> tuple[int, float]:
         """-> (epochs done, seconds spent)."""
@@ -81,17 +77,16 @@ class Trainer:
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "method": {}, "adam": {}, "rng": {}}
         for key, value in tensors.items():
             group, _, name = key.partition(".")
-            parts[group][name] = value if group == "rng" else value.to(self.device)
+            parts.setdefault(group, {})[name] = value if group == "rng" else value.to(self.device)
+        epoch, seconds = checkpoints.position(meta, "epoch", self.method.epochs, path), checkpoints.seconds(meta, path)
+        self.rounds = checkpoints.position(meta, "rounds", self.method.epochs, path) - 1
+        self.fresh_model()
+        checkpoints.restore_module(self.model, parts["model"], path)
+        checkpoints.restore_optimizer(self.optimizer, parts["adam"], path)
         try:
-            self.rounds = int(meta["rounds"]) - 1
-            self.fresh_model()
-            self.model.load_state_dict(parts["model"])
             self.method.load(parts["method"])
-            for i, p in enumerate(self.model.parameters()):
-                found = {k: parts["adam"][f"{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq") if parts["adam"]}
-                self.optimizer.state[p] = found
             for i, g in enumerate(self.model.generators):
                 g.set_state(parts["rng"][str(i)])
-            return int(meta["epoch"]), float(meta["seconds"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path} belongs to another model ({error}); delete it to start the run again") from None
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise checkpoints.misfit(path, str(error)) from None
+        return epoch, seconds

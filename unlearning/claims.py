@@ -142,24 +142,68 @@ def smaller_bar(model: str) -> Check:
 
 CLAIMS = [
     Claim("A", "the original model has memorised both sets: ES at least 0.8", "premise", "demo", memorised),
-    Claim("B", "GA unlearns to excess: ES at most 0.05 on the forget set and half of the original's on the retain set",
-          "figure 1", "demo", excessive),
-    Claim("C", "after calibration every method keeps 0.9 of the original retention (to 0.01), and alpha* of GA is below "
-          "the larger of GD's and KL's", "section 5", "demo", aligned),
-    Claim("D", "calibration turns the order: before it no method removes 0.02 more than GA; after it GD or KL removes "
-          "more than GA and PO, by 0.1 or more", "reply table, tau 0.9", "demo", turned),
-    Claim("E", "control is smooth: ES falls with alpha (rank correlation at most -0.9, steps of 0.05 change ES by at "
-          "most 0.35) for GA and NPO", "figure 3", "demo", smooth),
-    Claim("F", "ES keeps the order of models under attacks at least as well as PPL: mean PCC", "figure 2", "demo",
-          reliable),
-    Claim("P1", "Phi-1.5: uncalibrated rows cannot be compared: GA removes more than NPO, NPO keeps more than GA",
-          "figure 1", "paper", not_comparable("Phi-1.5")),
+    Claim(
+        "B",
+        "GA unlearns to excess: ES at most 0.05 on the forget set and half of the original's on the retain set",
+        "figure 1",
+        "demo",
+        excessive,
+    ),
+    Claim(
+        "C",
+        "after calibration every method keeps 0.9 of the original retention (to 0.01), and alpha* of GA is below "
+        "the larger of GD's and KL's",
+        "section 5",
+        "demo",
+        aligned,
+    ),
+    Claim(
+        "D",
+        "calibration turns the order: before it no method removes 0.02 more than GA; after it GD or KL removes "
+        "more than GA and PO, by 0.1 or more",
+        "reply table, tau 0.9",
+        "demo",
+        turned,
+    ),
+    Claim(
+        "E",
+        "control is smooth: ES falls with alpha (rank correlation at most -0.9, steps of 0.05 change ES by at "
+        "most 0.35) for GA and NPO",
+        "figure 3",
+        "demo",
+        smooth,
+    ),
+    Claim(
+        "F",
+        "ES keeps the order of models under attacks at least as well as PPL: mean PCC",
+        "figure 2",
+        "demo",
+        reliable,
+    ),
+    Claim(
+        "P1",
+        "Phi-1.5: uncalibrated rows cannot be compared: GA removes more than NPO, NPO keeps more than GA",
+        "figure 1",
+        "paper",
+        not_comparable("Phi-1.5"),
+    ),
     Claim("P2", "Llama-2-7B: the same", "figure 1", "paper", not_comparable("Llama-2-7B-chat")),
-    Claim("P3", "Phi-1.5, tau 0.9: ES on the forget set grows in the order GA, KL, GD, NPO, PO, RMU", "reply table",
-          "paper", order("Phi-1.5", ("GA", "KL", "GD", "NPO", "PO", "RMU"))),
-    Claim("P4", "Llama-2-7B, tau 0.9: ES on the forget set grows in the order KL, NPO, GD, RMU, PO, GA", "reply table",
-          "paper", order("Llama-2-7B-chat", ("KL", "NPO", "GD", "RMU", "PO", "GA"))),
-    Claim("P5", "Phi-1.5: a smaller bar lets GA, GD and KL remove more", "reply tables", "paper",
-          smaller_bar("Phi-1.5")),
+    Claim(
+        "P3",
+        "Phi-1.5, tau 0.9: ES on the forget set grows in the order GA, KL, GD, NPO, PO, RMU",
+        "reply table",
+        "paper",
+        order("Phi-1.5", ("GA", "KL", "GD", "NPO", "PO", "RMU")),
+    ),
+    Claim(
+        "P4",
+        "Llama-2-7B, tau 0.9: ES on the forget set grows in the order KL, NPO, GD, RMU, PO, GA",
+        "reply table",
+        "paper",
+        order("Llama-2-7B-chat", ("KL", "NPO", "GD", "RMU", "PO", "GA")),
+    ),
+    Claim(
+        "P5", "Phi-1.5: a smaller bar lets GA, GD and KL remove more", "reply tables", "paper", smaller_bar("Phi-1.5")
+    ),
     Claim("P6", "Llama-2-7B: the same", "reply tables", "paper", smaller_bar("Llama-2-7B-chat")),
-]  # fmt: skip
+]

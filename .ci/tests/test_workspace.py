@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,17 @@ def test_targets_run_side_by_side_with_their_lines_together(here, capfd):
         assert f"=== test: {name}\nfirst test-{name}\nsecond test-{name}\n=== test: {name} ended with" in err
 
 
+def test_two_makes_wait_for_each_other(here):
+    """The second shell gets the lock when the first one ends, and says that it waits."""
+    helper = f"{sys.executable} {ROOT}/.ci/workspace.py wait gpl/.venv"
+    script = f'exec 9>>lock; {helper}; echo "$1 begins" >> log; sleep 1; echo "$1 ends" >> log'
+    both = [subprocess.Popen(["bash", "-euc", script, "x", n], stderr=subprocess.PIPE, text=True) for n in "ab"]
+    said = [p.communicate(timeout=60)[1] for p in both]
+    lines = (here / "log").read_text().split("\n")
+    assert [line[2:] for line in lines[:4]] == ["begins", "ends"] * 2 and [p.returncode for p in both] == [0, 0]
+    assert sorted(said) == ["", "waiting for another make: gpl/.venv\n"]
+
+
 def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
     needs = [{"path": "d/x", "origin": "o"}, {"path": "d/y", "origin": "o"}]
     runs = {"done": run(records=3), "left": run(hours=2.5, needs=needs), "more": run(hours=0.5)}
@@ -198,6 +210,7 @@ def test_a_machine_with_gpus_runs_as_many_at_once(tmp_path):
 def test_a_changed_snakefile_is_read_again(tmp_path):
     """Snakemake reads its copy of the Snakefile, and never renews one: each start needs a place of its own."""
     lines = workflow().splitlines()
+    assert any('workspace.py" wait' in line for line in lines)  # one workflow of a folder at a time
     place = next(line for line in lines if line.startswith("sources="))
     script = f'mkdir -p .snakemake; {place}; echo "$sources"'
     told = [subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True) for _ in range(2)]
@@ -230,7 +243,12 @@ def test_several_processes_of_a_run_need_one_run_at_a_time_or_a_cluster():
 
 
 def test_runs_share_the_cores_of_this_machine():
-    assert limits("CORES=8", "JOBS=4") == ["--cores", "4", "--set-threads", "run=1"]  # demo: one thread, whose sums repeat
+    assert limits("CORES=8", "JOBS=4") == [
+        "--cores",
+        "4",
+        "--set-threads",
+        "run=1",
+    ]  # demo: one thread, whose sums repeat
     real = "SCALE=real"
     assert limits(real, "CORES=8", "JOBS=4") == ["--cores", "8", "--set-threads", "run=2"]
     assert limits(real, "CORES=8", "JOBS=16") == ["--cores", "16", "--set-threads", "run=1"]

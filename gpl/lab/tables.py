@@ -177,14 +177,16 @@ def page(root: Path, found: dict[str, list[dict]], pictures: list[dict], target:
 
 
 def record(root: Path, scale: str) -> str:
-    """Take over, redraw, write RESULTS.md and results/report.json; the line that says so."""
+    """Take over, redraw, write RESULTS.md and results/report.json; the line that says so. Without a finished run here
+    the page is made anew of what is committed: a printed number or the layout may have changed."""
     if scale not in COMMITTED:
         raise UserError(f"records of scale {scale} are not kept; use --scale demo, real or paper")
     taken = take_over(root, scale, plans.names(root / "plan.yaml", scale))
-    if not taken:
-        raise UserError(f"no finished planned run of scale {scale} in {root / 'runs' / scale}; reproduce it first")
     found = {s: committed(root, s) for s in COMMITTED}
-    redraw(root, scale, found[scale])
+    if taken:
+        redraw(root, scale, found[scale])
+    elif not found[scale]:
+        raise UserError(f"no finished planned run of scale {scale} in {root / 'runs' / scale}; reproduce it first")
     pictures = [f for s in COMMITTED for f in saved_figures(root, s)]
     report = page(root, found, pictures, root / "RESULTS.md")
     write_text(root / "results" / "report.json", json.dumps(report, sort_keys=True, allow_nan=False) + "\n")

@@ -4,7 +4,8 @@ judge."""
 from collections import Counter
 
 from lab import plan as plans
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
 from lab.claims import FAILS, HOLDS, UNKNOWN
 
 import pandas as pd
@@ -20,7 +21,7 @@ import train
 from methods import METHODS
 
 PLAN = plans.load_plan()
-PRINTED = tables.read_printed(runs.HERE / "paper.csv")
+PRINTED = read_printed(runs.HERE / "paper.csv")
 
 
 def resolved(job, scale):
@@ -51,7 +52,7 @@ def shown(view, where, key):
     return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
 
 
-@pytest.mark.parametrize("scale", runs.SCALES)
+@pytest.mark.parametrize("scale", PLAN["scales"])
 def test_every_run_is_valid_and_has_cells_of_its_own(scale):
     cells = Counter()
     for job in plans.jobs(PLAN, scale):
