@@ -24,7 +24,12 @@ from tqdm import tqdm
 
 import sources
 from diffusion import Latents, load_diffusion
+from digits import scenes
 from documents import readers
+from evaluation import benchmarks, parsers
+from evaluation.clip import load_clip, score_vlm
+from model import Deem
+from presets import PRESETS
 from streams import torch_seed
 from vision.encoder import MEAN, STD
 from vision.grids import resized
@@ -127,25 +132,18 @@ def build(s: DivaSettings, seed: int, device) -> tuple[Diva, nn.Module | None, i
     if s.preset == "tiny":
         from open_clip.transformer import VisionTransformer
 
-        from model import Deem
-        from presets import PRESETS
-
         den = Deem(PRESETS["tiny"]).denoiser
         visual = VisionTransformer(56, 14, 32, 2, 2, 2.0, output_dim=16)
         return Diva(visual, den.unet, den.latents, den.scheduler, torch.zeros(1, 8, 32)).to(device), None, 56, 64
-    from evaluation import mining
-
     folder = runs.data_dir(s.data_dir) / "weights"
     dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     unet, vae, scheduler, empty = load_diffusion(s.diffusion, folder, s.download, dtype)
-    clip = mining.load_clip(s.clip, s.clip_weights, device, s.download)
+    clip = load_clip(s.clip, s.clip_weights, device, s.download)
     return Diva(clip.model.visual.float(), unet, Latents(vae), scheduler, empty).to(device), clip, clip.size, 512
 
 
 def documents(s: DivaSettings, seed: int):
     if s.preset == "tiny":
-        from digits import scenes
-
         return scenes.SceneReader(seed, 2, n=50)
     if s.dataset == "files":
         if not s.files:
@@ -214,13 +212,11 @@ def train(s: DivaSettings, seed: int, run: runs.Run, device) -> None:
 
 def vlm(s: DivaSettings, clip) -> dict[str, float]:
     """MMVP-VLM of the CLIP whose tower is trained, if the benchmark is there."""
-    from evaluation import benchmarks, mining, parsers
-
     root = runs.data_dir(s.data_dir) / "deem"
     if not (root / "mmvp_vlm").is_dir():
         print(f"no {root / 'mmvp_vlm'}: MMVP-VLM is not measured")
         return {}
-    found = mining.score_vlm(clip, benchmarks.read_mmvp_vlm(root / "mmvp_vlm"), root)
+    found = score_vlm(clip, benchmarks.read_mmvp_vlm(root / "mmvp_vlm"), root)
     return parsers.score_pairs(found)
 
 

@@ -3,7 +3,7 @@
     images -> F (maps), Q -> resampler -> e;   e^L = W_t e for the language model,  e^D = W_i e for the diffusion model
     total = ntp L_NTP + nip L_NIP + csr L_CSR
 
-What trains in which stage stands in recipe.py; the digit scenes use this class with smaller parts (settings.py).
+What trains in which stage stands in recipe.py; the digit scenes use this class with smaller parts (presets.py).
 """
 
 import math

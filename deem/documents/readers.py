@@ -3,9 +3,12 @@
 Each returns a `document.Source`, an endless seeded iterator over Documents that resumes exactly.
 """
 
+import gzip
 import json
 import random
+import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +26,6 @@ __all__ = ["Document", "Mixture", "Picture", "Source", "Text", "find_shards"]  #
 
 def _lines(path: Path) -> Iterator[Raw]:
     """(file:number, line) of a text file that may be gzip-compressed."""
-    import gzip
-    import zlib
-
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -333,8 +333,6 @@ def regions(path: Path, image_root: Path, *, form: str = "paper", **source) -> S
 
 def _with_regions(text: str, file: Path, masks: list, learn: bool, name: str) -> Iterator[Text | Picture]:
     """Text with <region1>, <region2>, ... replaced by the masked picture."""
-    import re
-
     for piece in re.split(r"(<region\d+>)", text.replace("<image>\n", "").replace("<image>", "")):
         if found := re.fullmatch(r"<region(\d+)>", piece):
             number = int(found[1])

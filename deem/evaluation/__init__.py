@@ -1,1 +1,1 @@
-"""Benchmarks: questions, answers, how answers are read and scored, captions, drawings, mining."""
+"""Benchmarks: questions, answers, how answers are read and scored, captions, drawings."""

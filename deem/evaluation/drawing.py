@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from documents import prompts
 from documents.document import Picture
-from evaluation import mining, scores
+from evaluation import scores
+from evaluation.clip import load_clip
 from evaluation.sets import Set
 
 
@@ -41,7 +42,7 @@ def draw(
 
     samples = s.samples or (8 if one.label.startswith("MS-COCO") else 1)
     fid = scores.Fid(features_of(s), device, download=s.download)
-    clip = mining.load_clip(s.clip, s.clip_weights, device, s.download) if samples > 1 else None
+    clip = load_clip(s.clip, s.clip_weights, device, s.download) if samples > 1 else None
     folder.mkdir(parents=True, exist_ok=True)
     size, count = 0, 0
     for start in tqdm(range(0, len(questions), s.batch_size), desc=one.label, unit="batch", disable=None):

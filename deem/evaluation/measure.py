@@ -10,9 +10,10 @@ from lab import runs
 import torch
 
 from documents.document import Picture
-from evaluation import mining, parsers, scores
+from evaluation import parsers, scores
 from evaluation.asking import GENERATION, SHORT, ask, seconds_of
 from evaluation.benchmarks import Question
+from evaluation.clip import load_clip, score_vlm
 from evaluation.drawing import draw
 from evaluation.sets import BENCHMARKS, SETTINGS_OF, Set, digest, questions_of, variant_of
 from settings import EvalSettings
@@ -146,8 +147,8 @@ def _evaluate(s: EvalSettings, run: runs.Run, seed: int, model, form: str, label
 
 def score_clip(s: EvalSettings, questions: Sequence[Question], root: Path, device) -> dict[str, float]:
     """MMVP-VLM of a CLIP model: pair accuracy in all and by visual pattern."""
-    clip = mining.load_clip(s.clip, s.clip_weights, device, s.download)
-    records = mining.score_vlm(clip, questions, root)
+    clip = load_clip(s.clip, s.clip_weights, device, s.download)
+    records = score_vlm(clip, questions, root)
     out = parsers.score_pairs(records)
     for group in dict.fromkeys(q.group for q in questions):
         out[f"accuracy {group}"] = parsers.score_pairs([r for r in records if r["group"] == group])["accuracy"]

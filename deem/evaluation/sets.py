@@ -9,7 +9,7 @@ from pathlib import Path
 from lab.runs import UserError
 
 from evaluation import benchmarks as bm
-from evaluation import mining, vqa
+from evaluation import robustvqa, vqa
 from evaluation.benchmarks import Question
 
 
@@ -33,13 +33,12 @@ def _pope(file: str) -> Callable[[Path], list[Question]]:
 
 def _robust(subset: str, order: str = "") -> Callable[[Path], list[Question]]:
     def load(root: Path) -> list[Question]:
-        path = root / "robustvqa" / mining.FILE
+        path = root / "robustvqa" / robustvqa.FILE
         if not path.is_file():
             raise UserError(
-                f"no file {path}; mine it with `python -m evaluation.mining`, or place the annotation of the official "
-                "repository there"
+                f"no file {path}; mine it with mining.py, or place the annotation of the official repository"
             )
-        mined = mining.read_robustvqa(path)
+        mined = robustvqa.read_robustvqa(path)
         if subset not in mined:
             raise UserError(f"{path} has no items of {subset}; mine it again")
         part = {subset: mined[subset]}

@@ -14,7 +14,7 @@ from lab import runs
 import pytest
 import torch
 
-from digits import scenes
+from digits import scenes, study
 from documents import sequences
 from model import Deem
 from settings import Settings
@@ -66,6 +66,15 @@ def run(script, *words):
             except SystemExit as stop:
                 code = stop.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def quick_study():
+    """Fewer scenes and timesteps in what is measured at the end of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "PROBE", (150, 50))
+        patch.setattr(study, "TIMES", (300, 700))
+        yield
 
 
 @pytest.fixture()

@@ -22,7 +22,7 @@ from PIL import Image
 import build
 import eval as command
 import train
-from digits import scenes
+from digits import scenes, study
 from documents.readers import Picture
 from evaluation import asking, benchmarks, drawing, measure, parsers, sets
 from evaluation.benchmarks import Question
@@ -393,7 +393,7 @@ def test_robustvqa_and_table_9(monkeypatch, data, tmp_path):
     s = EvalSettings()
     assert measure.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
     (place / "robustvqa_test.json").unlink()
-    with pytest.raises(UserError, match="mine it with `python -m evaluation.mining`"):
+    with pytest.raises(UserError, match="mine it with mining.py"):
         sets.questions_of(s, sets.BENCHMARKS["robustvqa"][0], root)
 
 
@@ -470,9 +470,7 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, train
     fails([*base, "--items", "4"], "other settings (items: 2, now 4)")
 
 
-def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys):
-    from digits import study
-
+def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys, quick_study):
     model, s = build.load_run(trained, torch.device("cpu"), 0)
     metrics, _ = study.score(model, s, 0)
     base = {
@@ -650,7 +648,7 @@ def test_fid_draws_once_keeps_the_best_and_goes_on(monkeypatch, tmp_path):
             colors = torch.stack([torch.tensor(list(i.resize((1, 1)).getpixel((0, 0)))).float() for i in images])
             return colors - 100
 
-    monkeypatch.setattr(drawing.mining, "load_clip", lambda *a: Reddest())
+    monkeypatch.setattr(drawing, "load_clip", lambda *a: Reddest())
     model = Painter()
     many = EvalSettings(features=s.features, batch_size=4, samples=3)
     assert drawing.draw(model, many, one, asked, root, tmp_path / "best", 0, "paper", cpu)["samples"] == 3

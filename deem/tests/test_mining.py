@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evaluation import benchmarks, mining, parsers
+import mining
+from evaluation import benchmarks, parsers, robustvqa
+from evaluation.clip import MEAN, STD, imagenet_classes, load_clip, score_vlm
 
 CONFIG = {
     "embed_dim": 16,
@@ -42,7 +44,7 @@ def picture(path, seed: int, size=(40, 30)):
 
 @pytest.fixture
 def data(tmp_path):
-    wnids, _ = mining.imagenet_classes()
+    wnids, _ = imagenet_classes()
     root = tmp_path / "data" / "deem" / "robustvqa"
     for k in range(5):
         picture(root / "imagenet-a" / wnids[6 + k] / f"{k}.jpg", k)
@@ -56,14 +58,14 @@ def mine(monkeypatch, data, clip_files, out, *words) -> dict:
     base = ["mining.py", "--data-dir", str(data), "--out", str(out), "--clip", str(config), "--weights", str(weights)]
     monkeypatch.setattr("sys.argv", [*base, "--device", "cpu", "--batch-size", "4", *words])
     mining.main()
-    return mining.read_robustvqa(out / mining.FILE)
+    return robustvqa.read_robustvqa(out / robustvqa.FILE)
 
 
 # -------------------------------------------------------------------------------------------------------------- classes
 
 
 def test_the_thousand_names_are_keras_style():
-    wnids, names = mining.imagenet_classes()
+    wnids, names = imagenet_classes()
     assert len(wnids) == len(set(wnids)) == len(names) == 1000 and wnids[:2] == ["n01440764", "n01443537"]
     assert names[:5] == ["tench", "goldfish", "great_white_shark", "tiger_shark", "hammerhead"]
     assert (names[151], names[207], names[281], names[999]) == (
@@ -79,26 +81,26 @@ def test_the_thousand_names_are_keras_style():
 def test_a_class_index_of_keras_goes_first(tmp_path):
     path = tmp_path / "imagenet_class_index.json"
     path.write_text(json.dumps({str(k): [f"n{k:08d}", f"name_{k}"] for k in range(1000)}))
-    assert mining.imagenet_classes(path)[1][3] == "name_3"
+    assert imagenet_classes(path)[1][3] == "name_3"
     path.write_text('{"0": ["n", "x"]}')
     with pytest.raises(UserError, match="not Keras' class index"):
-        mining.imagenet_classes(path)
+        imagenet_classes(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- features
 
 
 def test_pictures_are_squashed_not_cropped(clip_files):
-    clip = mining.load_clip(str(clip_files[0]), str(clip_files[1]), "cpu")
+    clip = load_clip(str(clip_files[0]), str(clip_files[1]), "cpu")
     assert clip.size == 32
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 64, 3), dtype=np.uint8))
     got = clip.pixels([image])
     plain = np.asarray(image.resize((32, 32), Image.BICUBIC), np.float64) / 255
-    expected = (plain - np.array(mining.MEAN)) / np.array(mining.STD)
+    expected = (plain - np.array(MEAN)) / np.array(STD)
     assert got.shape == (1, 3, 32, 32) and np.abs(got[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
     cropped = clip.pixels([image], crop=True)  # short side to 32, the middle of the long one
     middle = np.asarray(image.resize((102, 32), Image.BICUBIC).crop((35, 0, 67, 32)), np.float64) / 255
-    expected = (middle - np.array(mining.MEAN)) / np.array(mining.STD)
+    expected = (middle - np.array(MEAN)) / np.array(STD)
     assert np.abs(cropped[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
@@ -107,7 +109,7 @@ def test_pictures_are_squashed_not_cropped(clip_files):
 def test_top_two_equals_loops(n, k, seed, normalise):
     g = torch.Generator().manual_seed(seed)
     images, texts = torch.randn(n, 4, generator=g) * 5, torch.randn(k, 4, generator=g)
-    got = mining.top_two(images, texts, normalise)
+    got = robustvqa.top_two(images, texts, normalise)
     for i in range(n):
         score = []
         for t in texts.double():
@@ -118,11 +120,11 @@ def test_top_two_equals_loops(n, k, seed, normalise):
 
 def test_text_length_decides_only_without_normalisation():
     images, texts = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 3.0], [0.0, 1.0]])
-    assert mining.top_two(images, texts, normalise_text=False)[0, 0] == 1  # the long one, further off in angle
-    assert mining.top_two(images, texts, normalise_text=True)[0, 0] == 0
-    assert torch.equal(mining.top_two(9 * images, texts, False), mining.top_two(images, texts, False))
+    assert robustvqa.top_two(images, texts, normalise_text=False)[0, 0] == 1  # the long one, further off in angle
+    assert robustvqa.top_two(images, texts, normalise_text=True)[0, 0] == 0
+    assert torch.equal(robustvqa.top_two(9 * images, texts, False), robustvqa.top_two(images, texts, False))
     with pytest.raises(UserError, match="not finite"):
-        mining.top_two(images, texts * float("nan"), True)
+        robustvqa.top_two(images, texts * float("nan"), True)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rules
@@ -139,13 +141,13 @@ NAMES = [f"c{k}" for k in range(8)]
 
 
 def test_only_wrong_pictures_are_kept_with_their_best_class():
-    got = mining.assemble(ROWS, NAMES)
+    got = robustvqa.assemble(ROWS, NAMES)
     assert got == {
         "imagenet_a": [{"file_name": "a1", "gt_caption": "c2", "error_caption": "c3"}],
         "imagenet_r": [{"file_name": "r0", "gt_caption": "c4", "error_caption": "c0"}],
         "imagenet_v2": [{"file_name": "v1", "gt_caption": "c6", "error_caption": "c7"}],
     }
-    everything = mining.assemble(ROWS, NAMES, keep="all")
+    everything = robustvqa.assemble(ROWS, NAMES, keep="all")
     assert [len(v) for v in everything.values()] == [2, 1, 2]
     assert everything["imagenet_a"][0] == {"file_name": "a0", "gt_caption": "c1", "error_caption": "c2"}
     assert all(r["gt_caption"] != r["error_caption"] for v in everything.values() for r in v)
@@ -167,20 +169,20 @@ def released(rows, names, batch):
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=30), st.integers(1, 9))
 def test_the_released_pairing_is_the_scripts(found, batch):
-    subsets = sorted(mining.SUBSETS)
+    subsets = sorted(robustvqa.SUBSETS)
     rows = [
         {"subset": subsets[3 * k // len(found)], "file_name": f"f{k}", "label": a, "top1": b, "top2": (b + 1) % 8}
         for k, (a, b) in enumerate(found)
     ]
-    assert mining.assemble(rows, NAMES, pairing="released", batch=batch) == released(rows, NAMES, batch)
+    assert robustvqa.assemble(rows, NAMES, pairing="released", batch=batch) == released(rows, NAMES, batch)
     if all(r["top1"] != r["label"] for r in rows):  # without a right picture the slip has no effect
-        assert mining.assemble(rows, NAMES) == released(rows, NAMES, batch)
+        assert robustvqa.assemble(rows, NAMES) == released(rows, NAMES, batch)
 
 
 def test_rules_are_checked():
     for more in ({"keep": "most"}, {"pairing": "odd"}):
         with pytest.raises(UserError, match="--keep is wrong or all"):
-            mining.assemble(ROWS, NAMES, **more)
+            robustvqa.assemble(ROWS, NAMES, **more)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -189,11 +191,11 @@ def test_rules_are_checked():
 def test_mining_writes_the_official_format(monkeypatch, data, clip_files, tmp_path, capsys):
     out = tmp_path / "out"
     mined = mine(monkeypatch, data, clip_files, out)
-    wnids, names = mining.imagenet_classes()
+    wnids, names = imagenet_classes()
     predictions = [json.loads(x) for x in (out / "predictions.jsonl").read_text().splitlines()][1:]
     assert len(predictions) == 15 and predictions[0]["file_name"].startswith("robustvqa/imagenet-a/n")
     # The same by one call on each picture, without batches.
-    clip = mining.load_clip(str(clip_files[0]), str(clip_files[1]), "cpu")
+    clip = load_clip(str(clip_files[0]), str(clip_files[1]), "cpu")
     texts = clip.text_features([f"A photo of a {n}" for n in names])
     for row in predictions[::4]:
         with Image.open(data / "deem" / row["file_name"]) as image:
@@ -208,7 +210,7 @@ def test_mining_writes_the_official_format(monkeypatch, data, clip_files, tmp_pa
     assert "kept" in capsys.readouterr().out
     questions = benchmarks.build_robustvqa(mined)
     assert sum(map(len, questions.values())) == 2 * len(kept)
-    monkeypatch.setattr("sys.argv", ["mining.py", "--data-dir", str(data), "--check", str(out / mining.FILE)])
+    monkeypatch.setattr("sys.argv", ["mining.py", "--data-dir", str(data), "--check", str(out / robustvqa.FILE)])
     mining.main()
     assert "0 mislabelled" in capsys.readouterr().out
 
@@ -224,7 +226,7 @@ def test_mining_goes_on_where_it_was_cut(monkeypatch, data, clip_files, tmp_path
     monkeypatch.setattr(mining.Picture, "load", lambda self: loads.append(1) or real(self))
     mine(monkeypatch, data, clip_files, cut)
     assert len(loads) == 9  # 15 pictures, 6 of them known
-    for name in ("predictions.jsonl", mining.FILE, "report.json"):
+    for name in ("predictions.jsonl", robustvqa.FILE, "report.json"):
         assert (cut / name).read_text() == (whole / name).read_text()
     with pytest.raises(UserError, match="made with other settings"):
         mine(monkeypatch, data, clip_files, cut, "--normalise-text")
@@ -232,7 +234,7 @@ def test_mining_goes_on_where_it_was_cut(monkeypatch, data, clip_files, tmp_path
     damaged.mkdir()
     (damaged / "predictions.jsonl").write_text("".join(lines[:4]) + "{not json}\n" + "".join(lines[5:]))
     mine(monkeypatch, data, clip_files, damaged)
-    assert (damaged / mining.FILE).read_text() == (whole / mining.FILE).read_text()
+    assert (damaged / robustvqa.FILE).read_text() == (whole / robustvqa.FILE).read_text()
 
 
 def test_two_miners_do_not_share_a_folder(monkeypatch, data, clip_files, tmp_path):
@@ -261,12 +263,12 @@ def test_mining_errors(monkeypatch, data, clip_files, tmp_path):
     with pytest.raises(UserError, match="--batch-size must be 1"):
         mine(monkeypatch, data, clip_files, tmp_path / "o", "--batch-size", "0")
     with pytest.raises(UserError, match="open_clip knows no model ViT-none"):
-        mining.load_clip("ViT-none", "openai", "cpu")
+        load_clip("ViT-none", "openai", "cpu")
     with pytest.raises(UserError, match="no model configuration"):
-        mining.load_clip(str(tmp_path / "none.json"), "openai", "cpu")
+        load_clip(str(tmp_path / "none.json"), "openai", "cpu")
     (tmp_path / "broken.pt").write_bytes(b"no weights")
     with pytest.raises(UserError, match="CLIP weights .*broken.pt for tiny-clip cannot be loaded"):
-        mining.load_clip(str(clip_files[0]), str(tmp_path / "broken.pt"), "cpu")
+        load_clip(str(clip_files[0]), str(tmp_path / "broken.pt"), "cpu")
 
 
 def test_a_broken_picture_is_named(monkeypatch, data, clip_files, tmp_path):
@@ -277,7 +279,7 @@ def test_a_broken_picture_is_named(monkeypatch, data, clip_files, tmp_path):
 
 
 def test_official_annotations_are_read_and_described(tmp_path):
-    wnids, names = mining.imagenet_classes()
+    wnids, names = imagenet_classes()
     rows = [
         {
             "file_name": f"datasets/robustvqa/imagenet-a/{wnids[6]}/x.jpg",
@@ -297,15 +299,15 @@ def test_official_annotations_are_read_and_described(tmp_path):
     ]
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"imagenet_a": rows, "imagenet_d": []}))
-    mined = mining.read_robustvqa(path)
+    mined = robustvqa.read_robustvqa(path)
     assert list(mined) == ["imagenet_a"] and mined["imagenet_a"][0]["file_name"].startswith("robustvqa/imagenet-a/")
-    assert mining.describe(mined, wnids, names) == {"imagenet_a": {"items": 3, "mislabelled": 1, "same_name": 1}}
+    assert robustvqa.describe(mined, wnids, names) == {"imagenet_a": {"items": 3, "mislabelled": 1, "same_name": 1}}
     path.write_text('{"imagenet_a": [{"file_name": "x"}]}')
     with pytest.raises(UserError, match="item 0 of imagenet_a needs file_name"):
-        mining.read_robustvqa(path)
+        robustvqa.read_robustvqa(path)
     path.write_text("[]")
     with pytest.raises(UserError, match="none of the keys"):
-        mining.read_robustvqa(path)
+        robustvqa.read_robustvqa(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- MMVP-VLM
@@ -329,7 +331,7 @@ def test_mmvp_vlm_pairs(tmp_path):
         Image.new("RGB", (4, 4), color).save(folder / f"{k}.jpg", "PNG")
     rows = ["1,Texts,red", "2,Texts,blue", "3,Texts,red or green", "4,Texts,green"]  # the third ties: second picture
     (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n" + "\n".join(rows))
-    records = mining.score_vlm(Directions(), benchmarks.read_mmvp_vlm(tmp_path), tmp_path)
+    records = score_vlm(Directions(), benchmarks.read_mmvp_vlm(tmp_path), tmp_path)
     assert [r["chosen"] for r in records] == [0, 1, 1, 1]
     assert parsers.score_pairs(records) == {"accuracy": 50.0, "single_accuracy": 75.0, "n": 2}
 

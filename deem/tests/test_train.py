@@ -21,11 +21,12 @@ from conftest import HERE, documents, make, run
 import build
 import sources
 import train
-from digits import pretrain, scenes
+from digits import pretrain, scenes, study
 from settings import Settings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
+pytestmark = pytest.mark.usefixtures("quick_study")
 CPU = torch.device("cpu")
 
 FEW = ["--batch", "3", "--scene-count", "60", "--pretrain-text", "2", "--pretrain-encoder", "2", "--pretrain-denoiser",
@@ -42,7 +43,7 @@ def weights(out, seed=0):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, quick_study):
     """A run of two stages that nothing disturbed, and the base that the others share."""
     folder = tmp_path_factory.mktemp("whole")
     out = folder / "run"
@@ -71,8 +72,6 @@ def test_a_run_leaves_its_files(whole):
 
 
 def test_evaluating_again_gives_the_records_numbers(whole):
-    from digits import study
-
     for folder, name in ((whole, "record"), (whole / "stage2", "record")):
         model, s = build.load_run(folder, "cpu")
         found, _ = study.score(model, s, 0)
