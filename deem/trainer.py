@@ -1,4 +1,4 @@
-"""The training loop of all stages: rows out of documents, accumulation, schedule, clipping, checkpoints, processes."""
+"""What a step of any stage is: rows out of documents, accumulation, schedule, clipping; checkpoints and processes."""
 
 import contextlib
 import json

@@ -21,11 +21,11 @@ from PIL import Image
 
 import build
 import eval as command
-import train
 from digits import scenes, study
 from documents.readers import Picture
 from evaluation import asking, benchmarks, drawing, measure, parsers, sets
 from evaluation.benchmarks import Question
+from model import Deem
 from settings import EvalSettings, Settings
 from streams import stream
 
@@ -41,7 +41,7 @@ def trained(tmp_path_factory) -> Path:
     s.resolve()
     for seed in s.seeds:
         torch.manual_seed(seed)
-        model = train.Deem(s.parts(), loss=s.loss())
+        model = Deem(s.parts(), loss=s.loss())
         with torch.no_grad():  # else every picture gets the same answer
             model.text_head.weight.normal_()
         runs.write_tensors(out / f"seed{seed}" / "model.safetensors", dict(model.named_parameters()))
