@@ -17,10 +17,12 @@ import crstm
 import data
 import metrics
 import prompts
-from sam import Sam, SamSegmenter
-from segmenters import GrabCut
-from session import METHODS, Session
-from trackers import FlowBox, LucasKanade
+from methods import METHODS
+from segmenters.grabcut import GrabCut
+from segmenters.sam import Sam, SamSegmenter
+from session import Session
+from trackers.boxes import FlowBox
+from trackers.points import LucasKanade
 
 
 @dataclasses.dataclass

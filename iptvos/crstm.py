@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+STRIP = 16  # columns of query cells that are read together
+
 
 @dataclass(frozen=True)
 class Options:
@@ -139,7 +141,8 @@ def scores(
     if x0 >= x1 or y0 >= y1:
         return query.new_empty(query.shape[1], 0), e.value.new_empty(0)
     key = e.key[:, y0:y1, x0:x1].reshape(len(query), -1)
-    s = (query.T @ key) / o.tau + (math.log(max(e.weight, 1e-6)) - o.decay * abs(frame - e.frame) / max(length, 1))
+    trusted = math.log(max(e.weight, 1e-6)) - o.decay * abs(frame - e.frame) / max(length, 1)
+    s = (query.T @ key).div_(o.tau).add_(trusted)
     gx = qx[:, None] - dx - torch.arange(x0, x1, device=query.device)
     gy = qy[:, None] - dy - torch.arange(y0, y1, device=query.device)
     # What is outside the window costs infinitely much, so one addition a direction does both.
@@ -166,9 +169,27 @@ def read(
     out = key.new_zeros(h, w)
     if not entries or x0 >= x1 or y0 >= y1:
         return out
-    qx, qy = places(y1 - y0, x1 - x0, key)
-    qx, qy = qx + x0, qy + y0
-    query = key[:, y0:y1, x0:x1].reshape(c, -1)
+    for left in range(x0, x1, STRIP):  # a strip sees few columns of a stored frame, the whole region nearly all
+        right = min(left + STRIP, x1)
+        qx, qy = places(y1 - y0, right - left, key)
+        query = key[:, y0:y1, left:right].reshape(c, -1)
+        found = top_mean(query, qx + left, qy + y0, frame, length, centre, entries, o)
+        if found is not None:
+            out[y0:y1, left:right] = found.view(y1 - y0, right - left)
+    return out
+
+
+def top_mean(
+    query: Tensor,
+    qx: Tensor,
+    qy: Tensor,
+    frame: int,
+    length: int,
+    centre: tuple[float, float],
+    entries: list[Entry],
+    o: Options,
+) -> Tensor | None:
+    """R_t (n,) of the query columns (C, n); None where no stored cell is in reach of any."""
     best, kept = None, None
     for e in entries:
         s, v = scores(query, qx, qy, frame, length, centre, e, o)
@@ -182,12 +203,10 @@ def read(
             v = v.gather(1, i)
         best, kept = s, v
     if best is None:
-        return out
+        return None
     top = best.max(1, keepdim=True).values
     a = (best - top.clamp_min(-1e30)).exp()  # rows of -inf give zeros, not NaN
-    r = (a * kept).sum(1) / a.sum(1).clamp_min(1e-12)
-    out[y0:y1, x0:x1] = r.view(y1 - y0, x1 - x0)
-    return out
+    return (a * kept).sum(1) / a.sum(1).clamp_min(1e-12)
 
 
 def confidence(read_out: Tensor) -> float:

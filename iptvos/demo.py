@@ -12,7 +12,6 @@ An interaction file is a list of rounds, in pixels of the frame, scribbles as in
 """
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from lab import runs
@@ -23,11 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import eval as evaluation
 import export
+import pipeline
 import prompts
 from prompts import Interaction
 from session import Session
+from settings import PageSettings
 
 WAYS = ("add", "remove", "box (two corners)")
 # Gradio tells of clicks in a picture, not of drags. This writes the two corners of a drag, in pixels of the frame, and
@@ -82,41 +82,12 @@ DRAG = """<style>#drag {display: none} #frame img {touch-action: none; -webkit-u
 </script>"""
 
 
-@dataclass
-class Settings(evaluation.Pipeline):
-    video: str = ""
-    """Video file or folder of pictures; default: a procedural video with two objects."""
-    limit: int = 300
-    """Frames that are read; 0: all. Frames and embeddings of the whole video are kept in memory."""
-    objects: int = 3
-    """Objects that can be marked, 1 to 8."""
-    fps: float = 24.0
-    """Frames a second of the exported video."""
-    interactions: str = ""
-    """JSON file of rounds; with --export no page is opened."""
-    export: str = ""
-    """Folder for masks (PNG), overlay.mp4 and masks.json (COCO RLE)."""
-    host: str = "127.0.0.1"
-    """Address of the page."""
-    port: int = 7860
-    """Port of the page."""
-    data_dir: str = ""
-    """Folder in which weights are looked for too; default $REPRO_DATA, else ./data."""
-
-    def check(self) -> None:
-        self.check_pipeline()
-        if not 1 <= self.objects <= 8 or not 1 <= self.port <= 65535 or self.fps <= 0 or self.limit < 0:
-            raise UserError("--objects is 1 to 8, --port 1 to 65535, --fps above 0, --limit not negative")
-        if bool(self.interactions) != bool(self.export):
-            raise UserError("--interactions and --export belong together: without them a page is opened")
-
-
 class App:
     """The state behind the page: one video, one session, the clicks that wait for the next round."""
 
-    def __init__(self, s: Settings, video: data.Video):
+    def __init__(self, s: PageSettings, video: data.Video):
         self.s, self.video, self.lock = s, video, threading.Lock()
-        method, segmenter, tracker, boxes = s.build()
+        method, segmenter, tracker, boxes = pipeline.build(s)
         self.make = lambda ids: Session(video.frames, ids, segmenter, tracker, boxes, method)
         self.ids = tuple(range(1, s.objects + 1))
         self.reset()
@@ -313,9 +284,9 @@ def page(app: App):
 
 
 def main() -> None:
-    s = runs.parse(Settings, __doc__)
+    s = runs.parse(PageSettings, __doc__)
     s.check()
-    s.find_weights(s.data_dir)
+    pipeline.find_weights(s, s.data_dir)
     video = data.read_video(Path(s.video).expanduser(), s.longest, s.limit) if s.video else None
     video = video or data.load("drawn", "pair", "", Path(), s.longest)
     if s.interactions:

@@ -19,61 +19,14 @@ from torch import Tensor
 
 import crstm
 import prompts as P
-import trackers as T
+from methods import PLAIN, Method
 from prompts import Interaction, Prompt
-from segmenters import Embedding
+from segmenters.interface import Embedding
+from trackers.boxes import BoxTracker, centre
+from trackers.filter import Filter, patches
+from trackers.points import PointTracker, Tracks
 
 NOTHING = -8.0  # logit of "surely not the object"
-
-
-@dataclass(frozen=True)
-class Method:
-    """What of the pipeline is used. The ladder of the ablation is METHODS below."""
-
-    points: bool = True
-    box: bool = True
-    filter: T.FilterOptions | None = T.FilterOptions()
-    """None: only what is invisible or at the border goes, as in SAM-PT."""
-    memory: crstm.Options | None = crstm.Options()
-    propagate: bool = True
-    """False: masks of interacted frames are copied to the frames nearest to them."""
-    selection: str = "kmedoids"
-    positives: int = 16
-    negatives: int = 1
-    refine: int = 0
-    """Further decoder passes with the box of the mask and its logits."""
-    gate: float = 0.0
-    """Masks of propagated frames with a lower predicted IoU are emptied (SAM-PT: 0.7)."""
-    limits: str = "nearest"
-    """How far a round reaches: nearest (to the middle between interacted frames, ties to the later round), blend (to
-    the neighbouring interacted frame, mixed linearly), all (whole video)."""
-    keep: float = 0.1
-    """A propagated frame keeps the mask of an earlier round when the new one's predicted IoU is lower by more than
-    this;
-    1: the newer always wins."""
-    horizon: int = 0
-    """Frames after which points are sampled anew from a predicted mask; 0: never."""
-    variant: str = "B"
-    """Which mask: A last of the horizon, B median area, C area nearest to the first, D as C, one frame for all
-    objects."""
-
-
-PLAIN = T.FilterOptions(back=0, box=-1, motion=0)
-METHODS = {
-    "copy": Method(points=False, box=False, memory=None, propagate=False),
-    "points": Method(box=False, filter=None, memory=None),
-    "box": Method(points=False, memory=None),
-    "points+box": Method(memory=None),
-    "newest": Method(memory=crstm.Options(rounds=1)),
-    "full": Method(),
-    "points+filter": Method(box=False, filter=T.FilterOptions(box=-1), memory=None),
-    "points+memory": Method(box=False, filter=None),
-    "reinit": Method(horizon=24),
-    "blend": Method(limits="blend"),
-    "all": Method(limits="all"),
-    "sam-pt": Method(box=False, filter=None, memory=None, refine=12, gate=0.7),
-    "sam-pt-reinit": Method(box=False, filter=None, memory=None, refine=12, gate=0.7, horizon=24),
-}
 
 
 @dataclass
@@ -95,11 +48,11 @@ class State:
 class Pass:
     """One object during a pass in one direction."""
 
-    tracks: T.Tracks
+    tracks: Tracks
     labels: np.ndarray
     begin: int  # place in the order of frames at which the tracks begin
-    filter: T.Filter
-    boxes: T.BoxTracker | None
+    filter: Filter
+    boxes: BoxTracker | None
     box: np.ndarray | None
     areas: dict[int, float] = field(default_factory=dict)
     gone: bool = False
@@ -115,8 +68,8 @@ class Session:
         frames: Sequence[np.ndarray],
         objects: tuple[int, ...],
         segmenter,
-        tracker: T.PointTracker,
-        box_tracker: Callable[[], T.BoxTracker],
+        tracker: PointTracker,
+        box_tracker: Callable[[], BoxTracker],
         method: Method,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -224,7 +177,7 @@ class Session:
         return found
 
     def entry(self, t: int, e: Embedding, low: Tensor, box: np.ndarray, weight: float) -> crstm.Entry:
-        x, y = T.centre(box) * e.geometry.scale
+        x, y = centre(box) * e.geometry.scale
         return crstm.Entry(t, e.key, crstm.pooled(low, e.geometry.valid).to(e.key.device), weight, (float(x), float(y)))
 
     # -------------------------------------------------------------------------------------------------- propagation
@@ -268,8 +221,8 @@ class Session:
             points, labels = P.NONE, np.zeros(0, int)
         tracks = self.tracker.track(self.frames, order[at:], points)
         options = m.filter or PLAIN
-        query = T.patches(self.frames[t], points) if options.patch else None
-        return Pass(tracks, labels, at, T.Filter(options, labels, query), boxes, box, order=order)
+        query = patches(self.frames[t], points) if options.patch else None
+        return Pass(tracks, labels, at, Filter(options, labels, query), boxes, box, order=order)
 
     def run(self, t: int, direction: int, active: list[int], rng: np.random.Generator) -> None:
         """One pass from an interacted frame in one direction."""
@@ -384,7 +337,7 @@ class Session:
             q = prompt.positive
             box = np.r_[q.min(0), q.max(0)]
             box = P.grow(box, 0.3)
-        c = T.centre(box) * g.scale
+        c = centre(box) * g.scale
         region = P.grow(box, 0.5) * g.scale
         cells = (*np.floor(region[:2]).astype(int) - 1, *np.ceil(region[2:]).astype(int) + 2)
         read = crstm.read(

@@ -10,11 +10,10 @@ same classes as SAM at size 256. A run goes on from its last checkpoint when sta
 import hashlib
 import math
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 
 from lab import runs
-from lab.runs import Number, UserError
+from lab.runs import UserError
 
 import numpy as np
 import torch
@@ -25,48 +24,8 @@ from tqdm import tqdm
 import data
 import prompts
 from prompts import Prompt
-from sam import Sam
-
-
-@dataclass
-class Settings:
-    steps: int = 2000
-    """Optimiser steps."""
-    batch: int = 8
-    """Pictures a step."""
-    lr: Number = 1e-3
-    """Peak learning rate of AdamW; linear warm-up over a twentieth of the steps, then a cosine to 0."""
-    weight_decay: Number = 0.01
-    """Of AdamW."""
-    clip: Number = 1.0
-    """Largest gradient norm."""
-    test: int = 100
-    """Held-out pictures of the final measurement."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the initial weights and of the pictures (streams of their own)."""
-    table: str = "own"
-    """Table of RESULTS.md the records belong to; runs started by hand stand in none."""
-    scale: str = "demo"
-    """smoke, demo or paper; goes into the record and the run folder, changes nothing else."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    out: str = ""
-    """Run folder."""
-    dry_run: bool = False
-    """Print what would be done."""
-
-    def check(self) -> None:
-        for key in ("steps", "batch", "test", "checkpoint_every", "log_every"):
-            if getattr(self, key) < 1:
-                raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(self, key)}")
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
-            raise UserError("--lr and --clip must be above 0, --weight-decay must not be negative")
-        if self.scale not in runs.SCALES:
-            raise UserError(f"--scale {self.scale}: use one of {', '.join(runs.SCALES)}")
+from segmenters.sam import Sam
+from settings import TrainSettings
 
 
 def picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Prompt]:
@@ -115,14 +74,14 @@ def forward(sam: Sam, given: list, device) -> list[tuple[Tensor, Tensor, Tensor]
     return out
 
 
-def rate(step: int, s: Settings) -> float:
+def rate(step: int, s: TrainSettings) -> float:
     warm = max(1, s.steps // 20)
     if step < warm:
         return s.lr * (step + 1) / warm
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.steps - warm)))
 
 
-def fit(s: Settings, run: runs.Run, seed: int, device) -> None:
+def fit(s: TrainSettings, run: runs.Run, seed: int, device) -> None:
     folder = run.folder(seed)
     first, path = 0, run.out / "checkpoint" / f"seed{seed}.pt"
     if (folder / "record.json").is_file():
@@ -184,7 +143,7 @@ def save(path: Path, sam: Sam, optimizer, step: int, seconds: float) -> None:
 
 
 @torch.inference_mode()
-def measure(sam: Sam, s: Settings, seed: int, device) -> tuple[dict, str]:
+def measure(sam: Sam, s: TrainSettings, seed: int, device) -> tuple[dict, str]:
     """Mean IoU on held-out pictures, by kind of prompt, and the sha256 of these pictures and masks."""
     rng, digest = np.random.default_rng([seed, 2**31]), hashlib.sha256()
     found: dict[str, list[float]] = {}
@@ -205,7 +164,7 @@ def measure(sam: Sam, s: Settings, seed: int, device) -> tuple[dict, str]:
 
 
 def main() -> None:
-    s = runs.parse(Settings, __doc__)
+    s = runs.parse(TrainSettings, __doc__)
     s.check()
     s.out = s.out or f"runs/{s.scale}/{s.table}-tiny"
     if s.dry_run:

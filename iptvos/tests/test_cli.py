@@ -8,6 +8,7 @@ import sys
 import time
 
 from lab import runs
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 from lab.runs import UserError
 
 import numpy as np
@@ -19,7 +20,9 @@ from pycocotools import mask as coco
 
 import claims
 import demo
-import eval as evaluation
+import eval
+import pipeline
+import settings
 import train
 
 TINY = ["--videos", "plain", "pair", "--frames", "5", "--rounds", "2", "--seeds", "0", "1"]
@@ -51,7 +54,7 @@ def records(out) -> list:
 
 
 def test_eval_stopped_by_kill_ends_with_the_same_records(monkeypatch, tmp_path):
-    call(evaluation, monkeypatch, *TINY, "--out", tmp_path / "a")
+    call(eval, monkeypatch, *TINY, "--out", tmp_path / "a")
     whole = records(tmp_path / "a")
     assert [x[:2] for x in whole] == [(0, "pair"), (0, "plain"), (1, "pair"), (1, "plain")]
     assert all(0 <= m["jf_2"] <= 1 for _, _, m in whole) and whole[1][2]["curve_first"][0] == 1
@@ -62,10 +65,10 @@ def test_eval_stopped_by_kill_ends_with_the_same_records(monkeypatch, tmp_path):
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     assert not (tmp_path / "b" / "records.jsonl").exists()
-    call(evaluation, monkeypatch, *TINY, "--out", tmp_path / "b")
+    call(eval, monkeypatch, *TINY, "--out", tmp_path / "b")
     assert records(tmp_path / "b") == whole
     with pytest.raises(UserError, match="other settings"):
-        call(evaluation, monkeypatch, *TINY, "--out", tmp_path / "b", "--top", "5")
+        call(eval, monkeypatch, *TINY, "--out", tmp_path / "b", "--top", "5")
 
 
 @pytest.mark.parametrize("kind", ["scribble", "click", "box"])
@@ -83,7 +86,7 @@ def test_other_interactions_and_saved_masks(kind, monkeypatch, tmp_path):
         "2",
         "--save-masks",
     ]
-    call(evaluation, monkeypatch, *args, "--out", tmp_path / "a")
+    call(eval, monkeypatch, *args, "--out", tmp_path / "a")
     m = records(tmp_path / "a")[0][2]
     assert m["jf_1"] > 0.3 and "jf_6" in m and len(m["interacted"]) <= 4  # more rounds than frames: the answer stays
     with Image.open(tmp_path / "a" / "seed0" / "masks" / "plain" / "00000.png") as image:
@@ -113,7 +116,7 @@ def test_training_resumes_to_the_same_bits_and_its_weights_segment(monkeypatch, 
     steps = [json.loads(x)["step"] for x in (tmp_path / "b" / "seed0" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
     weights = tmp_path / "a" / "seed0" / "model.safetensors"
-    call(evaluation, monkeypatch, *TINY, "--segmenter", "tiny", "--weights", weights, "--out", tmp_path / "c")
+    call(eval, monkeypatch, *TINY, "--segmenter", "tiny", "--weights", weights, "--out", tmp_path / "c")
     assert len(records(tmp_path / "c")) == 4
 
 
@@ -147,7 +150,7 @@ def test_demo_without_a_page_writes_everything(monkeypatch, tmp_path):
 
 
 def test_page_state():
-    s = demo.Settings(objects=2)
+    s = settings.PageSettings(objects=2)
     video = demo.data.draw("plain", 1)
     video.frames, video.truth = video.frames[:6], video.truth[:6]
     app = demo.App(s, video)
@@ -260,9 +263,17 @@ def test_page_in_a_browser(tmp_path):
         (["demo.py", "--interactions", "x.json"], "belong together"),
     ],
 )
-def test_user_errors_are_one_line(words, says, tmp_path):
-    out = [] if words[0] == "demo.py" else ["--out", tmp_path / "o"]
-    assert says in fails(*words, *out)
+def test_user_errors_are_one_line(words, says, monkeypatch, tmp_path, capsys):
+    out = [] if words[0] == "demo.py" else ["--out", str(tmp_path / "o")]
+    monkeypatch.setattr(sys, "argv", [*words, *out])
+    with pytest.raises(SystemExit) as stop:
+        runs.command({"eval.py": eval, "train.py": train, "demo.py": demo}[words[0]].main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and says in said
+
+
+def test_the_error_of_a_command_is_one_line_too(tmp_path):
+    assert "--method magic" in fails("eval.py", "--method", "magic", "--out", tmp_path / "o")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +292,7 @@ def test_broken_interaction_files(text, tmp_path):
         demo.read_rounds(tmp_path / "x.json", demo.data.draw("plain", 0, 3))
 
 
-def frame(table: str, unit: str, **given: float) -> pd.DataFrame:
+def frame(table: str, **given: float) -> pd.DataFrame:
     """Long frame: `full__jf_1=0.9` for two seeds and two data sets."""
     rows = []
     for key, value in given.items():
@@ -295,43 +306,57 @@ def frame(table: str, unit: str, **given: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize("name,table", [("1", "drawn"), ("A", "davis2016")])
 def test_claims_turn_over_at_their_bar(name, table):
-    check = next(c for c in claims.CLAIMS if c.id == name).check
-    assert check(frame(table, "seed", full__jf_1=0.7, points__jf_1=0.6))[0] is True
-    assert check(frame(table, "seed", full__jf_1=0.6, points__jf_1=0.6))[0] is False
-    assert check(frame(table, "seed", full__jf_1=0.6))[0] is None
+    claim = next(c for c in claims.CLAIMS if c.id == name)
+    assert claim.judge(frame(table, full__jf_1=0.7, points__jf_1=0.6))[0] == HOLDS
+    assert claim.judge(frame(table, full__jf_1=0.6, points__jf_1=0.6))[0] == FAILS
+    assert claim.judge(frame(table, full__jf_1=0.6))[0] == UNKNOWN
+    apart = frame(table, full__jf_1=0.7, points__jf_1=0.6)  # two units whose differences are 0.05 and 0.15
+    unit = "seed" if name == "1" else "dataset"
+    apart.loc[apart["method"].eq("full") & apart[unit].isin([0, "plain"]), "value"] += 0.05
+    apart.loc[apart["method"].eq("full") & apart[unit].isin([1, "occluder"]), "value"] -= 0.05
+    assert claim.judge(apart)[0] == UNDECIDED
 
 
 def test_other_claims_turn_over_at_their_bar():
-    by = {c.id: c.check for c in claims.CLAIMS}
+    by = {c.id: c for c in claims.CLAIMS}
+
+    def judged(name, **given):
+        return by[name].judge(frame("drawn", **given))[0]
+
     good = {"full__jf_3": 0.8, "full__jf_1": 0.7, "full__auc": 0.7, "points__auc": 0.6}
-    assert by["2"](frame("drawn", "seed", **good))[0] is True
-    assert by["2"](frame("drawn", "seed", **{**good, "points__auc": 0.9}))[0] is False
-    assert by["2"](frame("drawn", "seed", **{**good, "full__jf_1": 0.9}))[0] is False
-    same = {"full__jf_2": 0.8, "full__jf_3": 0.8, "newest__jf_2": 0.8, "newest__jf_3": 0.8}
-    assert by["3"](frame("drawn", "seed", **same))[0] is True
-    assert by["3"](frame("drawn", "seed", **{**same, "newest__jf_3": 0.81}))[0] is False
-    assert by["4"](frame("drawn", "seed", full__j_after_1=0.6, points__j_after_1=0.4))[0] is True
-    assert by["4"](frame("drawn", "seed", full__j_after_1=0.6, points__j_after_1=0.55))[0] is False
-    assert by["4"](frame("drawn", "seed", full__j_after_1=0.5, points__j_after_1=0.4))[0] is False
-    assert by["5"](frame("drawn", "seed", **{"full__jf_3": 0.6, "points+box__jf_3": 0.7}))[0] is False
+    assert judged("2", **good) == HOLDS and by["2"].timed
+    assert judged("2", **{**good, "points__auc": 0.9}) == FAILS
+    assert judged("2", **{**good, "full__jf_1": 0.9}) == FAILS
+    more = {"full__jf_2": 0.81, "full__jf_3": 0.81, "newest__jf_2": 0.8, "newest__jf_3": 0.8}
+    assert judged("3", **more) == HOLDS
+    assert judged("3", **{**more, "newest__jf_3": 0.82}) == FAILS
+    assert judged("4", full__j_after_1=0.6, points__j_after_1=0.4) == HOLDS
+    assert judged("4", full__j_after_1=0.6, points__j_after_1=0.55) == FAILS
+    assert judged("4", full__j_after_1=0.5, points__j_after_1=0.4) == FAILS
+    assert judged("5", **{"full__jf_3": 0.6, "points+box__jf_3": 0.7}) == FAILS
+    assert all(c.judge(frame("drawn", copy__jf_1=0.5))[0] == UNKNOWN for c in claims.CLAIMS)
+
+
+def test_bottom_line_sets_the_whole_method_beside_the_box():
+    rows = frame("drawn", full__jf_3=0.8, box__jf_3=0.9)
+    assert claims.bottom_line({"demo": rows})[0].endswith("is -0.100 ± 0.000 on the procedural videos.")
+    assert claims.bottom_line({"demo": rows[:0]}) == []
 
 
 def test_weights_below_the_data_folder_are_found(tmp_path, monkeypatch):
     """A name that is no file here is looked for in the data folder before the segmenter is built."""
-    import eval as evaluation
-
     (tmp_path / "some.pth").write_bytes(b"x")
     seen = []
 
-    def build(self):
-        seen.append(self.weights)
+    def build(s):
+        seen.append(s.weights)
         raise runs.UserError("stop here")
 
-    monkeypatch.setattr(evaluation.Settings, "build", build)
+    monkeypatch.setattr(pipeline, "build", build)
     given = ["eval.py", "--segmenter", "tiny", "--weights", "some.pth", "--data-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*given, "--videos", "plain", "--out", str(tmp_path / "out")])
     with pytest.raises(runs.UserError, match="stop here"):
-        evaluation.main()
+        eval.main()
     assert seen == [str(tmp_path / "some.pth")]
 
 

@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 import data
-import eval as evaluation
+import eval
+import evaluation
 import export
+import pipeline
+import settings
 
 torch.set_num_threads(1)
 
@@ -30,8 +33,8 @@ def write(root, name: str, frames, truth, step: int = 1) -> None:
 
 
 def play(video, **changed):
-    s = evaluation.Settings(**changed)
-    return evaluation.play(s, video, 0, s.build())
+    s = settings.EvalSettings(**changed)
+    return evaluation.play(s, video, 0, pipeline.build(s))
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_which_frames_count(monkeypatch):
 
 def test_masks_of_round_one_are_given_where_objects_appear(youtube):
     v = data.load("youtube-vos", "0a1b", "train", youtube)
-    s = evaluation.Settings()
+    s = settings.EvalSettings()
     given = evaluation.opening(s, v, np.random.default_rng(0), None)
     assert {t: tuple(one) for t, one in given.items()} == {0: (1, 2), 2: (2,)} and not given[0][2].mask.any()
     assert np.array_equal(given[2][2].mask, v.truth[2] == 2)
@@ -162,11 +165,13 @@ def test_human_scribbles_begin_and_their_frame_may_come_back(davis):
     (davis / "Scribbles/a/002.json").write_text(json.dumps({"scribbles": per_frame, "sequence": "a"}))
     t, found = data.first_scribbles("davis2017", "a", "val", davis.parent, 2)
     assert t == 3 and [s["object_id"] for s in found] == [1, 2]
-    s = evaluation.Settings(dataset="davis2017", interaction="scribble", human_scribbles=True, rounds=7, method="copy")
+    s = settings.EvalSettings(
+        dataset="davis2017", interaction="scribble", human_scribbles=True, rounds=7, method="copy"
+    )
     s.check()
     given = evaluation.opening(s, v, np.random.default_rng(0), (t, found))
     assert given.keys() == {3} and (given[3][1].labels == 1).sum() > 3
-    m, _ = evaluation.play(s, v, 2, s.build(), lines=(t, found))
+    m, _ = evaluation.play(s, v, 2, pipeline.build(s), lines=(t, found))
     assert m["interacted"][0] == 3 and sorted(m["interacted"][1:]) == [0, 1, 2, 3, 4, 5]  # 3 comes back
     own, _ = play(v, interaction="scribble", method="copy", rounds=7)
     assert sorted(own["interacted"]) == [0, 1, 2, 3, 4, 5]
@@ -181,7 +186,7 @@ def test_human_scribbles_from_the_command_line(davis, monkeypatch, tmp_path):
     words = ["eval.py", "--dataset", "davis2017", "--data-dir", str(davis.parent), "--interaction", "scribble"]
     words += ["--human-scribbles", "--seeds", "1", "2", "--rounds", "1", "--method", "copy"]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "o")])
-    evaluation.main()
+    eval.main()
     found = [json.loads(x) for x in (tmp_path / "o/records.jsonl").read_text().splitlines()]
     assert [r["seed"] for r in found] == [1, 2] and all(r["metrics"]["interacted"] == [3] for r in found)
     assert found[0]["metrics"]["jf_1"] < found[1]["metrics"]["jf_1"]  # the second person marked both objects
@@ -209,9 +214,9 @@ def test_missing_scribbles_and_wrong_switches(davis):
     with pytest.raises(UserError, match="no file .*003.json"):
         data.first_scribbles("davis2017", "a", "val", davis.parent, 3)
     with pytest.raises(UserError, match="--human-scribbles goes with"):
-        evaluation.Settings(human_scribbles=True).check()
+        settings.EvalSettings(human_scribbles=True).check()
     v = data.load("davis2017", "a", "val", davis.parent, limit=2)
-    s = evaluation.Settings(dataset="davis2017", interaction="scribble", human_scribbles=True)
+    s = settings.EvalSettings(dataset="davis2017", interaction="scribble", human_scribbles=True)
     with pytest.raises(UserError, match="only 2 frames"):
         evaluation.opening(s, v, np.random.default_rng(0), (3, []))
 

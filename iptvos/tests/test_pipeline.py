@@ -9,20 +9,27 @@ import torch
 from PIL import Image
 
 import data
+import pipeline
 import prompts
 import robot
-import sam as sam_module
-import trackers
+import scribbles
+import settings
+from methods import METHODS
 from prompts import Interaction, Prompt
-from sam import Sam, SamSegmenter
-from segmenters import Geometry, GrabCut
-from session import METHODS, Session, merge
+from segmenters import sam as sam_module
+from segmenters.grabcut import GrabCut
+from segmenters.interface import Geometry
+from segmenters.sam import Sam, SamSegmenter
+from session import Session, merge
+from trackers.boxes import FlowBox, NetworkBox
+from trackers.filter import Filter, FilterOptions
+from trackers.points import LucasKanade, chained
 
 torch.set_num_threads(1)
 
 
 def session(video, method="full", segmenter=None, seed=0):
-    parts = segmenter or GrabCut(), trackers.LucasKanade(), trackers.FlowBox
+    parts = segmenter or GrabCut(), LucasKanade(), FlowBox
     return Session(video.frames, video.objects, *parts, METHODS[method], seed)
 
 
@@ -98,11 +105,11 @@ def test_lucas_kanade_follows_a_shift_and_the_box_too():
     ground = data.texture(rng, 140, 200, np.array([120, 90, 60.0]), 30).astype(np.uint8)
     frames = [np.ascontiguousarray(ground[10:110, 10 + 2 * t : 150 + 2 * t]) for t in range(6)]
     points = np.array([[60, 50], [80, 40]], np.float32)
-    tr = trackers.LucasKanade().track(frames, list(range(6)), points)
+    tr = LucasKanade().track(frames, list(range(6)), points)
     assert np.allclose(tr.places[5], points - [10, 0], atol=0.2) and tr.visible.all() and tr.error.max() < 0.3
-    back = trackers.LucasKanade().track(frames, [5, 4, 3], points)
+    back = LucasKanade().track(frames, [5, 4, 3], points)
     assert np.allclose(back.places[2], points + [4, 0], atol=0.2)
-    box = trackers.FlowBox()
+    box = FlowBox()
     box.start(frames[0], np.array([50, 30, 90, 70], np.float32), None)
     for t in range(1, 6):
         got, sure = box.step(frames[t])
@@ -112,7 +119,7 @@ def test_lucas_kanade_follows_a_shift_and_the_box_too():
 def test_box_is_lost_behind_the_occluder_and_found_again():
     video = data.draw("occluder", 101)
     g = [x == 1 for x in video.truth]
-    box, found = trackers.FlowBox(), []
+    box, found = FlowBox(), []
     box.start(video.frames[0], prompts.box_of(g[0]), g[0])
     for t in range(1, len(g)):
         got, _ = box.step(video.frames[t])
@@ -133,13 +140,13 @@ def test_chained_windows_go_on_from_the_latest_sure_frame():
         return points[None] + t[:, None, None], sure[:, None]
 
     video = torch.arange(13.0)[None, :, None, None, None].expand(1, 13, 3, 2, 2)
-    places, seen = trackers.chained(window, video, torch.zeros(1, 2))
+    places, seen = chained(window, video, torch.zeros(1, 2))
     assert starts == [0, 3, 6]  # frame 3 of each window is the last above 0.9
     assert places[:, 0, 0].tolist() == list(range(13)) and seen[3, 0] == 1
 
 
 def test_filter():
-    f = trackers.Filter(trackers.FilterOptions(), np.array([1, 1, 1, 1, 1, 0, 0]))
+    f = Filter(FilterOptions(), np.array([1, 1, 1, 1, 1, 0, 0]))
     frame = np.zeros((480, 854, 3), np.uint8)
     before = np.array([[100, 100], [110, 100], [120, 100], [130, 100], [300, 100], [115, 100], [400, 400]], np.float32)
     step = np.array([[1, 0], [1, 0], [1, 0], [40, 0], [1, 0], [1, 0], [0, 0]], np.float32)
@@ -165,7 +172,7 @@ def test_network_box_speaks_xywh():
             return {"target_bbox": [10, 20, 30, 40], "best_score": self.score}
 
     net = Net()
-    box = trackers.NetworkBox(tracker=net)
+    box = NetworkBox(tracker=net)
     box.start(None, np.array([5, 6, 14, 25]), None)
     assert net.given == [5, 6, 10, 20]
     net.score = 0.9
@@ -408,11 +415,11 @@ def test_further_clicks_stay_inside_the_region_of_the_first():
 def test_scribbles_lie_in_the_error_and_tell_the_worst_frame():
     truth = np.zeros((60, 100), np.uint8)
     truth[20:40, 10:90] = 1
-    found = robot.scribbles(truth, np.zeros_like(truth), (1,))
+    found = scribbles.scribbles(truth, np.zeros_like(truth), (1,))
     path = np.array(found[0]["path"]) * [100, 60]
     assert len(found) == 1 and len(path) == 1000 and np.ptp(path[:, 0]) > 50
     assert (truth[path[:, 1].round().astype(int), path[:, 0].round().astype(int)] == 1).all()
-    assert [x["object_id"] for x in robot.scribbles(np.zeros_like(truth), truth, (1,))] == [0]
+    assert [x["object_id"] for x in scribbles.scribbles(np.zeros_like(truth), truth, (1,))] == [0]
     scores = np.array([0.5, 0.2, 0.2, np.nan])[:, None, None] * np.ones((4, 1, 2))
     assert robot.worst_frame(scores, set()) == 1 and robot.worst_frame(scores, {1}) == 2
     assert robot.worst_frame(scores, {0, 1, 2}) is None
@@ -445,7 +452,7 @@ def test_davis_readers(tmp_path):
 
 @pytest.mark.parametrize("dataset,folder", [("youtube-vos", "YouTubeVOS"), ("mose", "MOSE")])
 def test_masks_of_val_are_not_public_and_the_robot_says_so(dataset, folder, tmp_path):
-    import eval as evaluation
+    import evaluation
 
     root = tmp_path / folder / "valid"
     davis(root)
@@ -455,9 +462,9 @@ def test_masks_of_val_are_not_public_and_the_robot_says_so(dataset, folder, tmp_
         (root / "Annotations" / "a" / f"{t:05d}.png").unlink()
     v = data.load(dataset, "a", "valid", tmp_path)
     assert not v.scored and v.truth[1] is None
-    s = evaluation.Settings(dataset=dataset, split="valid")
+    s = settings.EvalSettings(dataset=dataset, split="valid")
     with pytest.raises(UserError, match="not public"):
-        evaluation.play(s, v, 0, s.build())
+        evaluation.play(s, v, 0, pipeline.build(s))
 
 
 def test_damaged_files_are_named(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import metrics
 import prompts
 import robot
+import scribbles
 
 
 def rng() -> np.random.Generator:
@@ -121,17 +122,17 @@ def test_scribble_of_a_cross_is_its_long_bar():
     """Opening with a disk of a fifth of half the root of the area; the path is the longest of the skeleton."""
     cross = np.zeros((80, 160), bool)
     cross[35:46, 10:150] = cross[15:66, 75:86] = True
-    (path,) = robot.curves(cross)
+    (path,) = scribbles.curves(cross)
     assert np.ptp(path[:, 0]) > 110 and np.abs(path[:, 1] - 40).max() < 4
     thin = np.zeros((60, 90), bool)
     thin[20:40, 20:70] = thin[29:31, 70:90] = True  # a hair of 2 pixels: opened away (radius 3)
-    (path,) = robot.curves(thin)
+    (path,) = scribbles.curves(thin)
     assert path[:, 0].max() < 72
     small = np.zeros((60, 90), bool)
     small[10:13, 10:40] = True  # area 90: radius 0.9, no opening
-    (path,) = robot.curves(small)
+    (path,) = scribbles.curves(small)
     assert np.ptp(path[:, 0]) > 20 and np.abs(path[:, 1] - 11).max() <= 1
-    assert robot.curves(np.zeros((9, 9), bool)) == [] and robot.curves(np.eye(3, dtype=bool)) == []
+    assert scribbles.curves(np.zeros((9, 9), bool)) == [] and scribbles.curves(np.eye(3, dtype=bool)) == []
 
 
 def test_a_ring_is_cut_at_a_heavy_edge():
@@ -145,15 +146,15 @@ def test_a_ring_is_cut_at_a_heavy_edge():
     image = np.zeros((7, 9), np.uint8)
     for y, x in ring:
         image[y + 2, x + 3] = 1
-    path = robot.skeleton_path(nx.relabel_nodes(graph, {p: (p[0] + 2, p[1] + 3) for p in ring}))
+    path = scribbles.skeleton_path(nx.relabel_nodes(graph, {p: (p[0] + 2, p[1] + 3) for p in ring}))
     length = sum(float(np.hypot(*(np.subtract(a, b)))) for a, b in zip(path[1:], path[:-1], strict=True))
     assert len(path) == 8 and length == pytest.approx(4 + 3 * np.sqrt(2)) and image[tuple(np.array(path).T)].all()
 
 
 def test_bezier_begins_and_ends_at_its_ends_and_halves_a_parabola():
-    curve = robot.bezier(np.array([[0, 0], [10, 20], [20, 0]], float), 101)
+    curve = scribbles.bezier(np.array([[0, 0], [10, 20], [20, 0]], float), 101)
     assert curve[0].tolist() == [0, 0] and np.allclose(curve[-1], [20, 0]) and np.allclose(curve[50], [10, 10])
-    long = robot.bezier(np.stack([np.arange(500.0), np.zeros(500)], 1), 50)
+    long = scribbles.bezier(np.stack([np.arange(500.0), np.zeros(500)], 1), 50)
     assert np.isfinite(long).all() and np.allclose(long[[0, -1], 0], [0, 499])
 
 
@@ -183,7 +184,7 @@ def test_a_disk_that_is_too_large_shrinks_by_tenths():
     for y in (5, 20, 35):
         bars[y : y + 5, 10:170] = True
     bars[7, 170:215] = True  # a hair of 1 pixel, which only an opening takes away
-    paths = robot.curves(bars)
+    paths = scribbles.curves(bars)
     assert len(paths) == 3 and max(p[:, 0].max() for p in paths) < 172
 
 
@@ -191,5 +192,5 @@ def test_opening_radius_has_a_ceiling():
     big = np.zeros((480, 854), np.uint8)
     cv2.rectangle(big, (100, 60), (700, 420), 1, -1)  # 0.2 sqrt(area) / 2 = 46, held to 16
     cv2.rectangle(big, (700, 220), (800, 260), 1, -1)  # 41 high: survives a disk of radius 16, not of 46
-    paths = robot.curves(big > 0)
+    paths = scribbles.curves(big > 0)
     assert max(p[:, 0].max() for p in paths) > 740

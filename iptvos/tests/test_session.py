@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import crstm
-import trackers
+from methods import METHODS, PLAIN
 from prompts import Interaction, box_of
-from segmenters import Embedding, Geometry
-from session import METHODS, NOTHING, PLAIN, Session
+from segmenters.interface import Embedding, Geometry
+from session import NOTHING, Session
+from trackers.points import Tracks
 
 H, W, CELLS = 48, 64, 16
 POINTS = replace(METHODS["points"], positives=3, negatives=1)
@@ -48,7 +49,7 @@ class Fixed:
 
     def track(self, frames, order, points):
         shape = len(order), len(points)
-        return trackers.Tracks(np.repeat(points[None], len(order), 0), np.ones(shape, bool), np.zeros(shape))
+        return Tracks(np.repeat(points[None], len(order), 0), np.ones(shape, bool), np.zeros(shape))
 
 
 class Box:
@@ -271,7 +272,7 @@ def test_nothing_given_changes_nothing():
 
 
 def test_trimap_of_grabcut():
-    from segmenters import GrabCut
+    from segmenters.grabcut import GrabCut
 
     prior = np.zeros((40, 60), np.float32)
     prior[:, :10], prior[:, 20:40], prior[:, 40:] = -5, 2, 5
@@ -286,7 +287,7 @@ def test_trimap_of_grabcut():
 
 def test_sam_is_asked_in_pixels_of_its_own_input(monkeypatch):
     from prompts import Prompt
-    from sam import Sam, SamSegmenter
+    from segmenters.sam import Sam, SamSegmenter
 
     s = SamSegmenter(Sam("tiny"), torch.device("cpu"))
     seen = {}

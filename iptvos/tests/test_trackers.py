@@ -8,8 +8,9 @@ import torch
 
 import data
 import prompts
-import trackers
-from trackers import Filter, FilterOptions
+from trackers.boxes import FlowBox, box_tracker
+from trackers.filter import Filter, FilterOptions, patches
+from trackers.points import Hub, LucasKanade, chained, load_strict
 
 FRAME = np.zeros((480, 854, 3), np.uint8)
 OFF = {"back": 0, "box": -1, "motion": 0, "border": 0.0}
@@ -80,14 +81,14 @@ def test_motion_leaves_the_median_by_three_deviations_and_a_pixel():
 def test_the_patch_test_is_final_and_needs_the_query():
     frame = FRAME.copy()
     frame[100:200, 100:200] = (250, 30, 30)
-    query = trackers.patches(frame, np.array([[150, 150], [150, 150]], np.float32))
+    query = patches(frame, np.array([[150, 150], [150, 150]], np.float32))
     assert query.shape == (2, 27)
     f = Filter(FilterOptions(**OFF, patch=0.01), np.ones(2, int), query)
     assert keep(f, [[150, 150], [150, 150]], frame=frame) == [True, True]
     assert keep(f, [[150, 150], [400, 400]], frame=frame) == [True, False]
     assert keep(f, [[150, 150], [150, 150]], frame=frame) == [True, False]
     # x is the column: a patch at the edge of the red square sees black on one side only
-    side = trackers.patches(frame, np.array([[199, 150]], np.float32)).reshape(3, 3, 3)
+    side = patches(frame, np.array([[199, 150]], np.float32)).reshape(3, 3, 3)
     assert side[1, 1, 0] > 20 and (side[:, 2] == 0).all() and (side[:, 0, 0] > 20).all()
 
 
@@ -95,7 +96,7 @@ def test_a_point_that_leaves_or_is_lost_does_not_come_back():
     ground = data.texture(np.random.default_rng(1), 120, 200, np.array([120, 90, 60.0]), 30).astype(np.uint8)
     places = [0, 4, 8, 12, 8, 4, 0]  # the camera moves right and back
     frames = [np.ascontiguousarray(ground[10:110, 20 + x : 160 + x]) for x in places]
-    tr = trackers.LucasKanade().track(frames, list(range(7)), np.array([[60, 50], [6, 50]], np.float32))
+    tr = LucasKanade().track(frames, list(range(7)), np.array([[60, 50], [6, 50]], np.float32))
     assert tr.visible[:, 0].all() and np.allclose(tr.places[-1, 0], [60, 50], atol=0.5)
     assert tr.visible[1, 1] and not tr.visible[2:, 1].any()  # at -2 in frame 2, again at 2 in frame 5
 
@@ -103,7 +104,7 @@ def test_a_point_that_leaves_or_is_lost_does_not_come_back():
 def test_a_box_keeps_its_size_while_the_object_disappears():
     video = data.draw("occluder", 101)
     g = [x == 1 for x in video.truth]
-    box = trackers.FlowBox()
+    box = FlowBox()
     box.start(video.frames[0], prompts.box_of(g[0]), g[0])
     start = box.size.copy()
     for t in range(1, len(g)):
@@ -134,7 +135,7 @@ def test_hub_trackers_have_their_own_bar_of_visibility(name, seen):
             first = float(queries[0, 0, 1]) == 3  # PIPS is asked point by point
             return places, sight[..., : queries.shape[1]] if first else sight[..., -queries.shape[1] :]
 
-    hub = trackers.Hub(name, "", "", torch.device("cpu"), One())
+    hub = Hub(name, "", "", torch.device("cpu"), One())
     frames = [np.zeros((10, 12, 3), np.uint8)] * 9
     tr = hub.track(frames, range(9), np.array([[3, 4], [5, 6]], np.float32))
     assert tr.places.shape == (9, 2, 2) and (tr.places[8] == [[3, 4], [5, 6]]).all()
@@ -143,22 +144,22 @@ def test_hub_trackers_have_their_own_bar_of_visibility(name, seen):
 
 def test_a_box_tracker_without_its_two_methods_is_refused():
     with pytest.raises(UserError, match="no initialize"):
-        trackers.box_tracker("os:getcwd")
+        box_tracker("os:getcwd")
     with pytest.raises(UserError, match="cannot be imported"):
-        trackers.box_tracker("nosuchmodule:tracker")
+        box_tracker("nosuchmodule:tracker")
 
 
 def test_weights_of_another_tracker_say_what_differs(tmp_path):
     model = torch.nn.Linear(2, 3)
     torch.save({"model": {"module.weight": torch.zeros(3, 2), "module.other": torch.zeros(1)}}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"1 keys missing \(first bias\), 1 keys unknown \(first other\)"):
-        trackers.load_strict(model, str(tmp_path / "a.pt"))
+        load_strict(model, str(tmp_path / "a.pt"))
     torch.save([1, 2], tmp_path / "b.pt")
     with pytest.raises(UserError, match="holds no state dict"):
-        trackers.load_strict(model, str(tmp_path / "b.pt"))
+        load_strict(model, str(tmp_path / "b.pt"))
     (tmp_path / "c.pt").write_text("# a text")
     with pytest.raises(UserError, match=r"no readable checkpoint of tensors \(UnpicklingError\)"):
-        trackers.load_strict(model, str(tmp_path / "c.pt"))
+        load_strict(model, str(tmp_path / "c.pt"))
 
 
 def test_the_bar_of_a_chained_window_sinks_in_small_steps():
@@ -169,5 +170,5 @@ def test_the_bar_of_a_chained_window_sinks_in_small_steps():
 
     asked: list[int] = []
     video = torch.arange(12.0)[None, :, None, None, None].expand(1, 12, 3, 2, 2)
-    trackers.chained(window, video, torch.zeros(1, 2))
+    chained(window, video, torch.zeros(1, 2))
     assert asked == [0, 2, 4]  # 0.89 passes the bar of 0.88; 0.87, five frames later, does not

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import crstm
 from prompts import Prompt
-from segmenters import FILES, Decoded, Embedding, Geometry
-from trackers import mismatch
+from segmenters.interface import FILES, Decoded, Embedding, Geometry
+from trackers.points import mismatch
 
 VIT = {"vit_b": (768, 12, 12, (2, 5, 8, 11)), "vit_l": (1024, 24, 16, (5, 11, 17, 23))}
 VIT["vit_h"] = (1280, 32, 16, (7, 15, 23, 31))

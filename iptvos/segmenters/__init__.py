@@ -1,0 +1,1 @@
+"""Frozen segmenters behind one interface: GrabCut, which needs no weights, and the SAM family."""
