@@ -4,7 +4,7 @@ Those of scale demo are the specification of the digit scenes, looked at on seed
 those of scale paper are what the printed tables show.
 """
 
-from lab.claims import Claim, Difference, interval, paired, values
+from lab.claims import FAILS, HOLDS, UNDECIDED, Claim, Difference, interval, paired, values
 
 import pandas as pd
 
@@ -80,7 +80,11 @@ def printed_order(better: str, worse: str):
 # --------------------------------------------------------------------------------------------------------- the finding
 
 
+ANSWERS = {HOLDS: "the answers get better", FAILS: "the answers do not get better"}
+
+
 def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """What CSR does to the image tokens of the digit scenes, and whether the answers follow."""
     f = frames.get("demo", pd.DataFrame())
     if not len(f) or not len(gap(f, "POPE_accuracy", CLEAN, "stage 2")):
         return []
@@ -90,12 +94,16 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         return f"{mean:+.1f} ± {half:.1f}"
 
     own, other = (digits(f, "csr_ratio", m).mean() for m in (DEEM, CLEAN))
+    seen = all(d.verdict() == HOLDS for d in (*feedback(f), details(f)))
+    after = [d.verdict() for m in (BASE, CLEAN) for d in answers("stage 2", m)(f)]
+    word = FAILS if FAILS in after else HOLDS if set(after) == {HOLDS} else UNDECIDED
     return [
-        f"On digit scenes CSR does to the image tokens what the paper says (a scene's own tokens bring its denoising "
-        f"error to {own:.2f} of that with another's, without CSR {other:.2f}; a probe finds "
-        f"{told('probe_uncaptioned', CLEAN)} points more of the digits that no caption names), but no better answers "
-        f"were seen: after instruction tuning tiny-POPE changes by {told('POPE_accuracy', CLEAN, 'stage 2')} points "
-        f"against the same training without CSR and by {told('POPE_accuracy', BASE, 'stage 2')} against DEEM*."
+        f"On digit scenes CSR {'works' if seen else 'does not clearly work'} on the image tokens as the paper says (a "
+        f"scene's own tokens bring its denoising error to {own:.2f} of that with another's, without CSR {other:.2f}; a "
+        f"linear probe finds {told('probe_uncaptioned', CLEAN)} points more of the digits that no caption names).",
+        f"After instruction tuning {ANSWERS.get(word, 'it is undecided whether the answers get better')}: tiny-POPE "
+        f"{told('POPE_accuracy', CLEAN, 'stage 2')} points against the same training without CSR, "
+        f"{told('POPE_accuracy', BASE, 'stage 2')} against DEEM*.",
     ]
 
 
