@@ -263,7 +263,7 @@ def _encode(backbone: Backbone, images, batch: int, workers: int, rank: int, wor
     try:
         return {i: backbone.encode_images(x) for i, x in zip(numbers, bar, strict=True)}
     except UserError as error:  # torch wraps what a worker raises into that worker's traceback
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("runs.UserError: ")) from None
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
     except torch.OutOfMemoryError:
         raise UserError(f"the device has no memory for {batch} images at once; lower --batch") from None
 

@@ -1,4 +1,4 @@
-"""Pictures of RESULTS.md: results/figures/<scale>-<name>.png, from records and from the scores kept beside them."""
+"""Pictures of RESULTS.md: <scale>-<name>.png, from records and from the scores kept in the folders of their runs."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,9 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
+    names = {r["run"] for r in records}
     kept = sorted((runs.HERE / "runs" / scale).glob("*/seed*/scores-*.safetensors"))
+    kept = [p for p in kept if p.parents[1].name in names]  # not of runs that were started by hand
     out = []
     for name, made in (
         ("beta", beta(records)),

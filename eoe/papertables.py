@@ -12,7 +12,7 @@ from accelerate import PartialState
 import backbones
 import data
 import envision
-import eval as evaluation
+import evaluation
 import metrics
 import scores
 from scores import normalise, reduce

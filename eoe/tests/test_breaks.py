@@ -14,20 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_cli import TINY, call, imagenet, options, tiny  # noqa: F401 (a fixture)
+from test_cli import TINY, call, imagenet, one_thread, options, tiny  # noqa: F401 (fixtures)
 
 import backbones
 import data
-import eval as evaluation
+import eval as evaluate
 import papertables
 import train
+from settings import EvalSettings
 
 CPU = torch.device("cpu")
 B16 = "clip-vit-b16"
 
 
 def table3(monkeypatch, root, out, *more: str) -> None:
-    call(evaluation, monkeypatch, *options(table="table3", data_dir=root, workers=0, out=out), *more)
+    call(evaluate, monkeypatch, *options(table="table3", data_dir=root, workers=0, out=out), *more)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_nan_in_a_trained_stand_in_gives_no_number(monkeypatch, tmp_path):
     tensors["image.0.weight"][0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(UserError, match="not a finite number"):
-        call(evaluation, monkeypatch, "--run", str(tmp_path / "a"))
+        call(evaluate, monkeypatch, "--run", str(tmp_path / "a"))
 
 
 def test_other_weights_meet_no_printed_cell(imagenet, monkeypatch, tmp_path):  # noqa: F811
@@ -133,7 +134,7 @@ def test_other_weights_meet_no_printed_cell(imagenet, monkeypatch, tmp_path):  #
 def test_odd_options_of_eval(args, word, imagenet, monkeypatch, tmp_path):  # noqa: F811
     more = [] if "--data-dir" in args else ["--data-dir", str(imagenet)]
     with pytest.raises(UserError, match=word):
-        call(evaluation, monkeypatch, *args, *more, "--out", str(tmp_path / "r"))
+        call(evaluate, monkeypatch, *args, *more, "--out", str(tmp_path / "r"))
     assert not list(tmp_path.glob("r/**/record*"))
 
 
@@ -208,7 +209,7 @@ def test_own_folders_with_own_names(own, monkeypatch):
 
     args = ["--id", own / "id", "--ood", own / "ood", "--labels", own / "names.json", "--weights", own / "w", "--dump"]
     args += ["--workers", "0", "--ensemble", "--out", own / "r"]
-    call(evaluation, monkeypatch, *map(str, args))
+    call(evaluate, monkeypatch, *map(str, args))
     found = [json.loads(x) for x in (own / "r" / "records.jsonl").read_text().splitlines()]
     assert {r["method"]: r["metrics"]["labels"] for r in found}["EOE"] == 2  # the two ID names are no outliers
     rows = list(csv.DictReader(open(own / "r" / "seed0" / "scores-id-ood.csv")))
@@ -218,7 +219,7 @@ def test_own_folders_with_own_names(own, monkeypatch):
     assert {r["decision"] for r in rows} <= {"ID", "OOD"}
     (own / "names.json").write_text(json.dumps({"names": ["OWL"]}))
     with pytest.raises(UserError, match="leaves no envisioned name"):
-        call(evaluation, monkeypatch, *map(str, args[:-1]), str(own / "r2"))
+        call(evaluate, monkeypatch, *map(str, args[:-1]), str(own / "r2"))
     assert not list((own / "r2").rglob("record*"))
 
 
@@ -226,14 +227,14 @@ def test_one_class_and_one_image(own, monkeypatch):
     args = ["--id", own / "id", "--ood", own / "ood", "--labels", own / "names.json", "--weights", own / "w"]
     for path in [*(own / "id" / "owl").iterdir(), own / "id" / "owl", *list((own / "ood").iterdir())[1:]]:
         path.rmdir() if path.is_dir() else path.unlink()
-    call(evaluation, monkeypatch, *map(str, [*args, "--workers", "0", "--batch", "1", "--out", own / "r"]))
+    call(evaluate, monkeypatch, *map(str, [*args, "--workers", "0", "--batch", "1", "--out", own / "r"]))
     found = {json.loads(x)["method"]: json.loads(x) for x in (own / "r" / "records.jsonl").read_text().splitlines()}
     assert found["MCM"]["metrics"]["AUROC"] == 50.0  # one class: every softmax over it is 1
     assert {"EOE", "MaxLogit", "Energy"} <= {*found}
 
 
 def test_which_names_are_dropped_as_too_similar():
-    s = evaluation.EvalSettings()
+    s = EvalSettings()
     near = {c.id: c for c in papertables.TABLES["table3"]}
     assert papertables.threshold(s, near["imagenet20"]) == 0.85 and papertables.threshold(s, near["imagenet10"]) == 1
     far = [c for c in papertables.TABLES["table25"] if c.id == "imagenet20"][0]
@@ -261,19 +262,18 @@ def numbers(out) -> list:
     return [(r["seed"], r["dataset"], r["method"], r["setting"], r["metrics"]) for r in found]
 
 
-def test_train_killed_anywhere_ends_with_the_same_numbers(tmp_path):
+def test_train_killed_anywhere_ends_with_the_same_numbers(monkeypatch, tmp_path):
     """In training, between weights and records, and among the records; bitwise."""
-    args = options(**{**TINY, "steps": 400, "checkpoint_every": 20}, device="cpu")
+    args = options(**{**TINY, "steps": 200, "checkpoint_every": 20}, device="cpu")
     out = tmp_path / "killed"
     words = ["train.py", *args, "--out", str(out)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same threads everywhere: sums of floats depend on them
-    whole = [sys.executable, *words[:-1], str(tmp_path / "whole")]
-    subprocess.run(whole, cwd=runs.HERE, env=env, check=True, capture_output=True)
     killed(words, lambda: (out / "checkpoint" / "seed0.safetensors").is_file(), env)
     assert not (out / "seed0" / "model.safetensors").exists() and not (out / "records.jsonl").exists()
     killed(words, lambda: list(out.glob("seed0/record*.json")), env)
     assert not (out / "records.jsonl").exists()
-    subprocess.run([sys.executable, *words], cwd=runs.HERE, env=env, check=True, capture_output=True)
+    for name in ("killed", "whole"):
+        call(train, monkeypatch, *args, "--out", str(tmp_path / name))
     assert numbers(out) == numbers(tmp_path / "whole")
     one, two = (runs.read_tensors(p / "seed0" / "model.safetensors")[0] for p in (out, tmp_path / "whole"))
     assert all(torch.equal(one[k], two[k]) for k in one)

@@ -1,11 +1,13 @@
 """Commands end to end, exact resume, user errors, and a table of the paper on tiny images with a tiny random CLIP."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
 
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
 from lab.runs import UserError
 
 import numpy as np
@@ -17,6 +19,7 @@ import backbones
 import data
 import papertables
 import train
+from trainer import Trainer
 
 TINY = dict(steps=6, pictures=64, batch=16, width=4, classes=4, per_class=3, labels=50, checkpoint_every=3)
 
@@ -36,20 +39,20 @@ def one_thread():
 
 
 def test_train_resumes_exactly_and_evaluates_again(monkeypatch, tmp_path, capsys):
-    import eval as evaluation
+    import eval as evaluate
 
     call(train, monkeypatch, *options(**TINY, out=tmp_path / "a"))
-    save = train.Trainer.save
+    save = Trainer.save
 
     def stop(self, path, step, seconds):
         save(self, path, step, seconds)
         if step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Trainer, "save", stop)
+    monkeypatch.setattr(Trainer, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         call(train, monkeypatch, *options(**TINY, out=tmp_path / "b"))
-    monkeypatch.setattr(train.Trainer, "save", save)
+    monkeypatch.setattr(Trainer, "save", save)
     call(train, monkeypatch, *options(**TINY, out=tmp_path / "b"))
     one, two = (runs.read_tensors(tmp_path / x / "seed0" / "model.safetensors")[0] for x in "ab")
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -58,7 +61,7 @@ def test_train_resumes_exactly_and_evaluates_again(monkeypatch, tmp_path, capsys
     assert {r["dataset"] for r in lines[0]} == {"far", "near", "fine-grained"}
     assert (tmp_path / "a" / "seed0" / "scores-far.csv").read_text().startswith("image,score,decision")
     capsys.readouterr()
-    call(evaluation, monkeypatch, "--run", str(tmp_path / "a"))
+    call(evaluate, monkeypatch, "--run", str(tmp_path / "a"))
     assert "records agree" in capsys.readouterr().out
     with pytest.raises(UserError, match="other settings"):
         call(train, monkeypatch, *options(**{**TINY, "steps": 7}, out=tmp_path / "a"))
@@ -67,26 +70,31 @@ def test_train_resumes_exactly_and_evaluates_again(monkeypatch, tmp_path, capsys
 @pytest.mark.parametrize(
     ("script", "args", "word"),
     [
-        ("eval.py", [], "say what to evaluate"),
-        ("eval.py", ["--table", "table99"], "no table table99"),
-        ("eval.py", ["--table", "table3", "--data-dir", "/nowhere"], "ImageNet10/val"),
-        ("eval.py", ["--id", "pet37", "--ood", "sun", "--beta", "nan"], "finite"),
-        ("eval.py", ["--run", "/nowhere"], "no file"),
-        ("train.py", ["--steps", "0"], "--steps must be at least 1"),
-        ("train.py", ["--seeds", "-1"], "--seeds"),
-        ("envision.py", ["--id", "nothing"], "no ID set nothing"),
-        ("envision.py", ["--provider", "local", "--model", "/nowhere"], "no chat model"),
+        ("eval", [], "say what to evaluate"),
+        ("eval", ["--table", "table99"], "no table table99"),
+        ("eval", ["--table", "table3", "--data-dir", "/nowhere"], "ImageNet10/val"),
+        ("eval", ["--id", "pet37", "--ood", "sun", "--beta", "nan"], "finite"),
+        ("eval", ["--run", "/nowhere"], "no file"),
+        ("train", ["--steps", "0"], "--steps must be at least 1"),
+        ("train", ["--seeds", "-1"], "--seeds"),
+        ("envision", ["--id", "nothing"], "no ID set nothing"),
+        ("envision", ["--provider", "local", "--model", "/nowhere"], "no chat model"),
     ],
 )
-def test_user_errors_end_in_one_line(script, args, word, tmp_path):
-    done = subprocess.run(
-        [sys.executable, script, *args, *([] if script == "envision.py" else ["--out", str(tmp_path / "r")])],
-        cwd=runs.HERE,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and word in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+def test_user_errors_end_in_one_line(script, args, word, monkeypatch, tmp_path, capfd):
+    where = [] if script == "envision" else ["--out", str(tmp_path / "r")]
+    monkeypatch.setattr("sys.argv", [script, *args, *where])
+    with pytest.raises(SystemExit) as stop:
+        runs.command(importlib.import_module(script).main)
+    told = capfd.readouterr().err
+    assert stop.value.code == 2 and word in told and told.count("\n") == 1 and "Traceback" not in told, told
+
+
+def test_a_user_error_of_a_real_process(tmp_path):
+    words = [sys.executable, "train.py", "--steps", "0", "--out", str(tmp_path / "r")]
+    done = subprocess.run(words, cwd=runs.HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "--steps must be at least 1" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------- backbones, tiny and random
@@ -173,14 +181,14 @@ def imagenet(tmp_path):
 
 
 def test_a_table_of_the_paper_end_to_end(imagenet, monkeypatch, tmp_path):
-    import eval as evaluation
+    import eval as evaluate
 
     monkeypatch.setenv("EOE_CACHE", str(tmp_path / "cache"))
     # The tiny weights pass for the printed size; test_other_weights_meet_no_printed_cell says what happens else.
     b16 = dataclasses.replace(backbones.KNOWN["clip-vit-b16"], vit=(112, 16))
     monkeypatch.setitem(backbones.KNOWN, "clip-vit-b16", b16)
     args = options(table="table3", data_dir=imagenet, workers=0, scale="paper")
-    call(evaluation, monkeypatch, *args, "--out", str(tmp_path / "own"))
+    call(evaluate, monkeypatch, *args, "--out", str(tmp_path / "own"))
     found = [json.loads(x) for x in (tmp_path / "own" / "records.jsonl").read_text().splitlines()]
     assert {r["table"] for r in found} == {"own-table3"}
     assert {r["method"] for r in found} == {"MCM", "MaxLogit", "Energy", "EOE", "Ground Truth"}
@@ -193,9 +201,9 @@ def test_a_table_of_the_paper_end_to_end(imagenet, monkeypatch, tmp_path):
         names = {k: v[:3] for k, v in names.items()}  # a published list is used whole
         (lists / f"ImageNet{n}_gpt-3.5-turbo-16k_0.json").write_text(json.dumps(names))
     monkeypatch.setattr(backbones.Backbone, "encode_images", None)  # everything comes out of the cache
-    call(evaluation, monkeypatch, *args, "--labels", "released", "--out", str(tmp_path / "released"))
+    call(evaluate, monkeypatch, *args, "--labels", "released", "--out", str(tmp_path / "released"))
     again = [json.loads(x) for x in (tmp_path / "released" / "records.jsonl").read_text().splitlines()]
-    printed = tables.read_printed(runs.HERE / "paper.csv")
+    printed = read_printed(runs.HERE / "paper.csv")
     known = {tuple(r) for r in printed[["table", "dataset", "setting", "method"]].to_numpy()}
     assert {(r["table"], r["dataset"], r["setting"], r["method"]) for r in again} <= known
     same = {(r["dataset"], r["method"]): r["metrics"] for r in found}
@@ -233,7 +241,7 @@ def test_halves_are_complements_and_lists_have_their_size():
 
 def test_every_paper_setting_is_in_paper_csv():
     """Row names made by papertables equal those of paper.csv, so that measured cells meet printed ones."""
-    printed = tables.read_printed(runs.HERE / "paper.csv")
+    printed = read_printed(runs.HERE / "paper.csv")
     for table, cases in papertables.TABLES.items():
         rows = printed[printed["table"] == table]
         for c in cases:

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
 from lab.runs import UserError
 
 import numpy as np
@@ -18,7 +19,7 @@ import envision
 import metrics
 import papertables
 import scores
-from eval import EvalSettings
+from settings import EvalSettings
 
 D = 8
 
@@ -74,7 +75,7 @@ def test_every_table_runs_with_the_shipped_names(table, made_up, tmp_path):
     assert all(np.isfinite(list(r["metrics"].values())).all() for r in found)
     if table in ("table19", "table20", "table21", "table24"):  # run once for each model, or language model
         return
-    printed = tables.read_printed(runs.HERE / "paper.csv")
+    printed = read_printed(runs.HERE / "paper.csv")
     printed = printed[(printed["table"] == table) & ~printed["method"].str.startswith(NOT_OURS)]
     wanted = {tuple(r) for r in printed[["dataset", "setting", "method"]].to_numpy()}
     made = {(r["dataset"], r["setting"], r["method"]) for r in found}

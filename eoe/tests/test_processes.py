@@ -1,6 +1,7 @@
 """Two processes of `accelerate launch` give what one gives: seeds shared out in training, images in evaluation."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,20 @@ from lab import runs
 
 import pytest
 import torch
-from test_cli import TINY, imagenet, options  # noqa: F401 (a fixture)
+from test_cli import TINY, call, imagenet, one_thread, options  # noqa: F401 (fixtures)
+
+import eval as evaluate
+import train
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
 
 
-def start(*words: str, port: int = 0, cache: Path) -> None:
-    launch = [*LAUNCH, str(port)] if port else []
+def start(*words: str, cache: Path) -> None:
+    """A command in two processes, on a port that is free."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        launch = [*LAUNCH, str(s.getsockname()[1])]
     env = {**runs.os.environ, "EOE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launch, *words], cwd=runs.HERE, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -27,18 +34,19 @@ def records(out: Path) -> list[tuple]:
     return [(r["seed"], r["dataset"], r["method"], r["setting"], r["metrics"]) for r in found]
 
 
-def test_seeds_are_shared_out(tmp_path):
-    words = ["train.py", *options(**TINY, device="cpu"), "--seeds", "0", "1", "2", "--out"]
-    start(*words, str(tmp_path / "two"), port=29531, cache=tmp_path)
-    start(*words, str(tmp_path / "one"), cache=tmp_path)
+def test_seeds_are_shared_out(monkeypatch, tmp_path):
+    words = [*options(**TINY, device="cpu"), "--seeds", "0", "1", "2", "--out"]
+    start("train.py", *words, str(tmp_path / "two"), cache=tmp_path)
+    call(train, monkeypatch, *words, str(tmp_path / "one"))
     assert records(tmp_path / "two") == records(tmp_path / "one")
     assert {seed for seed, *_ in records(tmp_path / "two")} == {0, 1, 2}
 
 
-def test_images_are_shared_out(imagenet, tmp_path):  # noqa: F811
-    words = ["eval.py", *options(table="table3", data_dir=imagenet, workers=0, batch=3, scale="paper", device="cpu")]
-    for name, port in (("one", 0), ("two", 29532)):
-        start(*words, "--out", str(tmp_path / name), port=port, cache=tmp_path / f"cache-{name}")
+def test_images_are_shared_out(imagenet, monkeypatch, tmp_path):  # noqa: F811
+    words = options(table="table3", data_dir=imagenet, workers=0, batch=3, scale="paper", device="cpu")
+    start("eval.py", *words, "--out", str(tmp_path / "two"), cache=tmp_path / "cache-two")
+    monkeypatch.setenv("EOE_CACHE", str(tmp_path / "cache-one"))
+    call(evaluate, monkeypatch, *words, "--out", str(tmp_path / "one"))
     assert records(tmp_path / "two") == records(tmp_path / "one")
     files = [sorted((tmp_path / f"cache-{name}").iterdir()) for name in ("one", "two")]
     assert [f.name for f in files[0]] == [f.name for f in files[1]]  # no pieces left

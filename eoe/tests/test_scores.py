@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 import metrics
 import scores
-from eval import drop_similar, rows
+from evaluation import drop_similar, rows
 from scores import normalise, reduce
 
 
@@ -182,7 +182,7 @@ def test_threshold_keeps_95_per_cent():
 
 
 def test_rows_agree_with_a_plain_evaluation():
-    from eval import Labels
+    from evaluation import Labels
 
     images, ids, out = world(1, 60, 4, 3)
     other = world(2, 50, 4, 3)[0]

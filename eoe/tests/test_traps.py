@@ -2,7 +2,8 @@
 
 import json
 
-from lab import runs, tables
+from lab import runs
+from lab.cells import read_printed
 from lab.runs import UserError
 
 import pytest
@@ -14,12 +15,13 @@ from test_papertables import D, FakeBackbone, made_up, vector  # noqa: F401 (a f
 import backbones
 import data
 import envision
-import eval as evaluation
+import evaluation
 import metrics
 import papertables
 import scores
-from eval import EvalSettings, drop_similar, rows, text_features
+from evaluation import drop_similar, rows, text_features
 from scores import normalise, reduce
+from settings import EvalSettings
 
 CPU = torch.device("cpu")
 
@@ -174,7 +176,7 @@ def test_table_24_over_all_its_models(made_up, published, tmp_path):  # noqa: F8
     assert {r["table"] for r in found} == {"table24"}
     rows = [(r["dataset"], r["setting"], r["method"]) for r in found]
     assert len(rows) == len({*rows})  # MCM, which takes no name, stands there once
-    printed = tables.read_printed(runs.HERE / "paper.csv")
+    printed = read_printed(runs.HERE / "paper.csv")
     printed = printed[printed["table"] == "table24"]
     assert {tuple(r) for r in printed[["dataset", "setting", "method"]].to_numpy()} <= {*rows}
 

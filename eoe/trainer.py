@@ -1,0 +1,69 @@
+"""Pictures, captions, encoder and optimiser of a seed of the stand-in, and its checkpoints."""
+
+import random
+from pathlib import Path
+
+from lab import runs
+from lab.runs import UserError
+
+import torch
+
+import drawn
+import standin
+from settings import Settings
+
+
+def captions(names: list[str], drop: float, rng: random.Random) -> list[str]:
+    """ "a photo of a red striped circle", each word before the last left out with probability `drop`."""
+    kept = ([w for w in n.split()[:-1] if rng.random() >= drop] + n.split()[-1:] for n in names)
+    return ["a photo of a " + " ".join(words) for words in kept]
+
+
+class Trainer:
+    """Model, optimiser, data and random state of one seed: everything a checkpoint needs."""
+
+    def __init__(self, s: Settings, seed: int, device: torch.device):
+        rng = random.Random(f"pictures {seed}")
+        world = [*drawn.concepts(), *drawn.patterns()]
+        names = [rng.choice(world) for _ in range(s.pictures)]
+        self.pictures = drawn.draw(names, seed).to(device)
+        self.tokens = standin.tokenise(captions(names, s.drop_word, rng)).to(device)
+        torch.manual_seed(seed)
+        self.model = standin.DualEncoder(s.width).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=s.lr, weight_decay=s.weight_decay, fused=True)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.s, self.seed, self.device = s, seed, device
+
+    def rate(self, step: int) -> float:
+        """One cycle: linear warm-up over 15 % of the steps, then a cosine to zero."""
+        warm = max(1, round(0.15 * self.s.steps))
+        if step < warm:
+            return self.s.lr * (step + 1) / warm
+        return (
+            self.s.lr
+            * 0.5
+            * (1 + torch.cos(torch.tensor(3.14159265 * (step - warm) / max(1, self.s.steps - warm))).item())
+        )
+
+    def save(self, path: Path, step: int, seconds: float) -> None:
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for i, p in enumerate(self.model.parameters()):
+            tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        tensors["rng"] = self.generator.get_state()
+        runs.write_tensors(path, tensors, {"step": str(step), "seconds": str(seconds)})
+
+    def load(self, path: Path) -> tuple[int, float]:
+        """-> (steps done, seconds spent)."""
+        tensors, meta = runs.read_tensors(path)
+        try:
+            self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            for i, p in enumerate(self.model.parameters()):
+                found = {k: tensors[f"adam.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                # The fused step walks memory: the moments need the layout (channels_last) of their parameter.
+                self.optimizer.state[p] = {
+                    k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()
+                }
+            self.generator.set_state(tensors["rng"])
+            return int(meta["step"]), float(meta["seconds"])
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"{path} belongs to another model ({error}); delete it to start the run again") from None
