@@ -58,7 +58,7 @@ def gains(rows: list[dict]):
     seeds = len({r["seed"] for r in rows})
     return figure, (
         f"Table {rows[0]['table']}: accuracy of each head minus that of NCC without adaptation, over the same tasks; "
-        f"mean over {seeds} seeds, whiskers: 95 % interval."
+        f"mean over {seeds} seeds, whiskers: 95 % interval over the tasks of these networks."
     )
 
 
