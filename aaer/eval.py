@@ -22,12 +22,10 @@ def main() -> None:
     folder, only = Path(e.run), None
     if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
         folder, only = folder.parent, folder.name
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        stored["seeds"] = tuple(stored["seeds"])
-        s = Settings(**{**stored, "data_dir": e.data_dir, "device": e.device, "download": False, "test_batch": e.batch})
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    given = {"data_dir": e.data_dir, "device": e.device, "download": False, "test_batch": e.batch}
+    s = runs.settings_from(folder / "settings.json", Settings, **given)
+    s.check()
+    s.resolve()
     torch.set_float32_matmul_precision("high")  # as in training
     t = Trainer(s, runs.device(e.device))
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]

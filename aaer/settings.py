@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 import aaer
 import baselines
@@ -115,7 +115,7 @@ class Settings:
     """Label inside the table; default eps=<255 eps>/255."""
     label: str = ""
     """Row of the table; default the method's name (RS-AAER, PGD-10)."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<dataset>-<method>-<255 eps>."""
@@ -179,7 +179,7 @@ class Settings:
         self.published = self.published and self.model == "preact18"
         self.label = self.label or baselines.label(self.method, self.start, self.attack_steps)
         self.setting = self.setting or f"eps={radius}/255"
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.dataset}-{self.label.lower()}-{radius}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{self.label.lower()}-{radius}")
 
     published = False  # not a field: whether lambda1..3 are the paper's for this data set, start, radius and network
 

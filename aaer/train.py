@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import aaer
 import baselines
@@ -85,7 +85,7 @@ def train(t: Trainer, seed: int, out: Path, run: runs.Run | None, show: bool) ->
             close_epoch(t, 0.0, 0.0)  # raises; the last good checkpoint stays
         t.save(path, t.before + time.perf_counter() - started)
 
-    bar = tqdm(range(t.epoch, s.epochs), f"{s.label} seed {seed}", s.epochs, initial=t.epoch, disable=not show)
+    bar = progress(range(t.epoch, s.epochs), f"{s.label} seed {seed}", s.epochs, t.epoch, hide=not show)
     for _ in bar:
         clock, cpu = time.perf_counter(), time.process_time()
         whole = t.batch == 0
@@ -147,7 +147,7 @@ def main() -> None:
         print(describe(Trainer(s, device)))
         return
     run = runs.Run(out, s, ignore=NOT_PART_OF_A_RUN) if lead else None
-    if (out / "records.jsonl").is_file():
+    if runs.finished(out, s.seeds):
         if lead:
             print(f"{out} is complete; delete it to run again")
             evaluation.show(runs.read_record(p) for p in sorted(out.glob("seed*/record.json")))
@@ -173,7 +173,7 @@ def main() -> None:
             records.append(run.record(seed, seconds=seconds, metrics=metrics, **more))
             (out / "checkpoint" / f"seed{seed}.safetensors").unlink(missing_ok=True)  # model.safetensors stays
     if lead:
-        run.finish()
+        run.finish(keep_checkpoint=False)
         evaluation.show(records)
         print(f"records in {out}")
 

@@ -1,10 +1,11 @@
 """What a run holds while it trains: data, network, optimiser, schedule, generator, sums of an epoch; its checkpoint."""
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
@@ -17,7 +18,7 @@ import aaer
 import data
 import evaluation
 import models
-from settings import Settings
+from settings import NOT_PART_OF_A_RUN, Settings
 
 # Sums over the steps of an epoch.
 SUMS = ("n_a", "n_n", "e_a", "v_a", "v_n", "loss", "regulariser", "right", "seen", "steps", "bad")
@@ -113,29 +114,40 @@ class Trainer:
         if self.rank > 0:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for i, p in enumerate(self.model.parameters()):
-            state = self.optimizer.state.get(p, {}).get("momentum_buffer")
-            tensors |= {} if state is None else {f"momentum.{i}": state}
+        tensors |= {f"optimizer.{k}": v for k, v in checkpoints.pack_optimizer(self.optimizer).items()}
         tensors |= {"rng": self.generator.get_state(), "memory": memory, "sums": self.sums}
-        numbers = {"epoch": self.epoch, "batch": self.batch, "seconds": seconds, "seed": self.seed}
+        numbers = {"epoch": self.epoch, "batch": self.batch, "seconds": seconds, "run": self.fingerprint()}
         runs.write_tensors(path, tensors, {k: str(v) for k, v in numbers.items()})
+
+    def fingerprint(self) -> str:
+        """Of the settings that matter, the seed and the data: a checkpoint of anything else is refused."""
+        own = {k: v for k, v in dataclasses.asdict(self.s).items() if k not in NOT_PART_OF_A_RUN and k != "seeds"}
+        return checkpoints.fingerprint({**own, "seed": self.seed}, [self.data.sha256])
 
     def load(self, path: Path) -> None:
         tensors, meta = runs.read_tensors(path)
-        state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        if meta.get("run") != self.fingerprint():
+            raise UserError(f"{path} belongs to another run (settings, seed or data); delete it to start again")
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            group, _, name = key.partition(".")
+            parts.setdefault(group, {})[name] = value
+        epoch = checkpoints.position(meta, "epoch", self.s.epochs, path)
+        batch = checkpoints.position(meta, "batch", len(self.train), path)
+        before, began = checkpoints.seconds(meta, path), epoch + batch > 0
         try:
-            self.model.load_state_dict(state)
-            for i, p in enumerate(self.model.parameters()):
-                if f"momentum.{i}" in tensors:
-                    buffer = torch.empty_like(p).copy_(tensors[f"momentum.{i}"])  # in the memory format of p
-                    self.optimizer.state[p]["momentum_buffer"] = buffer
-            self.generator.set_state(tensors["rng"])
-            rows = len(self.memory)
-            self.memory.copy_(tensors["memory"][self.rank * rows : (self.rank + 1) * rows])
-            self.sums.copy_(tensors["sums"])
-            self.epoch, self.batch, self.before = int(meta["epoch"]), int(meta["batch"]), float(meta["seconds"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} belongs to another run ({error}); delete it to start the run again") from None
+            rng, memory, sums = (parts[k][""] for k in ("rng", "memory", "sums"))
+            checkpoints.check_tensor("memory", memory[: len(self.memory)], self.memory, path)
+            checkpoints.check_tensor("sums", sums, self.sums, path)
+            self.generator.set_state(rng)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise checkpoints.misfit(path, str(error)) from None
+        checkpoints.restore_module(self.model, parts["model"], path)
+        checkpoints.restore_optimizer(self.optimizer, parts["optimizer"], path, began)
+        rows = len(self.memory)
+        self.memory.copy_(memory[self.rank * rows : (self.rank + 1) * rows])
+        self.sums.copy_(sums)
+        self.epoch, self.batch, self.before = epoch, batch, before
         done = (self.epoch * len(self.train) + self.batch) * self.replays
         if done:  # both schedules are functions of the number of steps
             self.scheduler.last_epoch = done - 1
@@ -143,10 +155,7 @@ class Trainer:
                 self.scheduler.step()
 
     def load_weights(self, path: Path) -> None:
-        try:
-            self.model.load_state_dict(runs.read_tensors(path)[0])
-        except RuntimeError as error:
-            raise UserError(f"{path} holds weights of another network ({str(error)[:200]}); train it again") from None
+        checkpoints.restore_module(self.model, runs.read_weights(path)[0], path)
         self.model.eval()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 import baselines
 import data
@@ -120,7 +120,7 @@ class Settings:
     """Label inside the table; default eps=<255 eps>/255."""
     label: str = ""
     """Row of the table; default the method's name (R-LAP, PGD-10)."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<dataset>-<method>-<255 eps>."""
@@ -184,7 +184,7 @@ class Settings:
         self.published = published and own
         self.label = self.label or baselines.label(self.method, self.start, self.attack_steps, self.variant)
         self.setting = self.setting or f"eps={radius}/255"
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.dataset}-{self.label.lower()}-{radius}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{self.label.lower()}-{radius}")
 
     def recipe(self) -> lap.Recipe:
         """The variant's recipe, with the direction asked for."""

@@ -108,7 +108,7 @@ def test_damaged_runs(done, capsys, monkeypatch):
     weights.write_bytes(raw[: len(raw) // 2])
     assert "is damaged" in says()
     runs.write_tensors(weights, {"a": torch.zeros(1)})
-    assert "another network" in says()
+    assert "does not fit" in says()
     weights.unlink()
     assert "train the run first" in says()
     settings = json.loads((done / "settings.json").read_text())

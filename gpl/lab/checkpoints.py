@@ -79,6 +79,8 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], place: A
         for key, value in own.items():
             like = torch.zeros(()) if key == "step" else parameters[i].detach()
             check_tensor(f"the optimiser's {key} of parameter {i}", value, like, place)
+            if key != "step":  # in the parameter's memory format, else the next fused step is another sum
+                own[key] = torch.empty_like(like).copy_(value)
             if key in ("step", "exp_avg_sq", "max_exp_avg_sq") and bool((value < 0).any()):
                 raise misfit(place, f"the optimiser's {key} of parameter {i} is negative")
     bare = [i for i, p in enumerate(parameters) if p.requires_grad and i not in state]

@@ -21,6 +21,9 @@ class Lines(tqdm):
 
         return print_status
 
+    def set_postfix(self, ordered_dict=None, refresh=False, **kwargs) -> None:
+        super().set_postfix(ordered_dict, refresh=False, **kwargs)  # a new number is no reason for a new line
+
 
 def progress(
     iterable: Iterable | None = None,

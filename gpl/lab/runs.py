@@ -83,6 +83,14 @@ def _free_gpu() -> int | None:
     return None
 
 
+def finished(out: Path, seeds: tuple[int, ...] | list[int]) -> bool:
+    """Whether the run of a folder ended, and the records of its seeds are all still there."""
+    if not (out / "records.jsonl").is_file():
+        return False
+    there = {p.parent.name for p in out.glob("seed*/record*.json")}
+    return all(f"seed{k}" in there for k in seeds)
+
+
 class Run:
     """A run folder held by this process: settings checked, a lock taken, time counted. `part` tells apart the processes
     of one launch that share the folder."""
@@ -144,13 +152,7 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run ended, and its seeds' records are all still there."""
-        path = self.out / "records.jsonl"
-        if not path.is_file():
-            return False
-        seeds = self.settings.get("seeds")
-        there = {int(p.parent.name.removeprefix("seed")) for p in self.out.glob("seed*/record*.json")}
-        return not seeds or set(seeds) <= there
+        return finished(self.out, self.settings.get("seeds", ()))
 
     def log(self, seed: int, lines: list[dict], keep_to: int | None = None) -> None:
         """Append metric lines (each with "step") of a seed to metrics.jsonl and to TensorBoard; with `keep_to`, lines

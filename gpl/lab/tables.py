@@ -19,7 +19,7 @@ from lab.cells import check_tables, described, read_printed, render
 from lab.claims import UNKNOWN, counted, judged
 from lab.cli import HERE, SCALES, UserError, command, parse
 from lab.files import read_json, write_json, write_text
-from lab.records import COMMITTED, committed, local, long, take_over
+from lab.records import COMMITTED, KEYS, committed, local, long, take_over
 
 import claims
 import figures
@@ -74,9 +74,12 @@ def bottom_line(said: list[dict], found: dict[str, list[dict]], frames: dict, me
         if mine:
             sets = sorted({r["data"]["name"] for r in mine})
             data = ", ".join(sets[:4]) + (f" and {len(sets) - 4} more" if sets[4:] else "")
-            most = max(len({r["seed"] for r in mine if r["run"] == run}) for run in {r["run"] for r in mine})
-            seeds = f"up to {most} seeds" if most > 1 else "one seed"
-            sentences.append(f"Scale {scale}: {counted(said, scale)}, on {data}, {seeds} a run.")
+            seeds: dict[tuple, set[int]] = {}
+            for r in mine:
+                seeds.setdefault(tuple(r[k] for k in KEYS), set()).add(r["seed"])
+            most = max(map(len, seeds.values()))
+            told = f"up to {most} seeds" if most > 1 else "one seed"
+            sentences.append(f"Scale {scale}: {counted(said, scale)}, on {data}, {told} a number.")
     if total:
         sentences.append(f"Of the paper's {total:,} cells {measured:,} were measured at its own scale.")
     return " ".join(sentences)

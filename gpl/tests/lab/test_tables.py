@@ -67,7 +67,7 @@ def test_recording_makes_the_page_of_all_committed_records_and_the_same_one_twic
     text = (root / "RESULTS.md").read_text()
     order = ("First of all.", "## Claims", "## Scale demo", "## Scale paper")
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
-    assert "Scale demo: 1 of 1 claims hold, on d1, up to 2 seeds a run." in text
+    assert "Scale demo: 1 of 1 claims hold, on d1, up to 2 seeds a number." in text
     assert "Of the paper's 3 cells 1 were measured" in text
     assert "| A | f1 is above 40 (Table 1) | paper | f1: 50.50 ± 6.35 (2 seeds; above 40) | **holds** |" in text
     assert "| d | Control: a \\| b | demo |" in text and "0123456789" in text
