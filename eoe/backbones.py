@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
@@ -21,7 +22,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -259,7 +259,7 @@ def _encode(backbone: Backbone, images, batch: int, workers: int, rank: int, wor
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=backbone.device.type == "cuda",
     )
-    bar = tqdm(loader, desc=f"{backbone.name} {images.name}", disable=True if rank else None)
+    bar = progress(loader, f"{backbone.name} {images.name}", hide=bool(rank), unit="batch")
     try:
         return {i: backbone.encode_images(x) for i, x in zip(numbers, bar, strict=True)}
     except UserError as error:  # torch wraps what a worker raises into that worker's traceback

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
-
-from tqdm import tqdm
 
 Task = Literal["far", "near", "fine"]
 Variant = Literal["resemble", "dissimilar", "irrelevant"]
@@ -266,7 +265,7 @@ def envision(
     """All conversations of a task: near has one for each ID name with n names each, the others one with n in all."""
     done = dict(kept or {})
     wanted = {name: (name,) for name in dict.fromkeys(id_names)} if task == "near" else {"all": tuple(id_names)}
-    for key, names in tqdm(wanted.items(), desc="asking", disable=None if len(wanted) > 1 else True):
+    for key, names in progress(wanted.items(), "asking", len(wanted), hide=len(wanted) == 1):
         q = Question(task, variant, names, n if task == "near" else min(n, PER_CALL), kind)
 
         def keep(turns: list[dict], key: str = key) -> None:

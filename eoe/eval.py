@@ -9,8 +9,7 @@ python eval.py --run runs/demo/drawn                        # a trained stand-in
 import tempfile
 from pathlib import Path
 
-from lab import runs
-from lab.runs import UserError
+from lab import checkpoints, runs
 
 from accelerate import PartialState
 
@@ -22,19 +21,12 @@ from settings import EvalSettings, Settings
 def again(s: EvalSettings, device) -> None:
     """Evaluate a finished run of train.py from its weights; says whether its records agree."""
     folder = Path(s.run)
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        settings = Settings(**{**stored, "seeds": tuple(stored["seeds"])})
-        settings.check()
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    settings = runs.settings_from(folder / "settings.json", Settings)
+    settings.check()
     for seed in settings.seeds:
         model = standin.DualEncoder(settings.width)
-        tensors, _ = runs.read_tensors(folder / f"seed{seed}" / "model.safetensors")
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{folder} holds weights of another model ({error}); train it again") from None
+        path = folder / f"seed{seed}" / "model.safetensors"
+        checkpoints.restore_module(model, runs.read_weights(path)[0], path)
         with tempfile.TemporaryDirectory() as place:
             new = evaluation.drawn_seed(settings, runs.Run(Path(place), settings), seed, model.to(device), device)
         old = [runs.read_record(p) for p in sorted((folder / f"seed{seed}").glob("record*.json"))]
@@ -53,8 +45,8 @@ def main() -> None:
     if s.run:
         return again(s, device)
     s.table = s.table or ("demo" if s.synthetic else "own")
-    s.out = (
-        s.out or f"runs/{s.scale}/{'synthetic' if s.synthetic else s.table if s.table != 'own' else Path(s.id).name}"
+    s.out = s.out or runs.default_out(
+        s.scale, "synthetic" if s.synthetic else s.table if s.table != "own" else Path(s.id).name
     )
     # Several processes (`accelerate launch`) share out the images to encode; what follows takes seconds, on the first.
     state = PartialState()

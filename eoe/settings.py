@@ -39,7 +39,7 @@ class Settings:
     """Weight of the outlier term (paper: 0.25)."""
     table: str = "demo"
     """Table of RESULTS.md the records belong to."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/drawn."""
@@ -101,7 +101,7 @@ class EvalSettings:
     """Evaluate the encoders of this run of train.py again and compare with its records."""
     seeds: tuple[int, ...] = (0,)
     """--synthetic: seeds of the space. Otherwise which run of the language model (paper: 0 1 2; own lists: 0)."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table or id>."""

@@ -10,11 +10,11 @@ The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when 
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 import evaluation
 from settings import Settings
@@ -30,7 +30,7 @@ def train(t: Trainer, run: runs.Run, path: Path) -> None:
         print(f"resuming {run.out}, seed {t.seed}, at step {start}")
     lines: list[dict] = []
     t.model.train()
-    for step in tqdm(range(start, s.steps), initial=start, total=s.steps, desc=f"seed {t.seed}", disable=None):
+    for step in progress(range(start, s.steps), f"seed {t.seed}", s.steps, start):
         index = torch.randint(len(t.pictures), (s.batch,), generator=t.generator).to(t.device)
         for group in t.optimizer.param_groups:
             group["lr"] = t.rate(step)
@@ -57,7 +57,7 @@ def train(t: Trainer, run: runs.Run, path: Path) -> None:
 def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
-    s.out = s.out or f"runs/{s.scale}/drawn"
+    s.out = s.out or runs.default_out(s.scale, "drawn")
     device = runs.device(s.device)
     # Seeds are independent, so several processes (`accelerate launch`) simply share them out.
     state = PartialState()

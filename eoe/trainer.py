@@ -3,8 +3,7 @@
 import random
 from pathlib import Path
 
-from lab import runs
-from lab.runs import UserError
+from lab import checkpoints, runs
 
 import torch
 
@@ -47,23 +46,22 @@ class Trainer:
 
     def save(self, path: Path, step: int, seconds: float) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for i, p in enumerate(self.model.parameters()):
-            tensors |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        tensors |= {f"adam.{k}": v for k, v in checkpoints.pack_optimizer(self.optimizer).items()}
         tensors["rng"] = self.generator.get_state()
         runs.write_tensors(path, tensors, {"step": str(step), "seconds": str(seconds)})
 
     def load(self, path: Path) -> tuple[int, float]:
         """-> (steps done, seconds spent)."""
         tensors, meta = runs.read_tensors(path)
+        step, seconds = checkpoints.position(meta, "step", self.s.steps, path), checkpoints.seconds(meta, path)
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "adam": {}, "rng": {}}
+        for key, value in tensors.items():
+            group, _, name = key.partition(".")
+            parts.setdefault(group, {})[name] = value
+        checkpoints.restore_module(self.model, parts["model"], path)
+        checkpoints.restore_optimizer(self.optimizer, parts["adam"], path, began=step > 0)
         try:
-            self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-            for i, p in enumerate(self.model.parameters()):
-                found = {k: tensors[f"adam.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-                # The fused step walks memory: the moments need the layout (channels_last) of their parameter.
-                self.optimizer.state[p] = {
-                    k: v if k == "step" else torch.empty_like(p).copy_(v) for k, v in found.items()
-                }
-            self.generator.set_state(tensors["rng"])
-            return int(meta["step"]), float(meta["seconds"])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path} belongs to another model ({error}); delete it to start the run again") from None
+            self.generator.set_state(parts["rng"][""])
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise checkpoints.misfit(path, str(error)) from None
+        return step, seconds
