@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from domains import Domain, prepare
 
@@ -190,7 +190,7 @@ def _encode(model, domain: Domain, size: int, device, batch: int, workers: int, 
         num_workers=workers,
         pin_memory=device.type == "cuda",
     )
-    bar = tqdm(loader, desc=f"features of {domain.title}", disable=True if rank else None)
+    bar = progress(loader, f"features of {domain.title}", hide=bool(rank), unit="batch")
     return {i: model(x.to(device, non_blocking=True)).float().cpu() for i, x in zip(numbers, bar, strict=True)}
 
 

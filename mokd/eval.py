@@ -32,7 +32,7 @@ def main() -> None:
         except (KeyError, TypeError):
             raise UserError(f"{s.run} is no run of train.py") from None
     state = PartialState()
-    s.out = s.out or f"runs/{s.scale}/{s.table}-{Path(s.run or s.weights or s.backbone).stem}-{s.law}"
+    s.out = s.out or runs.default_out(s.scale, f"{s.table}-{Path(s.run or s.weights or s.backbone).stem}-{s.law}")
     ignore = ("out", "data_dir", "device", "batch", "workers")
     run = runs.Run(Path(s.out), s, ignore, state.process_index)
     if run.complete:

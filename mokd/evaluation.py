@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 
 import backbones
 import domains
@@ -181,7 +181,7 @@ def score(
         domain = domains.load(name, "test", runs.data_dir(s.data_dir), s.size, s.limit)
         found = backbones.features(model, domain, s.size, device, s.batch, s.workers)
         starts = range(0, s.tasks, BLOCK)
-        bar = tqdm(starts[state.process_index :: state.num_processes], f"{domain.title}, seed {seed}", disable=None)
+        bar = progress(starts[state.process_index :: state.num_processes], f"{domain.title}, seed {seed}", unit="batch")
         for start in bar:
             path = kept / f"{start:05d}.json"
             if not path.is_file():

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
-from lab.runs import SCALES, Number, UserError
+from lab.runs import SCALES, Number, UserError, default_out
 
 import episodes
 import methods
@@ -60,7 +60,7 @@ class Harness:
     setting: str = ""
     """Setting in the records; default: how tasks are drawn."""
     scale: str = "demo"
-    """smoke, demo or paper; goes into the record and the run folder, changes nothing else."""
+    """smoke, demo, real or paper; goes into the record and the run folder, changes nothing else."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the tasks (paper: 41 42 43 44 45), in train.py also of the weights."""
     data_dir: str = ""
@@ -177,7 +177,7 @@ class Settings(Harness):
             raise UserError("--rate is positive, --decay and --validate are not negative, --momentum lies in [0, 1)")
         if self.size < 16:
             raise UserError(f"--size must be at least 16 for a network, not {self.size}")
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.backbone}-{'-'.join(self.train)[:60]}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.backbone}-{'-'.join(self.train)[:60]}")
 
 
 @dataclass

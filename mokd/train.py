@@ -14,12 +14,12 @@ import math
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 import domains
 import evaluation
@@ -41,7 +41,7 @@ def train(t: trainer.Trainer, run: runs.Run, path: Path) -> None:
         start, run.before = t.load(path)
         print(f"resuming {run.out}, seed {t.seed}, at step {start}") if state.is_main_process else None
     keep_to, lines = start, []
-    bar = tqdm(t.batches(start), f"seed {t.seed}", s.steps, initial=start, disable=None if t.rank == 0 else True)
+    bar = progress(t.batches(start), f"seed {t.seed}", s.steps, start, hide=t.rank > 0)
     for step, batch in enumerate(bar, start):
         for group in t.optimizer.param_groups:
             group["lr"] = rate(s, step) * group["scale"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import numpy as np
@@ -296,14 +296,15 @@ class Trainer:
     def load(self, path: Path) -> tuple[int, float]:
         """-> (steps done, seconds spent)."""
         tensors, meta = runs.read_tensors(path)
+        step, seconds = checkpoints.position(meta, "step", self.s.steps, path), checkpoints.seconds(meta, path)
+        checkpoints.restore_module(self.net, {k[4:]: v for k, v in tensors.items() if k.startswith("net.")}, path)
+        self.optimizer.load({k: v for k, v in tensors.items() if k.startswith("optimizer.")}, path)
         try:
-            self.net.load_state_dict({k[4:]: v for k, v in tensors.items() if k.startswith("net.")})
-            self.optimizer.load(tensors)
             self.best, self.best_step = float(meta["best"]), int(meta["best_step"])
             self.best_state = {k[5:]: v.to(self.device) for k, v in tensors.items() if k.startswith("best.")}
-            return int(meta["step"]), float(meta["seconds"])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path} belongs to another run ({str(error)[:200]}); delete it to start again") from None
+        return step, seconds
 
 
 class Both:
@@ -329,19 +330,13 @@ class Both:
         for part in self.parts:
             part.step()
 
-    def _parameters(self) -> Iterator[tuple[str, torch.optim.Optimizer, Tensor]]:
-        for n, part in enumerate(self.parts):
-            for i, p in enumerate(p for g in part.param_groups for p in g["params"]):
-                yield f"optimizer.{n}.{i}", part, p
-
     def state(self) -> dict[str, Tensor]:
-        out = {}
-        for key, part, p in self._parameters():
-            out |= {f"{key}.{k}": v for k, v in part.state.get(p, {}).items() if isinstance(v, Tensor)}
-        return out
+        packed = {n: checkpoints.pack_optimizer(part) for n, part in enumerate(self.parts)}
+        return {f"optimizer.{n}.{k}": v for n, own in packed.items() for k, v in own.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for key, part, p in self._parameters():
-            found = {k.removeprefix(key + "."): v for k, v in tensors.items() if k.startswith(key + ".")}
-            # In the memory format of the parameter.
-            part.state[p] = {k: v if v.dim() == 0 else torch.empty_like(p).copy_(v) for k, v in found.items()}
+    def load(self, tensors: dict[str, Tensor], place: Path) -> None:
+        for n, part in enumerate(self.parts):
+            head = f"optimizer.{n}."
+            own = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
+            # A head whose domain was not drawn yet has no momentum.
+            checkpoints.restore_optimizer(part, own, place, began=False)
