@@ -1,15 +1,23 @@
-"""The settings of train.py: what each means, what the paper or its released code has, and which values are refused."""
+"""The settings of train.py and eval.py: what each means, what the paper or its released code has, and which values are
+refused."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import SCALES, Number, UserError
 
 import data
-import eval as evaluation
 import models
 import pixel_reweighting as pr
 from baselines import ARMS
+
+VERSIONS = ("standard", "plus", "rand")
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+
+
+def check_attack(version: str) -> None:
+    if version and version not in VERSIONS and not set(version.split(",")) <= set(ATTACKS):
+        raise UserError(f"--autoattack {version} is unknown; use {', '.join(VERSIONS)} or any of {', '.join(ATTACKS)}")
 
 
 @dataclass
@@ -98,6 +106,8 @@ class Settings:
     """Step of the final evaluation; -1: that of training (released code)."""
     test_steps: int = 20
     """Steps of PGD and MMA in the final evaluation (paper: 20)."""
+    skip_mma: bool = False
+    """Leave MMA, three times the cost of PGD, out of the final evaluation (paper: in)."""
     autoattack: str = ""
     """AutoAttack in the final evaluation: standard (paper), or its attacks joined by commas; empty: not run."""
     adaptive: bool = False
@@ -125,7 +135,7 @@ class Settings:
     """Label inside the table; default eps=<255 eps>/255."""
     tag: str = ""
     """Added to the name of the arms with masks in the tables, e.g. " (s=10)"."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal[SCALES] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<dataset>-<arms>-<255 eps>."""
@@ -137,6 +147,11 @@ class Settings:
     """auto, cpu, cuda or cuda:N."""
     dry_run: bool = False
     """Print the data and what would be trained, then stop."""
+
+    @property
+    def final_attacks(self) -> tuple[str, ...]:
+        """The attacks at uniform eps of the final evaluation."""
+        return ("pgd",) if self.skip_mma else ("pgd", "mma")
 
     def check_values(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -177,7 +192,7 @@ class Settings:
             raise UserError("--check compares the arms at and part; name both in --method")
         if self.corruptions and self.dataset != "cifar10":
             raise UserError(f"--corruptions is for --dataset cifar10, not {self.dataset}")
-        evaluation.check_attack(self.autoattack)
+        check_attack(self.autoattack)
 
     def resolve(self) -> None:
         """Put the published values where -1, 0, auto or nothing was given."""
@@ -225,3 +240,37 @@ class Settings:
 
     def label(self, arm: str) -> str:
         return ARMS[arm].label + "-AWP" * self.awp + (self.tag if ARMS[arm].region != "everywhere" else "")
+
+
+@dataclass
+class EvalSettings:
+    run: str
+    """Run folder written by train.py, or one seed of it (runs/.../seed0)."""
+    arm: str = ""
+    """Only this arm (part, at, ...); empty: all of the run."""
+    eps: Number = 0.0
+    """Radius of the attacks, the same at every pixel; 0: the run's --test-eps."""
+    steps: int = 0
+    """Steps of PGD and MMA; 0: as in the run's record."""
+    autoattack: str = ""
+    """AutoAttack: standard, or its attacks joined by commas (apgd-ce,square); empty: not run."""
+    adaptive: bool = False
+    """PGD and MMA with 20 to 100 steps, both with budgets from the victim's own maps, and the worst of all."""
+    corruptions: bool = False
+    """Mean accuracy on CIFAR-10-C, 15 corruptions of 5 severities (runs on CIFAR-10)."""
+    limit: int = 0
+    """First so many images of a fixed random order of the test set; 0: all."""
+    batch: int = 500
+    """Images a batch."""
+    write: bool = False
+    """Write what was measured into a record of its own (record-<arm>-eval.json) and every image's outcome beside it."""
+    data_dir: str = ""
+    """Folder of the raw data; default $REPRO_DATA, else ./data."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def check_values(self) -> None:
+        """Raise UserError for a value outside its range."""
+        check_attack(self.autoattack)
+        if min(self.steps, self.limit) < 0 or self.batch < 1 or not 0 <= self.eps <= 1:
+            raise UserError("--steps and --limit must not be negative, --batch at least 1, --eps in [0, 1]")

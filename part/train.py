@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import baselines
-import eval as evaluation
+import evaluation
 import models
 import pixel_reweighting as pr
 from baselines import ARMS, WARMUP
@@ -183,7 +183,8 @@ def evaluate(t: Trainer, p: Phase, out: Path) -> dict:
     """Metrics of the last weights of an arm; every image's outcome goes to images-<arm>.safetensors."""
     s = t.s
     index = evaluation.order(len(t.test.part), min(s.eval_limit, len(t.test.part)))
-    found = evaluation.attack_all(t.model, t.test, index, s.test_eps, s.test_step, s.test_steps, t.seed, world=t)
+    given = (s.test_eps, s.test_step, s.test_steps, t.seed, s.final_attacks)
+    found = evaluation.attack_all(t.model, t.test, index, *given, world=t)
     if s.autoattack:
         found["autoattack"] = evaluation.auto_attack(t.model, t.test, index, s.test_eps, s.autoattack, t.seed, t)
     if s.adaptive:

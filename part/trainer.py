@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import eval as evaluation
+import evaluation
 import models
 import pixel_reweighting as pr
 from baselines import QUADRANTS

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import attacks
 import baselines
 import models
-import train
+import settings
 
 
 def softmax(row):
@@ -93,7 +93,7 @@ def test_every_base_has_its_own_attack_and_loss(base):
     torch.manual_seed(0)
     net = models.build("resnet18-tiny", 4, 3).eval()
     x, y = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
-    s = train.Settings(step=0.03, steps=3, beta=2.0, tau=1)
+    s = settings.Settings(step=0.03, steps=3, beta=2.0, tau=1)
     start, e = 0.05 * torch.randn_like(x), torch.full((6, 1, 8, 8), 0.05)
     attack = {
         "at": lambda: attacks.pgd(net, x, y, start, 0.03, e, 3),
@@ -119,7 +119,7 @@ def test_every_base_has_its_own_attack_and_loss(base):
 
 @pytest.mark.parametrize("base", baselines.WARMUP)
 def test_the_start_is_uniform_at_eps_or_a_tiny_normal(base):
-    s = train.Settings()
+    s = settings.Settings()
     v = baselines.start(s, base, torch.zeros(50, 3, 16, 16), torch.Generator().manual_seed(0), 0.5)
     if base in ("at", "fat"):
         assert 0.999 < v.abs().max() / (0.5 * s.eps) <= 1 and v.std() / (0.5 * s.eps) == pytest.approx(
@@ -137,7 +137,7 @@ def test_every_arm_has_its_own_label_and_a_warm_up():
     assert all(a.base in baselines.WARMUP for a in baselines.ARMS.values())
     bases = ("at", "fat", "trades", "mart", "fat-trades")
     assert [baselines.awp_gamma(b) for b in bases] == [0.01, 0.01, 0.005, 0.005, 0.005]
-    s = train.Settings()
+    s = settings.Settings()
     assert [baselines.awp_wait(s, b) for b in bases] == [0, 0, 10, 0, 10]
     s.awp_warmup = 3
     assert {baselines.awp_wait(s, b) for b in bases} == {3}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-import eval as evaluation
+import evaluation
 import generated
 import glyphs
 import models

@@ -11,7 +11,9 @@ import pytest
 import torch
 from test_train import HERE, TINY
 
-import eval as evaluation
+import eval
+import evaluation
+import settings
 import train
 
 
@@ -100,18 +102,18 @@ def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, mo
 
 def test_evaluation_repeats_the_record_and_can_write_its_own(done, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--run", str(done), "--device", "cpu"])
-    evaluation.main()
+    eval.main()
     record = runs.read_record(done / "seed0" / "record-part.json")
     text = capsys.readouterr().out
     assert f"{record['metrics']['pgd']:6.2f}" in text and "says otherwise" not in text
     changed = {**record, "metrics": {**record["metrics"], "pgd": 99.0}}
     runs.write_json(done / "seed0" / "record-part.json", changed)
-    evaluation.main()
+    eval.main()
     assert "the record says otherwise: pgd 99.00 %" in capsys.readouterr().out
     monkeypatch.setattr(evaluation, "LONGER", (2, 3))
     args = ["x", "--run", str(done / "seed0"), "--arm", "part", "--steps", "3", "--autoattack", "apgd-ce", "--write"]
     monkeypatch.setattr(sys, "argv", [*args, "--adaptive", "--limit", "8", "--device", "cpu"])
-    evaluation.main()
+    eval.main()
     new = runs.read_record(done / "seed0" / "record-part-eval.json")
     assert new["table"] == "own-eval" and "steps=3 n=8" in new["setting"] and "union" in new["metrics"]
     assert not (done / "seed0" / "record-at-eval.json").exists()
@@ -119,13 +121,11 @@ def test_evaluation_repeats_the_record_and_can_write_its_own(done, capsys, monke
 
 def test_evaluation_errors(done, capsys, monkeypatch):
     def says(*args):
-        return told(capsys, monkeypatch, evaluation.main, ["--run", done, "--device", "cpu", *args])
+        return told(capsys, monkeypatch, eval.main, ["--run", done, "--device", "cpu", *args])
 
-    assert "no file" in told(capsys, monkeypatch, evaluation.main, ["--run", done.parent / "x" / "y"])
-    assert f"no file {done}/nosuch/settings.json" in told(
-        capsys, monkeypatch, evaluation.main, ["--run", done / "nosuch"]
-    )
-    assert "has no seed7" in told(capsys, monkeypatch, evaluation.main, ["--run", done / "seed7", "--device", "cpu"])
+    assert "no file" in told(capsys, monkeypatch, eval.main, ["--run", done.parent / "x" / "y"])
+    assert f"no file {done}/nosuch/settings.json" in told(capsys, monkeypatch, eval.main, ["--run", done / "nosuch"])
+    assert "has no seed7" in told(capsys, monkeypatch, eval.main, ["--run", done / "seed7", "--device", "cpu"])
     assert "--eps in [0, 1]" in says("--eps", "2")
     assert "has no arm fat; its arms are at, part" in says("--arm", "fat")
     assert "--corruptions is for runs on cifar10" in says("--corruptions")
@@ -169,7 +169,7 @@ def test_a_lost_record_is_made_again_from_a_new_warm_up(done, capsys, monkeypatc
 
 
 def test_two_runs_at_once_in_a_folder(tmp_path, capsys, monkeypatch):
-    held = runs.Run(tmp_path / "r", train.Settings())
+    held = runs.Run(tmp_path / "r", settings.Settings())
     assert "another process is writing" in told(capsys, monkeypatch, train.main, [*TINY, "--out", tmp_path / "r"])
     assert held.out.exists()
 

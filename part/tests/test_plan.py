@@ -5,6 +5,7 @@ from collections import Counter
 
 from lab import plan as plans
 from lab import runs, tables
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 
 import numpy as np
 import pandas as pd
@@ -13,15 +14,16 @@ import pytest
 import claims
 import data
 import figures
-import train
+import settings
 
 PLAN = plans.load_plan()
+CPU = "train_cpu_seconds_epoch"
 PRINTED = tables.read_printed(runs.HERE / "paper.csv")
 
 
 def resolved(job, scale):
     assert job.script == "train.py"
-    s = runs.parse(train.Settings, "", job.command(scale)[1:])
+    s = runs.parse(settings.Settings, "", job.command(scale)[1:])
     s.check_values()
     s.resolve()
     s.check_values()
@@ -36,7 +38,7 @@ def shown(view, where, key):
     return picked and all(names is None or key[k] in names for k, names in axes.items() if k != "metric")
 
 
-@pytest.mark.parametrize("scale", runs.SCALES)
+@pytest.mark.parametrize("scale", list(PLAN["scales"]))
 def test_every_run_is_valid_and_has_cells_of_its_own(scale):
     cells = Counter()
     for job in plans.jobs(PLAN, scale):
@@ -48,7 +50,7 @@ def test_every_run_is_valid_and_has_cells_of_its_own(scale):
 
 
 def test_a_run_by_hand_enters_no_table():
-    own = train.Settings().table
+    own = settings.Settings().table
     for view in PLAN["tables"]:
         where = view.get("where", {})["table"]
         assert own != where and own not in where
@@ -95,52 +97,66 @@ def frame(cells, table="main", dataset="Glyphs on texture", setting="eps=8/255")
 
 
 def verdict(claim, cells, **where):
-    return next(c.check for c in claims.CLAIMS if c.id == claim)(frame(cells, **where))[0]
+    return next(c for c in claims.CLAIMS if c.id == claim).judge(frame(cells, **where))[0]
 
 
 @pytest.mark.parametrize(
     ("claim", "holds", "fails"),
     [
-        ("1", {("PART", "natural"): [91.0, 93.0], ("AT", "natural"): [91.0, 91.0]}, 91.01),
-        ("2", {("PART", "pgd"): [68.0, 68.0], ("AT", "pgd"): [70.0, 70.0]}, 70.01),
-        ("3", {("PART", "mask_inside"): [40.0, 41.0], ("PART", "mask_inside_shuffled"): [39.0, 39.0]}, None),
-        ("6", {("PART", "train_cpu_seconds_epoch"): [1.15], ("AT", "train_cpu_seconds_epoch"): [1.0]}, 0.99),
+        ("1", {("PART", "natural"): [92.1, 93.1], ("AT", "natural"): [91.0, 92.0]}, [91.2, 92.2]),
+        ("2", {("PART", "pgd"): [68.1, 69.1], ("AT", "pgd"): [70.0, 71.0]}, [70.2, 71.2]),
+        ("3", {("PART", "mask_inside"): [40.0, 41.0], ("PART", "mask_inside_shuffled"): [39.0, 40.1]}, [41.0, 42.0]),
+        (
+            "6",
+            {("PART", "train_cpu_seconds_epoch"): [1.14, 1.14], ("AT", "train_cpu_seconds_epoch"): [1, 1]},
+            [0.9, 0.9],
+        ),
     ],
 )
 def test_claims_on_both_sides_of_the_bar(claim, holds, fails):
-    assert verdict(claim, holds) is True
-    other = list(holds)[1]
-    worse = {**holds, other: [fails] * len(holds[other]) if fails else [39.0, 41.0]}
-    assert verdict(claim, worse) is False
-    assert verdict(claim, {list(holds)[0]: [1.0]}) is None
+    assert verdict(claim, holds) == HOLDS
+    first, other = holds
+    assert verdict(claim, {**holds, other: fails}) == FAILS
+    assert verdict(claim, {first: [1.0, 1.0]}) == UNKNOWN
+    one = {k: v[:1] for k, v in holds.items()}
+    assert verdict(claim, one) == UNDECIDED  # one seed has no interval
+    assert verdict(claim, {first: [60.0, 120.0], other: [60.0, 60.0]}) == UNDECIDED  # seeds too far apart
 
 
 @pytest.mark.parametrize(("claim", "base"), [("4", "PART shuffled"), ("5", "AT mean budget")])
 def test_controls_need_both_accuracies(claim, base):
-    cells = {("PART", "natural"): [90.0], (base, "natural"): [89.0], ("PART", "pgd"): [70.0], (base, "pgd"): [70.5]}
-    assert verdict(claim, cells) is True
-    assert verdict(claim, {**cells, (base, "pgd"): [70.6]}) is False
-    assert verdict(claim, {**cells, (base, "natural"): [89.6]}) is False
+    cells = {("PART", "natural"): [90.0, 91.0], (base, "natural"): [89.0, 90.0]}
+    cells |= {("PART", "pgd"): [70.0, 71.0], (base, "pgd"): [70.4, 71.4]}
+    assert verdict(claim, cells) == HOLDS
+    assert verdict(claim, {**cells, (base, "pgd"): [70.6, 71.6]}) == FAILS
+    assert verdict(claim, {**cells, (base, "natural"): [89.6, 90.6]}) == FAILS
     cells.pop((base, "pgd"))
-    assert verdict(claim, cells) is None
+    assert verdict(claim, cells) == UNKNOWN
 
 
 def test_a_claim_over_nine_cells_holds_only_when_all_are_measured():
     def rows(gap, sets=claims.PAPER_SETS):
         return pd.concat(
             [
-                frame({(b, "natural"): [80.0], (f"{o} (s=1)", "natural"): [80.0 + gap]}, dataset=d)
+                frame({(b, "natural"): [80.0, 81.0], (f"{o} (s=1)", "natural"): [80.0 + gap, 81.0 + gap]}, dataset=d)
                 for d in sets
                 for b, o in claims.PAIRS
             ]
         )
 
-    check = next(c.check for c in claims.CLAIMS if c.id == "A")
-    assert check(rows(0.5))[0] is True and check(rows(-0.1))[0] is False
-    assert check(rows(0.5, ["CIFAR-10"]))[0] is None and check(rows(-0.5, ["SVHN"]))[0] is False
-    figure = {("AT low upper-left", k): [50.0] for k in ("natural", "pgd")}
-    figure |= {("AT low lower-right", k): [49.0] for k in ("natural", "pgd")}
-    assert verdict("E", figure, table="figure1") is True
+    claim = next(c for c in claims.CLAIMS if c.id == "A")
+    assert claim.judge(rows(0.5))[0] == HOLDS and claim.judge(rows(-0.1))[0] == FAILS
+    assert claim.judge(rows(0.5, ["CIFAR-10"]))[0] == UNKNOWN and claim.judge(rows(-0.5, ["SVHN"]))[0] == FAILS
+    figure = {("AT low upper-left", k): [50.0, 51.0] for k in ("natural", "pgd")}
+    figure |= {("AT low lower-right", k): [49.0, 50.0] for k in ("natural", "pgd")}
+    assert verdict("E", figure, table="figure1") == HOLDS
+
+
+def test_bottom_line_sets_the_budget_beside_its_place():
+    cells = {(m, "natural"): [v, v + 1] for m, v in (("AT", 80), ("PART", 82), ("PART shuffled", 82))}
+    (line,) = claims.bottom_line({"demo": frame(cells)})
+    assert line.endswith("+2.00 ± 0.00 points against AT, +0.00 ± 0.00 points against PART shuffled.")
+    assert claims.bottom_line({}) == []
 
 
 def test_figures_are_drawn_and_arms_can_be_told_apart(tmp_path):

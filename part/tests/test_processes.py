@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     assert again.returncode == 0 and again.stdout.count("is complete") == 1
     script = tmp_path / "show.py"  # torchrun takes --run for an option of its own
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import eval, runs\n"
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import eval\nfrom lab import runs\n"
         f"sys.argv += ['--run', {str(tmp_path / 'two')!r}]\nruns.command(eval.main)\n"
     )
     shown = launch("--arm", "part", "--device", "cpu", "--batch", "9", script=script)
@@ -102,7 +102,7 @@ def test_a_run_of_two_processes_is_taken_up_by_one_and_by_two(tmp_path, monkeypa
     script = tmp_path / "cut.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import os, train, runs\nfrom trainer import Trainer\nsave, count = Trainer.save, [0]\n"
+        "import os, train\nfrom lab import runs\nfrom trainer import Trainer\nsave, count = Trainer.save, [0]\n"
         "def cut(self, path, seconds):\n    save(self, path, seconds); count[0] += 1\n"
         "    if count[0] == 5: os._exit(9)\nTrainer.save = cut\nruns.command(train.main)\n"
     )

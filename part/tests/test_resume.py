@@ -14,6 +14,7 @@ import torch
 from test_train import HERE, TINY, lines, run_main
 
 import data
+import settings
 import train
 from trainer import CROPS, Trainer
 
@@ -64,7 +65,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, whole, at):
 
 def test_crops_go_on_where_they_were_cut(tmp_path):
     """The glyphs are not augmented, so the runs above do not tell."""
-    s = runs.parse(train.Settings, "", TINY)
+    s = runs.parse(settings.Settings, "", TINY)
     s.resolve()
     kind = dataclasses.replace(data.KINDS["glyphs"], pad=2, flip=True)
     sets = dataclasses.replace(data.load("glyphs", tmp_path, train_limit=90), kind=kind)

@@ -12,8 +12,9 @@ import torch
 
 import baselines
 import data
-import eval as evaluation
+import evaluation
 import pixel_reweighting as pr
+import settings
 import train
 from trainer import Trainer
 
@@ -24,7 +25,7 @@ TINY += ["--probe-steps", "1", "--test-steps", "2", "--eval-limit", "40", "--dev
 
 
 def parsed(*args):
-    s = runs.parse(train.Settings, "", [*TINY, *args])
+    s = runs.parse(settings.Settings, "", [*TINY, *args])
     s.check_values()
     s.resolve()
     return s
@@ -191,11 +192,11 @@ def test_learning_rates_at_the_drops():
 
     assert rates("released") == [1, 1, 1, 0.1, 0.1, 0.01]
     assert rates("total") == [1, 0.1, 0.1, 0.01, 0.01, 0.01]
-    s = runs.parse(train.Settings, "", ["--dataset", "cifar10"])
+    s = runs.parse(settings.Settings, "", ["--dataset", "cifar10"])
     s.resolve()
     assert (s.epochs, s.warmup, s.lr, s.steps, s.batch, s.model) == (80, 20, 0.01, 10, 128, "resnet18")
     assert s.eps_low == pytest.approx(7 / 255) and s.step == pytest.approx(2 / 255) and s.eps_ramp == 0
-    s = runs.parse(train.Settings, "", ["--dataset", "svhn"])
+    s = runs.parse(settings.Settings, "", ["--dataset", "svhn"])
     s.resolve()
     assert s.step == s.test_step == pytest.approx(1 / 255) and s.weight_decay == 3.5e-3
 
@@ -372,6 +373,15 @@ def test_check_fails_when_part_gains_nothing(tmp_path, monkeypatch):
     assert train.verdict(rows)
     rows[1]["metrics"]["pgd"] = 27.9
     assert not train.verdict(rows)
+
+
+def test_without_mma_the_rest_of_the_record_is_the_same(monkeypatch, tmp_path):
+    found = []
+    for name, more in (("a", []), ("b", ["--skip-mma"])):
+        run_main(monkeypatch, *TINY, "--method", "at", "--out", str(tmp_path / name), *more)
+        found.append(json.loads((tmp_path / name / "seed0" / "record-at.json").read_text())["metrics"])
+    assert "mma" in found[0] and found[1].keys() == found[0].keys() - {"mma"}
+    assert all(found[0][k] == found[1][k] for k in ("natural", "pgd", "budget", "curve_loss"))
 
 
 def test_evaluation_does_not_touch_training(monkeypatch):
