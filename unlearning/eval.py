@@ -45,12 +45,9 @@ def main() -> None:
     if e.alpha != -1 and not 0 <= e.alpha <= 1 or e.literal < 0:
         raise UserError("--alpha must lie in [0, 1] and --literal must not be negative")
     folder = Path(e.run)
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except TypeError as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
-    s.data_dir, s.device = e.data_dir, e.device
+    s = runs.settings_from(folder / "settings.json", Settings, data_dir=e.data_dir, device=e.device)
+    s.check()
+    s.resolve()
     for name in ("methods", "forget"):
         unknown = [x for x in getattr(e, name) if x not in getattr(s, name)]
         if unknown:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
-from tqdm import tqdm
 
 from data import QA, Batch, Encoded, by_length, collate, encode
 
@@ -119,7 +119,7 @@ def generate(lm, prompts: Sequence[Sequence[int]], most: Sequence[int], end: int
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + most[i])
     out: list[list[int]] = [[] for _ in prompts]
     with evaluating(lm):
-        for at in tqdm(range(0, len(order), batch), "generating", leave=False, disable=len(order) < 500):
+        for at in progress(range(0, len(order), batch), "generating", hide=len(order) < 500):
             index = order[at : at + batch]
             longest = max(len(prompts[i]) for i in index)
             rows = [[end] * (longest - len(prompts[i])) + list(prompts[i]) for i in index]

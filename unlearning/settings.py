@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 import control
 import data
@@ -133,7 +133,7 @@ class Settings:
     """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
     label: str = ""
     """Goes behind the method's name in the table; default: what differs from the preset (T=2); none: nothing."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<preset>-<dataset>."""
@@ -207,7 +207,7 @@ class Settings:
         self.train_accum = self.train_accum or (1 if scratch else 8)
         self.batch, self.accum = self.batch or (8 if mini else 4), self.accum or (1 if mini else 4)
         self.forget = self.forget or data.splits(self.dataset)
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.preset}-{self.dataset}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.preset}-{self.dataset}")
         self.models = self.models or str(Path(self.out).parent / "models")
 
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lab import runs
+from lab import checkpoints, runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
-from tqdm import tqdm
 
 from data import generator
 from models import LM, set_weights, weights
@@ -151,7 +151,7 @@ class Trainer:
             lines.clear()
 
         self.lm.train()
-        bar = tqdm(range(self.step, self.steps), title, self.steps, initial=self.step, disable=None if lead else True)
+        bar = progress(range(self.step, self.steps), title, self.steps, self.step, hide=not lead)
         for _ in bar:
             logged = self.update(micro)
             total += sum(0 * logged[k].float().to(self.device) for k in ("loss", "grad_norm") if k in logged)
@@ -189,8 +189,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         tensors = {f"model.{k}": v for k, v in weights(self.lm).items()}
-        for i, p in enumerate(self.plain_optimizer.param_groups[0]["params"]):
-            tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in self.plain_optimizer.state.get(p, {}).items()}
+        tensors |= {f"adam.{k}": v for k, v in checkpoints.pack_optimizer(self.plain_optimizer).items()}
         return runs.write_tensors(path, tensors, meta)
 
     @property
@@ -208,21 +207,13 @@ class Trainer:
         elif path.is_file():
             tensors, meta = runs.read_tensors(path)
             set_weights(self.lm, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
-            try:
-                for i, p in enumerate(self.plain_optimizer.param_groups[0]["params"]):
-                    own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
-                    # In the memory format of the parameter; the count of steps stays a number of its own.
-                    self.plain_optimizer.state[p] = {
-                        k: v if k == "step" else torch.empty_like(p, dtype=v.dtype).copy_(v) for k, v in own.items()
-                    }
-            except (RuntimeError, KeyError) as error:
-                raise UserError(f"{path} belongs to another run ({error}); delete it to start the run again") from None
+            own = {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}
+            began = checkpoints.position(meta, "step", self.steps, path) > 0
+            checkpoints.restore_optimizer(self.plain_optimizer, own, path, began)
         else:
             return False
-        try:
-            self.step, self.before = int(meta["step"]), float(meta["seconds"])
-        except (KeyError, ValueError):
-            raise UserError(f"{path} belongs to another run; delete it to start the run again") from None
+        self.step = checkpoints.position(meta, "step", self.steps, path)
+        self.before = checkpoints.seconds(meta, path)
         return True
 
     def full_weights(self) -> dict[str, Tensor]:
