@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 STEPS = 1000  # of the forward process
 
@@ -221,7 +221,7 @@ def modify(
     parts = [range(i, min(i + shard, len(images))) for i in range(0, len(images), shard)]
     paths = [folder / f"shard-{k:05d}.safetensors" for k in range(len(parts))]
     todo = [k for k in range(rank, len(parts), world) if not paths[k].is_file()]
-    for k in tqdm(todo, "modifying", disable=not show or not todo, unit="shard"):
+    for k in progress(todo, "modifying", len(todo), hide=not show or not todo, unit="shard"):
         found = [edit_safely(generator, images, labels, seed, part) for part in _chunks(parts[k], batch)]
         full, ok = torch.cat([f for f, _ in found]), torch.cat([o for _, o in found])
         tensors = {"full": full, "ok": ok, "label": labels[parts[k].start : parts[k].stop].clone()}

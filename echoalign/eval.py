@@ -23,12 +23,7 @@ def open_run(run: str, **changed):
     folder, only = Path(run), None
     if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
         folder, only = folder.parent, folder.name
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        s = Settings(**{**stored, "download": False, "check": False, **changed})
-    except TypeError as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    s = runs.settings_from(folder / "settings.json", Settings, download=False, check=False, **changed)
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:
         raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")

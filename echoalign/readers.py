@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lab.progress import progress
 from lab.runs import HERE, UserError, read_tensors, write_tensors
 
 import numpy as np
@@ -226,12 +227,10 @@ def _pictures(name: str, items: list[tuple[Path, int]], side: int, tag: str) -> 
     stamp = hashlib.sha256("\n".join(f"{p.parent.name}/{p.name} {k}" for p, k in items).encode()).hexdigest()[:12]
     cache = HERE / "data" / "cache" / f"{name}-{tag}-{side}-{stamp}.npy"
     if not cache.is_file():
-        from tqdm import tqdm
-
         cache.parent.mkdir(parents=True, exist_ok=True)
         half = cache.with_suffix(".half")
         out = np.lib.format.open_memmap(half, mode="w+", dtype=np.uint8, shape=(len(items), side, side, 3))
-        for i, (path, _) in enumerate(tqdm(items, f"decoding {name} {tag}")):
+        for i, (path, _) in enumerate(progress(items, f"decoding {name} {tag}", len(items))):
             try:
                 picture = Image.open(path).convert("RGB")
             except (UnidentifiedImageError, OSError) as error:

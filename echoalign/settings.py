@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 import methods
 import models
@@ -249,7 +249,7 @@ class Settings:
     """Label inside the table; default the noise and its rate."""
     label: str = ""
     """Row of the table, for a run of a single method; default the method's name."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<dataset>-<noise>-<rate>."""
@@ -362,7 +362,7 @@ class Settings:
         place = f"{self.noise} {self.rate:g}" if self.noise in label_noise.SYNTHETIC else self.noise
         self.setting = self.setting or place
         name = place.replace(" ", "-")
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.dataset}-{name}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{name}")
 
 
 # A run may be started again with other values of these.

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import models
 from features import to_input
@@ -216,24 +216,16 @@ class Learner:
         out = {f"buffer.{k}": v for k, v in self.buffers.items()}
         for k, (net, opt) in enumerate(zip(self.plain, self.optimizers, strict=True)):
             out |= {f"net{k}.{n}": v for n, v in net.state_dict().items()}
-            for g, p in enumerate(p for group in opt.param_groups for p in group["params"]):
-                for key, v in opt.state.get(p, {}).items():
-                    if torch.is_tensor(v):
-                        out[f"opt{k}.{g}.{key}"] = v
+            out |= {f"opt{k}.{name}": v for name, v in checkpoints.pack_optimizer(opt).items()}
         return out
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
+    def restore(self, tensors: dict[str, Tensor], place: Path) -> None:
         for k, (net, opt) in enumerate(zip(self.plain, self.optimizers, strict=True)):
             head = f"net{k}."
-            net.load_state_dict({n[len(head) :]: v for n, v in tensors.items() if n.startswith(head)})
-            params = [p for group in opt.param_groups for p in group["params"]]
-            for name, v in tensors.items():
-                if name.startswith(f"opt{k}."):
-                    _, g, key = name.split(".", 2)
-                    p = params[int(g)]
-                    # In the memory format of the parameter, else the next fused step is another sum.
-                    # Adam's step counter stays where it was made.
-                    opt.state[p][key] = torch.empty_like(p).copy_(v) if key != "step" else v.clone()
+            own = {n[len(head) :]: v for n, v in tensors.items() if n.startswith(head)}
+            checkpoints.restore_module(net, own, place)
+            moved = {n.partition(".")[2]: v for n, v in tensors.items() if n.startswith(f"opt{k}.")}
+            checkpoints.restore_optimizer(opt, moved, place, began=False)  # a phase may begin with a new optimiser
         for name, v in tensors.items():
             if name.startswith("buffer."):
                 self.buffers[name[7:]] = v.to(self.device)
@@ -259,10 +251,11 @@ def fit(
     if checkpoint.is_file():
         tensors, meta = runs.read_tensors(checkpoint)
         try:
-            first, before, curve = int(meta["epoch"]), float(meta["seconds"]), runs.json.loads(meta["curve"])
+            first = checkpoints.position(meta, "epoch", len(steps), checkpoint)
+            before, curve = checkpoints.seconds(meta, checkpoint), runs.json.loads(meta["curve"])
             learner.phase = meta["phase"]
             learner.resume(meta["phase"]) if hasattr(learner, "resume") else None
-            learner.restore(tensors)
+            learner.restore(tensors, checkpoint)
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             text = str(error)[:160]
             raise UserError(f"{checkpoint} belongs to another run ({text}); delete it to start again") from None
@@ -270,7 +263,7 @@ def fit(
     if log:
         log([], first)
     started, seen = time.perf_counter(), "-"
-    bar = tqdm(range(first, len(steps)), label, len(steps), initial=first, disable=not show, leave=False)
+    bar = progress(range(first, len(steps)), label, len(steps), first, hide=not show)
     for at in bar:
         phase, epoch = steps[at]
         if phase != learner.phase:

@@ -1,5 +1,7 @@
 """Baselines of one or two networks on noisy labels: loss correction, co-teaching, early-learning regularisation."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,8 +100,8 @@ class Revision(Reweight):
             self.buffers.setdefault("delta", self.delta.data)
             self.optimizers = [torch.optim.Adam([*self.plain[0].parameters(), self.delta], self.s.revision_lr)]
 
-    def restore(self, tensors: dict) -> None:
-        super().restore(tensors)
+    def restore(self, tensors: dict, place: Path) -> None:
+        super().restore(tensors, place)
         if self.phase == "revise":
             self.delta.data.copy_(self.buffers["delta"])
             self.buffers["delta"] = self.delta.data

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from echomod import STEPS, alphas, noise_of, sdedit, timesteps, to_images, to_signal
 
@@ -208,8 +208,8 @@ def train(
         print(f"resuming the generator at step {first}")
     x_all, hint_all, y_all = to_signal(images).to(device), control_map(images, control).to(device), labels.to(device)
     a, started = alphas().float().to(device), time.perf_counter()
-    total, bar = torch.zeros((), device=device), tqdm(range(first, steps), f"generator {kind}", steps, initial=first)
-    bar.disable = not show
+    total = torch.zeros((), device=device)
+    bar = progress(range(first, steps), f"generator {kind}", steps, first, hide=not show)
     net.train()
     for step in bar:
         draw = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)

@@ -141,7 +141,7 @@ def test_a_broken_or_foreign_checkpoint_is_told(done, capsys, monkeypatch, cache
     path.write_bytes(b"cut off")
     assert "is damaged" in told(capsys, monkeypatch, train.main, args)
     runs.write_tensors(path, {"net0.x": torch.zeros(1)}, {"epoch": "1", "seconds": "0", "curve": "[]", "phase": "main"})
-    assert "belongs to another run" in told(capsys, monkeypatch, train.main, args)
+    assert "does not fit this run" in told(capsys, monkeypatch, train.main, args)
 
 
 def test_noise_of_a_set_that_has_its_own_and_single_classes(capsys, monkeypatch, tmp_path):
