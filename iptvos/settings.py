@@ -94,7 +94,7 @@ class EvalSettings(Pipeline):
     table: str = "own"
     """Table of RESULTS.md the records belong to; runs started by hand stand in none."""
     scale: str = "demo"
-    """smoke, demo or paper; goes into the record and the run folder, changes nothing else."""
+    """smoke, demo, real or paper; goes into the record and the run folder, changes nothing else."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the query points, in procedural videos also of the video."""
     data_dir: str = ""
@@ -147,7 +147,7 @@ class TrainSettings:
     table: str = "own"
     """Table of RESULTS.md the records belong to; runs started by hand stand in none."""
     scale: str = "demo"
-    """smoke, demo or paper; goes into the record and the run folder, changes nothing else."""
+    """smoke, demo, real or paper; goes into the record and the run folder, changes nothing else."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     out: str = ""
