@@ -348,8 +348,8 @@ def test_stage_three_from_files(tmp_path):
     }
     (tmp_path / "regions.json").write_text(json.dumps(data))
     words = ["--preset", "tiny", "--batch", "2", "--device", "cpu"]
-    done = run("train.py", *words, "--stage", "2", "--steps", "2", "--out", tmp_path / "two", "--scene-count", "20")
-    assert done.returncode == 0, done.stderr
+    before, _ = make("tiny", stage=2)
+    runs.write_tensors(tmp_path / "two" / "seed0" / "model.safetensors", dict(before.named_parameters()))
     words += [
         "--stage",
         "3",
@@ -378,6 +378,8 @@ def test_stage_three_from_files(tmp_path):
     assert m["steps"] == 2 and "csr" not in m and "nip" not in m and m["ntp"] > 0
     model, s = build.load_run(tmp_path / "three", "cpu")
     assert model.denoiser is None and s.stage == 3 and model.encoder.region_proj is not None
+    trunk = dict(before.encoder.trunk.named_parameters())  # frozen in stage 3: still those of stage 2
+    assert all(torch.equal(p, trunk[k]) for k, p in model.encoder.trunk.named_parameters())
     assert m["skipped"] == 0
     (tmp_path / "images" / "1.png").write_bytes(b"no picture")
     words[words.index(tmp_path / "three")] = tmp_path / "broken"
