@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
-from tqdm import tqdm
 
 import recipe
 import sources
@@ -53,7 +53,7 @@ def fit(t: Trainer, path: Path, log: Callable[[list[dict]], None], *, until: int
         lines.clear()
 
     t.modes()
-    for _ in tqdm(range(t.step, until), title, until, initial=t.step, disable=None if lead else True):
+    for _ in progress(range(t.step, until), title, until, t.step, hide=not lead):
         logged = t.update()
         bad += sum(0 * v.float().to(bad.device) for v in logged.values())
         t.step += 1

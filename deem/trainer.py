@@ -231,8 +231,11 @@ class Trainer:
         for i, p in enumerate(p for g in self.plain_optimizer.param_groups for p in g["params"]):
             own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
             # In the memory format of the parameter; the count of steps stays a number of its own.
+            # A fused optimiser asks for the count on the parameter's device.
             self.plain_optimizer.state[p] = {
-                k: v if k == "step" else torch.empty_like(p, dtype=v.dtype).copy_(fitting(f"adam.{i}.{k}", p))
+                k: v.to(p.device)
+                if k == "step"
+                else torch.empty_like(p, dtype=v.dtype).copy_(fitting(f"adam.{i}.{k}", p))
                 for k, v in own.items()
             }
 

@@ -15,11 +15,11 @@ import threading
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 import data
 import export
@@ -294,7 +294,7 @@ def main() -> None:
         app = App(s, video)
         app.ids = tuple(sorted({o for _, given in rounds for o in given}))
         app.reset()
-        for t, given in tqdm(rounds, "rounds", disable=None):
+        for t, given in progress(rounds, "rounds"):
             app.session.interact(t, given)
         app.labels = app.session.labels()
         for path in app.write(Path(s.export)):

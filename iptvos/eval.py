@@ -12,10 +12,10 @@ Nothing is trained. A video that is done is kept: the same command goes on where
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 
 import cv2
 import torch
-from tqdm import tqdm
 
 import data
 import export
@@ -44,7 +44,7 @@ def main() -> None:
     parts = pipeline.build(s)
     device = parts[1].device
     todo = [(seed, name) for seed in s.seeds for name in names]
-    bar = tqdm(todo, s.method, disable=None)
+    bar = progress(todo, s.method, len(todo))
     for seed, name in bar:
         path = run.folder(seed) / f"record-{name}.json"
         if path.is_file():

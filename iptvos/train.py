@@ -13,13 +13,13 @@ import pickle
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import prompts
@@ -92,7 +92,9 @@ def fit(s: TrainSettings, run: runs.Run, seed: int, device) -> None:
     optimizer = torch.optim.AdamW(sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     if path.is_file():
         try:
-            saved = torch.load(path, map_location=device, weights_only=True)
+            saved = torch.load(
+                path, map_location="cpu", weights_only=True
+            )  # load_state_dict puts each tensor where it belongs
             sam.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             first, run.before = saved["step"], max(run.before, saved["seconds"])
@@ -108,7 +110,7 @@ def fit(s: TrainSettings, run: runs.Run, seed: int, device) -> None:
             kind = type(error).__name__
             raise UserError(f"{path} is damaged or another model's ({kind}); delete it and start again") from None
     run.log(seed, [], keep_to=first)
-    for step in tqdm(range(first, s.steps), f"tiny SAM, seed {seed}", disable=None):
+    for step in progress(range(first, s.steps), f"tiny SAM, seed {seed}", s.steps - first):
         rng = np.random.default_rng([seed, step])  # a stream a step, so that a resumed run sees the same pictures
         given = [picture(rng) for _ in range(s.batch)]
         for group in optimizer.param_groups:

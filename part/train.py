@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import baselines
 import evaluation
@@ -139,7 +139,7 @@ def train(t: Trainer, p: Phase, seed: int, out: Path, run: runs.Run | None, star
         t.save(path, t.before + time.perf_counter() - started)
 
     hide = None if run else True
-    bar = tqdm(range(t.epoch, p.last), f"{p.name} seed {seed}", p.last - p.first, initial=done, disable=hide)
+    bar = progress(range(t.epoch, p.last), f"{p.name} seed {seed}", p.last - p.first, done, hide=bool(hide))
     for _ in bar:
         clock, cpu = time.perf_counter(), time.process_time()
         whole = t.batch == 0

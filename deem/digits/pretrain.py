@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from digits import scenes
 from documents import sequences
@@ -80,7 +80,7 @@ def fit(parameters: list, steps: int, lr: float, loss: Callable[[int], Tensor], 
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    for step in tqdm(range(steps), title, disable=None):
+    for step in progress(range(steps), title, steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         value = loss(step)

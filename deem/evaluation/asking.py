@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
-from tqdm import tqdm
 
 from documents import prompts
 from documents.readers import Picture
@@ -83,7 +83,7 @@ def ask(
     settings = generation if generation is not None else GENERATION.get(kind, SHORT)
     finished = {r["index"] for r in done}
     file = open(log, "a") if log is not None else None  # noqa: SIM115
-    bar = tqdm(total=len(questions), initial=len(done), desc=title or kind, unit="question", disable=None)
+    bar = progress(desc=title or kind, total=len(questions), initial=len(done), unit="question")
     try:
         for batch in plan:
             if batch[0] in finished:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.progress import progress
 from lab.runs import UserError
 
 import torch
-from tqdm import tqdm
 
 from documents import prompts
 from documents.document import Picture
@@ -45,7 +45,7 @@ def draw(
     clip = load_clip(s.clip, s.clip_weights, device, s.download) if samples > 1 else None
     folder.mkdir(parents=True, exist_ok=True)
     size, count = 0, 0
-    for start in tqdm(range(0, len(questions), s.batch_size), desc=one.label, unit="batch", disable=None):
+    for start in progress(range(0, len(questions), s.batch_size), one.label, unit="batch"):
         part = questions[start : start + s.batch_size]
         paths = [folder / f"{start + k:06d}.png" for k in range(len(part))]
         if not all(p.is_file() for p in paths):

@@ -73,7 +73,8 @@ class Difference:
             return f"{self.name}: not measured"
         mean, half = interval(self.values)
         spread = f" ± {half:.{self.digits}f}" if half == half else ""
-        unit = self.unit if self.unit in ("", "%") else f" {self.unit}"
+        unit = f" {self.unit}" if self.unit else ""
+        sign = "+" if 0 in (self.above, self.below) or " - " in self.name else ""  # of a difference, not of a level
         bars = [f"above {self.above:g}"] if self.above is not None else []
         bars += [f"below {self.below:g}"] if self.below is not None else []
         n = len(self.values)
@@ -83,7 +84,7 @@ class Difference:
             needed = self.needed()
             more = "; one decides nothing" if n == 1 else f"; about {needed} would decide" if needed else ""
             more = more or f"; more than {MOST} would be needed"
-        return f"{self.name}: {mean:+.{self.digits}f}{spread}{unit} ({n} {units}; {' and '.join(bars)}{more})"
+        return f"{self.name}: {mean:{sign}.{self.digits}f}{spread}{unit} ({n} {units}; {' and '.join(bars)}{more})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,15 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
         raise UserError(f"{path} is damaged ({error}); delete it and start the run again") from None
 
 
+def read_weights(path: Path) -> tuple[dict, dict[str, str]]:
+    """As read_tensors; UserError also for values that are not finite: nothing can be measured with such weights."""
+    tensors, meta = read_tensors(path)
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())]
+    if bad:
+        raise UserError(f"{path}: {bad[0]} holds values that are not finite; train the run again")
+    return tensors, meta
+
+
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())

@@ -23,22 +23,62 @@ KEYS = ["table", "dataset", "setting", "method"]  # what names a cell of a table
 COMMITTED = ("real", "demo", "paper")  # scales whose records are committed, in the order of RESULTS.md
 
 
+def _finite(value: Any) -> bool:
+    """No NaN and no infinity in a value out of JSON."""
+    if isinstance(value, dict | list):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _wrong(r: Any) -> str:
+    """What makes a value no record; empty for one."""
+    if not isinstance(r, dict):
+        return "it is no object"
+    gone = [k for k in RECORD_KEYS if k not in r]
+    if gone:
+        return f"{gone[0]} is missing"
+    for key in KEYS:
+        if not isinstance(r[key], str):
+            return f"{key} is no text"
+    for key in ("metrics", "settings", "data", "code", "host"):
+        if not isinstance(r[key], dict):
+            return f"{key} is no object"
+    if not any(isinstance(v, int | float) and not isinstance(v, bool) for v in r["metrics"].values()):
+        return "metrics has no number"
+    if not _finite(r["metrics"]):
+        return "metrics holds a number that is not finite"
+    texts = [("data", "name"), ("code", "commit"), ("host", "device"), ("host", "torch"), ("host", "python")]
+    for key, inner in texts:
+        if not isinstance(r[key].get(inner), str):
+            return f"{key}.{inner} is no text"
+    if not isinstance(r["code"].get("dirty"), bool | None):
+        return "code.dirty is neither true, false nor null"
+    if isinstance(r["seed"], bool) or not isinstance(r["seed"], int) or r["seed"] < 0:
+        return "seed is no whole number"
+    for key in ("seconds", "peak_memory_mb"):
+        if isinstance(r[key], bool) or not isinstance(r[key], int | float) or not (_finite(r[key]) and r[key] >= 0):
+            return f"{key} is no number"
+    return "" if r["scale"] in SCALES else f"scale is none of {', '.join(SCALES)}"
+
+
 def check_record(record: Any, place: str) -> dict:
-    """The record itself; UserError when it is none."""
-    if not isinstance(record, dict) or [k for k in RECORD_KEYS if k not in record]:
-        raise UserError(f"{place} is not a record (missing keys); delete it and run again")
-    numbers = [record["seconds"], record["peak_memory_mb"], record["seed"]]
-    whole = isinstance(record["metrics"], dict) and isinstance(record["data"], dict) and record["scale"] in SCALES
-    if not whole or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        raise UserError(f"{place} is not a record (metrics, data, scale or a number); delete it and run again")
-    odd = [k for k, v in record["metrics"].items() if isinstance(v, str) and k in ("f1", "accuracy")]
-    if odd:
-        raise UserError(f"{place}: metric {odd[0]} is not a number; delete it and run again")
+    """The record itself; UserError when it is none: tables and claims rely on every part of it."""
+    wrong = _wrong(record)
+    if wrong:
+        raise UserError(f"{place} is not a record ({wrong}); delete it and run again")
     return record
 
 
 def read_record(path: Path) -> dict:
     return check_record(read_json(path), str(path))
+
+
+def _parsed(line: str, place: str, mend: str) -> dict:
+    """The record of a line."""
+    try:
+        return check_record(json.loads(line), place)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not valid JSON ({error}); {mend}") from None
 
 
 def of_scale(found: list[dict], scale: str) -> list[dict]:
@@ -68,11 +108,7 @@ def committed(root: Path, scale: str) -> list[dict]:
     out = []
     for path in files_of(root, scale):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error}); take it back from git") from None
-            out.append({"run": path.stem, **check_record(value, f"{path}:{number}")})
+            out.append({"run": path.stem, **_parsed(line, f"{path}:{number}", "take it back from git")})
     return of_scale(out, scale)
 
 
@@ -84,7 +120,7 @@ def take_over(root: Path, scale: str, planned: set[str] | None) -> list[str]:
         name = path.parent.name
         if planned is None or name in planned:
             lines = path.read_text(encoding="utf-8").splitlines()
-            found[name] = [check_record(json.loads(line), f"{path}:{n}") for n, line in enumerate(lines, 1)]
+            found[name] = [_parsed(line, f"{path}:{n}", "make the run again") for n, line in enumerate(lines, 1)]
             of_scale([{**r, "run": name} for r in found[name]], scale)
     if not found:
         return []

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import platform
+import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,14 +22,25 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lab.cli import HERE, SCALES, Number, UserError, command, data_dir, home, parse
-from lab.files import read_json, read_tensors, write_json, write_tensors, write_text
+from lab.cli import HERE, SCALES, Number, UserError, command, data_dir, default_out, home, parse, settings_from
+from lab.files import read_json, read_tensors, read_weights, write_json, write_tensors, write_text
 from lab.records import RECORD_KEYS, check_record, read_record
 
 # A command needs this module alone: what it says of options, files and records is at hand here too.
 __all__ = ["HERE", "RECORD_KEYS", "SCALES", "Number", "Run", "UserError", "check_record", "code_state", "command"]
-__all__ += ["data_dir", "device", "home", "host", "parse", "peak_memory_mb", "read_json", "read_record", "read_tensors"]
-__all__ += ["write_json", "write_tensors", "write_text"]
+__all__ += [
+    "data_dir",
+    "default_out",
+    "device",
+    "home",
+    "host",
+    "parse",
+    "peak_memory_mb",
+    "read_json",
+    "read_record",
+    "read_tensors",
+]
+__all__ += ["read_weights", "settings_from", "write_json", "write_tensors", "write_text"]
 
 
 def device(name: str):
@@ -35,18 +48,19 @@ def device(name: str):
     import torch
     from accelerate import PartialState
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", name):
+        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:0")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine shows no CUDA device to torch; use --device cpu or auto")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} of them, counted from cuda:0")
     state = PartialState(cpu=name == "cpu")
     if name == "auto" and state.num_processes == 1 and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         free = _free_gpu()
         if free is not None:
             torch.cuda.set_device(free)
             return torch.device("cuda", free)
-    try:
-        return state.device if name == "auto" else torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:0") from None
+    return state.device if name == "auto" else torch.device(name)
 
 
 _HELD: list = []  # lock files of this process: a lock lasts as long as its file is open
@@ -69,6 +83,14 @@ def _free_gpu() -> int | None:
     return None
 
 
+def finished(out: Path, seeds: tuple[int, ...] | list[int]) -> bool:
+    """Whether the run of a folder ended, and the records of its seeds are all still there."""
+    if not (out / "records.jsonl").is_file():
+        return False
+    there = {p.parent.name for p in out.glob("seed*/record*.json")}
+    return all(f"seed{k}" in there for k in seeds)
+
+
 class Run:
     """A run folder held by this process: settings checked, a lock taken, time counted. `part` tells apart the processes
     of one launch that share the folder."""
@@ -84,16 +106,26 @@ class Run:
         self._writers: dict = {}  # TensorBoard's, one a seed
         self.settings = json.loads(json.dumps(dataclasses.asdict(settings)))
         self.out.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.out / f".lock{part or ''}", "w")  # noqa: SIM115 (held until the process ends)
         try:
+            self._lock = open(self.out / f".lock{part or ''}", "w")  # noqa: SIM115 (held until the process ends)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is writing {self.out}; wait for it or choose another --out") from None
+        except PermissionError:  # somebody else's finished run may be read
+            if not self.complete:
+                raise
+            self._same_settings(ignore)
+            return
         for left in self.out.rglob(".*.tmp"):
             # Half a file of a start that was killed. Young ones may be another process's of this launch.
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - left.stat().st_mtime > 600:
                     left.unlink()
+        self._same_settings(ignore)
+        write_json(self.out / "settings.json", self.settings)
+
+    def _same_settings(self, ignore: tuple[str, ...]) -> None:
+        """UserError if the folder holds a run of other settings."""
         path = self.out / "settings.json"
         # A start that ended before it made anything (a wrong option, missing data) must not block the next one.
         begun = any(p != path and not p.name.startswith(".") for p in self.out.iterdir())
@@ -108,7 +140,6 @@ class Run:
                     f"{self.out} holds a run with other settings ({k}: {old.get(k)}, now {self.settings.get(k)}); "
                     "choose another --out or delete the folder"
                 )
-        write_json(path, self.settings)
 
     def seconds(self) -> float:
         """Time spent on this run so far, earlier interrupted starts included (`before`, out of the checkpoint)."""
@@ -121,13 +152,13 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        return (self.out / "records.jsonl").is_file()
+        return finished(self.out, self.settings.get("seeds", ()))
 
     def log(self, seed: int, lines: list[dict], keep_to: int | None = None) -> None:
         """Append metric lines (each with "step") of a seed to metrics.jsonl and to TensorBoard; with `keep_to`, lines
         of later steps, left by an interrupted start, are dropped first."""
         path = self.folder(seed) / "metrics.jsonl"
-        old = path.read_text().splitlines() if path.exists() else []
+        old = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         if keep_to is not None:
             old = [line for line in old if _step(line) <= keep_to]
         write_text(path, "".join(f"{line}\n" for line in [*old, *(json.dumps(line) for line in lines)]))
@@ -158,8 +189,11 @@ class Run:
         write_json(self.folder(seed) / f"record{suffix}.json", record)
         return record
 
-    def finish(self) -> list[dict]:
-        """Join the seeds' records into records.jsonl, the last file of a run."""
+    def finish(self, keep_checkpoint: bool = True) -> list[dict]:
+        """Join the seeds' records into records.jsonl, the last file of a run. Without `keep_checkpoint` the checkpoints
+        go first, those too that a start left which was killed after its record."""
+        if not keep_checkpoint:
+            shutil.rmtree(self.out / "checkpoint", ignore_errors=True)
         paths = sorted(self.out.glob("seed*/record*.json"), key=lambda p: (len(p.parent.name), p))
         records = [read_record(path) for path in paths]
         write_text(self.out / "records.jsonl", "".join(json.dumps(r, sort_keys=True) + "\n" for r in records))

@@ -19,7 +19,7 @@ from lab.cells import check_tables, described, read_printed, render
 from lab.claims import UNKNOWN, counted, judged
 from lab.cli import HERE, SCALES, UserError, command, parse
 from lab.files import read_json, write_json, write_text
-from lab.records import COMMITTED, committed, local, long, take_over
+from lab.records import COMMITTED, KEYS, committed, local, long, take_over
 
 import claims
 import figures
@@ -74,9 +74,12 @@ def bottom_line(said: list[dict], found: dict[str, list[dict]], frames: dict, me
         if mine:
             sets = sorted({r["data"]["name"] for r in mine})
             data = ", ".join(sets[:4]) + (f" and {len(sets) - 4} more" if sets[4:] else "")
-            most = max(len({r["seed"] for r in mine if r["run"] == run}) for run in {r["run"] for r in mine})
-            seeds = f"up to {most} seeds" if most > 1 else "one seed"
-            sentences.append(f"Scale {scale}: {counted(said, scale)}, on {data}, {seeds} a run.")
+            seeds: dict[tuple, set[int]] = {}
+            for r in mine:
+                seeds.setdefault(tuple(r[k] for k in KEYS), set()).add(r["seed"])
+            most = max(map(len, seeds.values()))
+            told = f"up to {most} seeds" if most > 1 else "one seed"
+            sentences.append(f"Scale {scale}: {counted(said, scale)}, on {data}, {told} a number.")
     if total:
         sentences.append(f"Of the paper's {total:,} cells {measured:,} were measured at its own scale.")
     return " ".join(sentences)
@@ -177,14 +180,16 @@ def page(root: Path, found: dict[str, list[dict]], pictures: list[dict], target:
 
 
 def record(root: Path, scale: str) -> str:
-    """Take over, redraw, write RESULTS.md and results/report.json; the line that says so."""
+    """Take over, redraw, write RESULTS.md and results/report.json; the line that says so. Without a finished run here
+    the page is made anew of what is committed: a printed number or the layout may have changed."""
     if scale not in COMMITTED:
         raise UserError(f"records of scale {scale} are not kept; use --scale demo, real or paper")
     taken = take_over(root, scale, plans.names(root / "plan.yaml", scale))
-    if not taken:
-        raise UserError(f"no finished planned run of scale {scale} in {root / 'runs' / scale}; reproduce it first")
     found = {s: committed(root, s) for s in COMMITTED}
-    redraw(root, scale, found[scale])
+    if taken:
+        redraw(root, scale, found[scale])
+    elif not found[scale]:
+        raise UserError(f"no finished planned run of scale {scale} in {root / 'runs' / scale}; reproduce it first")
     pictures = [f for s in COMMITTED for f in saved_figures(root, s)]
     report = page(root, found, pictures, root / "RESULTS.md")
     write_text(root / "results" / "report.json", json.dumps(report, sort_keys=True, allow_nan=False) + "\n")

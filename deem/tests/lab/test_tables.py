@@ -67,9 +67,9 @@ def test_recording_makes_the_page_of_all_committed_records_and_the_same_one_twic
     text = (root / "RESULTS.md").read_text()
     order = ("First of all.", "## Claims", "## Scale demo", "## Scale paper")
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
-    assert "Scale demo: 1 of 1 claims hold, on d1, up to 2 seeds a run." in text
+    assert "Scale demo: 1 of 1 claims hold, on d1, up to 2 seeds a number." in text
     assert "Of the paper's 3 cells 1 were measured" in text
-    assert "| A | f1 is above 40 (Table 1) | paper | f1: +50.50 ± 6.35 (2 seeds; above 40) | **holds** |" in text
+    assert "| A | f1 is above 40 (Table 1) | paper | f1: 50.50 ± 6.35 (2 seeds; above 40) | **holds** |" in text
     assert "| d | Control: a \\| b | demo |" in text and "0123456789" in text
     assert "![A picture of 2.](results/figures/demo-x.png)" in text
     # A table without a measured cell is one line.
@@ -103,6 +103,18 @@ def test_nothing_finished_is_an_error_and_smoke_is_not_kept(root):
     with pytest.raises(UserError, match="scale smoke are not kept"):
         tables.record(root, "smoke")
     assert not (root / "RESULTS.md").exists() and not (root / "results").exists()
+
+
+def test_a_printed_number_is_put_in_without_a_run(root):
+    finished(root, "paper", "main-m1", *two("paper"))
+    finished(root, "demo", "small-m1", *two("demo", "small"))
+    tables.record(root, "demo")
+    tables.record(root, "paper")
+    shutil.rmtree(root / "runs")
+    (root / "paper.csv").write_text(PAPER.replace("main,d2,s,m1,f1,,,%,unknown", "main,d2,s,m1,f1,77,,%,Table 1"))
+    assert tables.record(root, "demo").startswith("folder: 0 runs of scale demo recorded")
+    text = (root / "RESULTS.md").read_text()
+    assert "77.00 / not run" in text and "![A picture of 2.](results/figures/demo-x.png)" in text
 
 
 def test_a_picture_that_is_no_longer_drawn_goes(root, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,16 +152,98 @@ def test_record_is_complete_and_refuses_nan(tmp_path):
     assert run.complete and len((tmp_path / "r" / "records.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("damage", [{"metrics": 3}, {"scale": "huge"}, {"seed": None}])
-def test_an_edited_record_is_refused(tmp_path, damage):
+DAMAGE = [
+    ("metrics", 3),
+    ("metrics", {}),
+    ("metrics", None),
+    ("metrics", [1.0]),
+    ("metrics", {"f1": "text"}),
+    ("metrics", {"f1": math.inf}),
+    ("metrics", {"f1": 1.0, "curve": [1.0, math.nan]}),
+    ("code", None),
+    ("code", {}),
+    ("code", {"commit": "x", "dirty": "no"}),
+    ("host", {}),
+    ("host", "cpu"),
+    ("data", {}),
+    ("data", None),
+    ("data", {"name": 3}),
+    ("settings", []),
+    ("method", None),
+    ("table", 1),
+    ("seed", None),
+    ("seed", -1),
+    ("seed", True),
+    ("seconds", "long"),
+    ("seconds", math.nan),
+    ("peak_memory_mb", -1.0),
+    ("scale", "huge"),
+    ("scale", None),
+]
+
+
+@pytest.mark.parametrize("key, value", DAMAGE)
+def test_an_edited_record_is_refused(tmp_path, key, value):
     record = a_record(runs.Run(tmp_path / "r", Settings()), 0, f1=1.0)
-    key, value = next(iter(damage.items()))
-    if value is None:
-        del record[key]
-    else:
-        record[key] = value
-    with pytest.raises(UserError, match="not a record"):
-        runs.check_record(record, "here")
+    assert runs.check_record(record, "here") is record
+    with pytest.raises(UserError, match=f"here is not a record .*{key}"):
+        runs.check_record({**record, key: value}, "here")
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        runs.check_record({k: v for k, v in record.items() if k != key}, "here")
+
+
+def test_what_is_no_object_is_no_record():
+    for value in (None, [], "text", 3):
+        with pytest.raises(UserError, match="it is no object"):
+            runs.check_record(value, "here")
+
+
+def test_a_run_without_one_of_its_seeds_is_not_complete(tmp_path):
+    run = runs.Run(tmp_path / "r", Settings(seeds=(0, 1)))
+    for seed in (0, 1):
+        a_record(run, seed, f1=1.0)
+    run.finish()
+    assert run.complete
+    shutil.rmtree(tmp_path / "r" / "seed1")
+    assert not run.complete
+
+
+def test_checkpoints_go_at_the_end_with_those_that_a_kill_left(tmp_path):
+    run = runs.Run(tmp_path / "r", Settings())
+    runs.write_tensors(tmp_path / "r" / "checkpoint" / "seed0.safetensors", {"a": torch.ones(1)})
+    a_record(run, 0, f1=1.0)
+    run.finish()
+    assert (tmp_path / "r" / "checkpoint").is_dir()
+    run.finish(keep_checkpoint=False)
+    assert not (tmp_path / "r" / "checkpoint").exists() and run.complete
+
+
+def test_a_finished_run_of_somebody_else_is_read(tmp_path, monkeypatch):
+    run = runs.Run(tmp_path / "r", Settings())
+    a_record(run, 0, f1=1.0)
+    run.finish()
+    run._lock.close()
+    mine = open
+
+    def refused(path, mode="r", *more, **named):
+        if "w" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return mine(path, mode, *more, **named)
+
+    monkeypatch.setattr(runs, "open", refused, raising=False)
+    assert runs.Run(tmp_path / "r", Settings()).complete
+    with pytest.raises(UserError, match="other settings"):
+        runs.Run(tmp_path / "r", Settings(eps=0.5))
+    (tmp_path / "r" / "records.jsonl").unlink()
+    with pytest.raises(PermissionError):
+        runs.Run(tmp_path / "r", Settings())
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    runs.write_tensors(tmp_path / "a.safetensors", {"w": torch.tensor([1.0, math.nan]), "n": torch.tensor([3])})
+    assert "w" in runs.read_tensors(tmp_path / "a.safetensors")[0]
+    with pytest.raises(UserError, match="w holds values that are not finite"):
+        runs.read_weights(tmp_path / "a.safetensors")
 
 
 def test_log_drops_lines_after_the_checkpoint(tmp_path):
@@ -169,6 +252,7 @@ def test_log_drops_lines_after_the_checkpoint(tmp_path):
     path = tmp_path / "r" / "seed0" / "metrics.jsonl"
     # Lines that are damaged or without a step, and one that a kill cut off.
     path.write_text(path.read_text() + '{"step": 2, "loss"}\n{"loss": 1.0}\n[2]\n{"step": 4, "lo')
+    path.write_bytes(path.read_bytes() + b"\n\xff\xfe no text")
     run.log(0, [{"step": 3, "loss": 9.0}], keep_to=2)
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.0, 0.5, 9.0]
     run.log(0, [{"step": 4, "loss": 8.0}])
@@ -197,15 +281,23 @@ def test_half_files_of_a_killed_start_are_swept(tmp_path):
         os.utime(path, (1, 1))
     run = runs.Run(tmp_path, Settings(eps=0.1))
     assert not old.exists() and not young.exists() and kept.exists() and not run.complete
+    a_record(run, 0, f1=1.0)
     run.finish()
     assert not kept.exists() and run.complete
 
 
-def test_device_names():
+def test_device_names(monkeypatch):
     assert runs.device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA"):
-            runs.device("cuda")
+    for name in ("meta", "mps", "cuda:", "cuda:x", "cuda:-1", "CPU", "", "cpu:0", "cuda:99999"):
+        with pytest.raises(UserError, match=f"--device {name} is unknown"):
+            runs.device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA"):
+        runs.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="has 2 of them"):
+        runs.device("cuda:2")
 
 
 def test_runs_on_one_machine_take_different_gpus(tmp_path, monkeypatch):

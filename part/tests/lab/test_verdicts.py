@@ -65,6 +65,8 @@ def test_the_text_says_what_was_measured():
     v = pd.Series([1.0, 3.0])
     d = Difference("ours - theirs", v, above=0, unit="points", units="tasks", digits=1)
     assert d.text().startswith("ours - theirs: +2.0 ± 12.7 points (2 tasks; above 0; about ")
+    level = Difference("AUC", v / 4, above=0.1, unit="%", units="tasks", digits=1).text()
+    assert level.startswith("AUC: 0.5 ± 3.2 % (2 tasks; above 0.1; about ")
     assert "one decides nothing" in Difference("x", v[:1]).text() and "(1 seed;" in Difference("x", v[:1]).text()
 
 
