@@ -473,17 +473,11 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, train
 def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys, quick_study):
     model, s = build.load_run(trained, torch.device("cpu"), 0)
     metrics, _ = study.score(model, s, 0)
-    base = {
-        "table": "t",
-        "dataset": "d",
-        "setting": "s",
-        "method": "m",
-        "seed": 0,
-        "settings": {},
-        "data": {},
-        "code": {},
+    record = {
+        **{"table": "t", "dataset": "d", "setting": "s", "method": "m", "seed": 0, "metrics": metrics, "settings": {}},
+        **{"data": {"name": "d", "variant": "", "sha256": "", "n": 1}, "code": {"commit": "", "dirty": False}},
+        **{"host": {"device": "", "torch": "", "python": ""}, "seconds": 1.0, "peak_memory_mb": 1.0, "scale": "demo"},
     }
-    record = {**base, "host": {}, "seconds": 1.0, "peak_memory_mb": 1.0, "scale": "demo", "metrics": metrics}
     runs.write_json(trained / "seed0" / "record.json", record)
     other = {**record, "seed": 1, "metrics": {**metrics, "POPE_accuracy": -5.0}}
     runs.write_json(trained / "seed1" / "record.json", other)
