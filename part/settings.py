@@ -6,6 +6,8 @@ from typing import Literal
 
 from lab.runs import SCALES, Number, UserError
 
+import torch
+
 import data
 import models
 import pixel_reweighting as pr
@@ -228,7 +230,8 @@ class Settings:
             raise UserError(f"--warmup {self.warmup} leaves no epoch of --epochs {self.epochs} to the arms")
         if self.model == "auto":
             self.model = "small" if small else "wrn-34-10" if self.dataset == "tiny-imagenet" else "resnet18"
-        stages = len(models.build(self.model, 2, 3).stages)
+        with torch.device("meta"):  # only to be counted: no weights are drawn
+            stages = len(models.build(self.model, 2, 3).stages)
         if not -stages <= self.cam_layer < stages:
             raise UserError(f"--cam-layer {self.cam_layer}: {self.model} has stages 0 to {stages - 1}, -1 is the last")
         if self.cam == "cam" and (self.cam_layer % stages != stages - 1 or self.model.startswith("wrn")):

@@ -19,7 +19,7 @@ import train
 from trainer import CROPS, Trainer
 
 ARGS = ["--method", "at", "part", "--model", "resnet18-tiny", "--checkpoint-steps", "1", "--refresh", "2"]
-ARGS += ["--lr-drops", "2"]  # the last epoch has another rate
+ARGS += ["--lr-drops", "2", "--skip-mma", "--eval-limit", "10"]  # the last epoch has another rate
 
 
 def same_runs(a, b, seeds=(0,), arms=("at", "part")):
