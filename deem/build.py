@@ -10,7 +10,6 @@ import torch
 import recipe
 from digits.pretrain import base
 from model import Deem
-from presets import PRESETS
 from settings import Settings
 from streams import torch_seed
 
@@ -70,12 +69,7 @@ def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
 
 def settings_of(folder: Path) -> Settings:
     """Settings of a run; UserError for a file that train.py of this version did not write."""
-    given = runs.read_json(folder / "settings.json")
-    known = {k for k in Settings.__dataclass_fields__}
-    right = isinstance(given, dict) and not {*given} - known and given.get("preset", "digits") in PRESETS
-    if not right or not isinstance(given.get("seeds", []), list):
-        raise UserError(f"{folder / 'settings.json'} was written by another version or command; train the run again")
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return runs.settings_from(folder / "settings.json", Settings)
 
 
 def inherited(s: Settings, seed: int) -> dict:

@@ -63,7 +63,8 @@ def main() -> None:
         return again(folder, device)
     root = runs.data_dir(s.data_dir) / "deem"
     check_data(s, root)
-    default = f"{folder}-eval-{'-'.join(s.benchmark)}" if s.run else f"runs/{s.scale}/{'-'.join(s.benchmark)}-{s.clip}"
+    name = "-".join(s.benchmark)
+    default = f"{folder}-eval-{name}" if s.run else runs.default_out(s.scale, f"{name}-{s.clip}")
     run = runs.Run(Path(s.out or default), s, NOT_PART_OF_AN_EVALUATION)
     if run.complete:
         print(f"{run.out} is complete; delete it to evaluate again")

@@ -193,7 +193,7 @@ class Deem(Answering, nn.Module):
             try:
                 name, more = str(here or p.llm), {"local_files_only": not download}
                 llm = LlamaForCausalLM.from_pretrained(name, dtype=dtype, **more)
-                inner = AutoTokenizer.from_pretrained(name, **more)
+                inner = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
             except (OSError, ValueError, RuntimeError) as error:
                 raise UserError(f"language model {p.llm} could not be loaded ({str(error)[:200]})") from None
             pad = p.pad if p.pad is not None and p.pad < llm.config.vocab_size else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lab.runs import Number, UserError
+from lab.runs import Number, UserError, default_out
 
 import recipe
 from documents.prompts import FORMS
@@ -251,7 +251,7 @@ class Settings:
         self.lr, self.trunk_lr, self.unet_lr, self.llm_lr = r.base, r.trunk, r.unet, r.llm
         self.mmfs_lr, self.offsets_lr = r.synchroniser, r.offsets
         name = f"{self.table}-{self.preset}-stage{self.stage}-{self.variant}"
-        self.out = self.out or f"runs/{self.scale}/{name}"
+        self.out = self.out or default_out(self.scale, name)
         try:
             self.label = self.label.format(**vars(self)) or recipe.LABELS[self.variant]
         except (KeyError, IndexError) as error:

@@ -171,7 +171,11 @@ def _transformers(known: Known, folder: Path, download: bool):
 
     where = str(folder) if folder.exists() else known.id
     model, found = AutoModel.from_pretrained(
-        where, local_files_only=not download, dtype=torch.float32, output_loading_info=True
+        where,
+        local_files_only=not download,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     # The library fills what a file lacks with random numbers. The poolers and the logit scale take no part in features.
     lost = sorted(k for k in found["missing_keys"] if not re.search(r"pooler\.|position_ids|logit_scale", k))
@@ -180,7 +184,9 @@ def _transformers(known: Known, folder: Path, download: bool):
     if not hasattr(model, "get_image_features"):
         raise UserError(f"{where} holds a {type(model).__name__}, which has no image and text encoder")
     own = known.tokenizer == "own"
-    return model, AutoTokenizer.from_pretrained(where, local_files_only=not download) if own else _clip_tokenizer()
+    return model, AutoTokenizer.from_pretrained(
+        where, local_files_only=not download, trust_remote_code=False
+    ) if own else _clip_tokenizer()
 
 
 def _checked(name: str, known: Known, config) -> Known:

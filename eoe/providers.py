@@ -86,8 +86,12 @@ class LocalModel:
         gguf = sorted(p.name for p in Path(folder).glob("*.gguf"))
         extra = {"gguf_file": gguf[0]} if gguf else {}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
-            self.model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **extra).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **extra
+            )
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **extra
+            ).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"transformers cannot load {folder}: {error}") from None
         self.name, self.max_new_tokens = Path(folder).name, max_new_tokens

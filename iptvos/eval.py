@@ -30,7 +30,7 @@ def main() -> None:
     folder = runs.data_dir(s.data_dir)
     names = list(s.videos) or (list(data.DRAWN) if s.dataset == "drawn" else data.names_of(s.dataset, s.split, folder))
     setting = f"{s.interaction}, {s.rounds} rounds" if s.rounds > 1 else f"{s.interaction}, 1 round"
-    s.out = s.out or f"runs/{s.scale}/{s.table}-{s.dataset}-{s.interaction}-{s.segmenter}-{s.method}"
+    s.out = s.out or runs.default_out(s.scale, f"{s.table}-{s.dataset}-{s.interaction}-{s.segmenter}-{s.method}")
     if s.dry_run:
         print(f"{len(names)} videos ({', '.join(names)}), {setting}, method {s.method}, seeds {s.seeds}: {s.out}")
         return

@@ -168,7 +168,7 @@ def measure(sam: Sam, s: TrainSettings, seed: int, device) -> tuple[dict, str]:
 def main() -> None:
     s = runs.parse(TrainSettings, __doc__)
     s.check()
-    s.out = s.out or f"runs/{s.scale}/{s.table}-tiny"
+    s.out = s.out or runs.default_out(s.scale, f"{s.table}-tiny")
     if s.dry_run:
         count = sum(p.numel() for p in Sam("tiny").parameters())
         print(f"{s.steps} steps of {s.batch} drawn pictures, {count:,} parameters, seeds {s.seeds}: {s.out}")

@@ -278,7 +278,7 @@ class Trainer:
         self.net.heads.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("cls.")})
 
     def load_final(self, path: Path) -> None:
-        tensors, meta = runs.read_tensors(path)
+        tensors, meta = runs.read_weights(path)
         try:
             self._load_state(tensors)
             self.best, self.best_step = float(meta["valid"]), int(meta["step"])

@@ -22,12 +22,8 @@ def main() -> None:
     folder, only = Path(e.run), None
     if folder.name.startswith("seed") and not (folder / "settings.json").is_file():
         folder, only = folder.parent, folder.name
-    stored = runs.read_json(folder / "settings.json")
-    try:
-        stored = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-        s = Settings(**{**stored, "data_dir": e.data_dir, "device": e.device, "download": False, "test_batch": e.batch})
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'settings.json'} is of another version of train.py ({error})") from None
+    given = {"data_dir": e.data_dir, "device": e.device, "download": False, "test_batch": e.batch}
+    s = runs.settings_from(folder / "settings.json", Settings, **given)
     if e.arm and e.arm not in s.method:
         raise UserError(f"{folder} has no arm {e.arm}; its arms are {', '.join(s.method)}")
     if e.corruptions and s.dataset != "cifar10":

@@ -4,7 +4,7 @@ refused."""
 from dataclasses import dataclass
 from typing import Literal
 
-from lab.runs import SCALES, Number, UserError
+from lab.runs import SCALES, Number, UserError, default_out
 
 import torch
 
@@ -239,7 +239,7 @@ class Settings:
         radius = f"{255 * self.eps:g}"
         self.setting = self.setting or f"eps={radius}/255"
         arms = "-".join(self.method) + "-awp" * self.awp
-        self.out = self.out or f"runs/{self.scale}/{self.table}-{self.dataset}-{arms}-{radius}"
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{arms}-{radius}")
 
     def label(self, arm: str) -> str:
         return ARMS[arm].label + "-AWP" * self.awp + (self.tag if ARMS[arm].region != "everywhere" else "")

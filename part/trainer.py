@@ -4,7 +4,7 @@ import contextlib
 import copy
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
@@ -186,9 +186,7 @@ class Trainer:
 
     def write(self, path: Path, seconds: float, sums: Tensor) -> None:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        for i, p in enumerate(self.model.parameters()):
-            state = self.optimizer.state.get(p, {}).get("momentum_buffer")
-            tensors |= {} if state is None else {f"momentum.{i}": state}
+        tensors |= {f"optimizer.{k}": v for k, v in checkpoints.pack_optimizer(self.optimizer).items()}
         if self.viewer is not None:
             tensors |= {f"viewer.{k}": v for k, v in self.viewer.state_dict().items()}
             tensors["looked"] = torch.tensor(self.looked)
@@ -202,27 +200,23 @@ class Trainer:
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
 
+        batch = checkpoints.position(meta, "batch", len(self.train), path)
+        epoch, before = checkpoints.position(meta, "epoch", self.s.epochs, path), checkpoints.seconds(meta, path)
+        checkpoints.restore_module(self.model, part("model."), path)
+        checkpoints.restore_optimizer(self.optimizer, part("optimizer."), path, began=epoch + batch > 0)
         try:
-            models.load_state(self.model, part("model."))
-            for i, p in enumerate(self.model.parameters()):
-                if f"momentum.{i}" in tensors:
-                    buffer = torch.empty_like(p).copy_(tensors[f"momentum.{i}"])  # in the memory format of p
-                    self.optimizer.state[p]["momentum_buffer"] = buffer
             if "looked" in tensors:
                 self.viewer, self.looked = copy.deepcopy(self.model).eval(), int(tensors["looked"])
                 models.load_state(self.viewer, part("viewer."))
             self.crops.set_state(tensors["crops"])
             self.noise.set_state(tensors["noise"])
             self.sums.copy_(tensors["sums"] / self.world)  # they are of all processes
-            self.epoch, self.batch, self.before = int(meta["epoch"]), int(meta["batch"]), float(meta["seconds"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} belongs to another run ({error}); delete it to start the run again") from None
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise checkpoints.misfit(path, str(error)) from None
+        self.epoch, self.batch, self.before = epoch, batch, before
 
     def load_weights(self, path: Path) -> None:
-        try:
-            models.load_state(self.model, runs.read_tensors(path)[0])
-        except ValueError as error:
-            raise UserError(f"{path} holds weights of another network ({error}); train it again") from None
+        checkpoints.restore_module(self.model, runs.read_weights(path)[0], path)
         self.model.eval()
 
 

@@ -236,9 +236,11 @@ def load(preset: str, corpus: Corpus, given: str, folder: Path, download: bool =
             return LM(LlamaForCausalLM(config)), Chat(tokenizer, p.template)
     source, more = locate(preset, given, folder, download)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, clean_up_tokenization_spaces=False, **more)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, clean_up_tokenization_spaces=False, trust_remote_code=False, **more
+        )
         # float32 here; the run's precision is set by the trainer, and mixing wants float32 masters.
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **more)
+        hf = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False, **more)
     except (OSError, ValueError) as error:
         first = " ".join(str(error).split())[:160]
         raise UserError(

@@ -100,7 +100,7 @@ def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
     claim = next(c for c in claims.CLAIMS if c.id == "D")
     some = [(8, "RS-AAER", 0.0), (8, "N-AAER", 0.0), (12, "RS-AAER", 0.0)]
     verdict, text = claim.judge(frame(some))
-    assert verdict == UNKNOWN and "RS-AAER 8/255: +0.00 ± 0.00 (2 seeds; below 0.01)" in text
+    assert verdict == UNKNOWN and "RS-AAER 8/255: 0.00 ± 0.00 (2 seeds; below 0.01)" in text
     assert claim.judge(frame([*some, (16, "N-AAER", 1.0)]))[0] == FAILS
     every = [(r, m, 0.0) for r in claims.RADII for m in ("RS-AAER", "N-AAER")]
     assert claim.judge(frame(every))[0] == HOLDS

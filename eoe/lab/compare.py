@@ -34,12 +34,13 @@ class CompareSettings:
     """demo, real or paper."""
 
 
-def numbers(found: list[dict]) -> dict[tuple, float]:
-    """{(run, table, dataset, setting, method, metric, seed): value}, without times and memory."""
+def numbers(found: list[dict], timed: tuple[str, ...] = ()) -> dict[tuple, float]:
+    """{(run, table, dataset, setting, method, metric, seed): value}, without times and memory; `timed` names more
+    metrics that a clock decides."""
     out = {}
     for r in found:
         for metric, value in r["metrics"].items():
-            if isinstance(value, int | float) and not TIMED.search(metric):
+            if isinstance(value, int | float) and metric not in timed and not TIMED.search(metric):
                 out[(r["run"], *(r[k] for k in KEYS), metric, r["seed"])] = float(value)
     return out
 
@@ -69,9 +70,11 @@ class Comparison:
     largest: list[str]
 
 
-def compare(ours: list[dict], theirs: list[dict], said: list[dict], before: list[dict]) -> Comparison:
+def compare(
+    ours: list[dict], theirs: list[dict], said: list[dict], before: list[dict], timed: tuple[str, ...] = ()
+) -> Comparison:
     """Records here and committed ones, and what the claims say of each."""
-    a, b = numbers(ours), numbers(theirs)
+    a, b = numbers(ours, timed), numbers(theirs, timed)
     both = sorted(a.keys() & b.keys(), key=str)
     groups: dict[tuple, list[tuple]] = {}
     for key in both:
@@ -111,7 +114,8 @@ def main() -> None:
         told += f"no committed records of scale {scale} to compare with"
         flipped: list[str] = []
     else:
-        c = compare(ours, theirs, said, before)
+        timed = tuple(plans.load_plan(root / "plan.yaml").get("timed", ()))  # metrics that a clock decides
+        c = compare(ours, theirs, said, before, timed)
         told, flipped = told + line(c), c.flipped
         for text in c.changed:
             print(f"{root.name}: verdict of {text}")

@@ -117,7 +117,7 @@ def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
     claim = next(c for c in claims.CLAIMS if c.id == "C")
     some = [(8, "V-LAP", 0.0), (12, "R-LAP", 0.0)]
     verdict, text = claim.judge(frame(some))
-    assert verdict == UNKNOWN and "V 8/255: +0.00 ± 0.00 (2 seeds; below 0.01)" in text
+    assert verdict == UNKNOWN and "V 8/255: 0.00 ± 0.00 (2 seeds; below 0.01)" in text
     assert claim.judge(frame([*some, (16, "N-LAP", 1.0)]))[0] == FAILS
     every = [(r, f"{k}-LAP", 0.0) for r in claims.RADII for k in "VRN"]
     assert claim.judge(frame(every))[0] == HOLDS and claim.judge(frame(every[1:]))[0] == UNKNOWN

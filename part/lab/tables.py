@@ -186,9 +186,11 @@ def record(root: Path, scale: str) -> str:
         raise UserError(f"records of scale {scale} are not kept; use --scale demo, real or paper")
     taken = take_over(root, scale, plans.names(root / "plan.yaml", scale))
     found = {s: committed(root, s) for s in COMMITTED}
-    if taken:
-        redraw(root, scale, found[scale])
-    elif not found[scale]:
+    for s in COMMITTED:
+        listed = (root / "results" / "figures" / f"{s}.json").is_file()
+        if (s == scale and taken) or (found[s] and not listed):
+            redraw(root, s, found[s])
+    if not found[scale]:
         raise UserError(f"no finished planned run of scale {scale} in {root / 'runs' / scale}; reproduce it first")
     pictures = [f for s in COMMITTED for f in saved_figures(root, s)]
     report = page(root, found, pictures, root / "RESULTS.md")

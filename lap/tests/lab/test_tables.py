@@ -105,6 +105,14 @@ def test_nothing_finished_is_an_error_and_smoke_is_not_kept(root):
     assert not (root / "RESULTS.md").exists() and not (root / "results").exists()
 
 
+def test_figures_of_a_scale_that_were_never_listed_are_drawn(root):
+    finished(root, "paper", "main-m1", *two("paper"))
+    tables.take_over(root, "paper", None)
+    finished(root, "demo", "small-m1", *two("demo", "small"))
+    tables.record(root, "demo")
+    assert "results/figures/paper-x.png" in (root / "RESULTS.md").read_text()
+
+
 def test_a_printed_number_is_put_in_without_a_run(root):
     finished(root, "paper", "main-m1", *two("paper"))
     finished(root, "demo", "small-m1", *two("demo", "small"))

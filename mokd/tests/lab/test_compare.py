@@ -30,6 +30,13 @@ def test_equal_numbers_and_times_left_out():
     assert not c.flipped and not c.largest and all("seconds" not in str(k) for k in numbers(ours))
 
 
+def test_a_metric_that_a_clock_decides_is_left_out_where_the_plan_names_it():
+    ours, theirs = records(50.0, auc=0.5), records(50.0, auc=0.7)
+    assert compare.compare(ours, theirs, [], []).numbers == 2
+    c = compare.compare(ours, theirs, [], [], ("auc",))
+    assert (c.numbers, c.equal) == (1, 1)
+
+
 def test_other_numbers_are_named_the_largest_first():
     c = compare.compare(records(50.0, 55.0), records(50.5, 54.0), said("undecided"), said("holds"))
     assert (c.equal, c.numbers, c.within, c.means) == (0, 2, 1, 1)
