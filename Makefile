@@ -83,7 +83,7 @@ help:
 		'GPUS'       'at most so many runs that use a GPU at once; 0 sets no limit. Now: $(GPUS)' \
 		'PROCESSES'  'of one run, a GPU each; with more than 1 one run at a time (JOBS=1), or a PROFILE. Now: $(PROCESSES)' \
 		'REPRO_DATA' 'folder of the raw data sets, else each folder uses its own data/. Now: $(or $(REPRO_DATA),not set)' \
-		'PYTHON'     'the Python 3.11 to 3.13 that the environments are made from. Now: $(PYTHON)' \
+		'PYTHON'     'the Python 3.11 or 3.12 that the environments are made from. Now: $(PYTHON)' \
 		'PROFILE'    'a folder of profiles/, e.g. PROFILE=slurm: runs become jobs of a cluster. Now: $(or $(PROFILE),none)' \
 		'ARGS'       'further arguments of snakemake' \
 		'FOLDERS'    'the folders that the targets over all take, e.g. FOLDERS="gpl lap"'
@@ -104,7 +104,7 @@ endef
 
 python-ok:
 	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-		echo "PYTHON=$(PYTHON) is not a Python 3.11 to 3.13: name one, as in make PYTHON=python3.12" >&2; exit 2; }
+		echo "PYTHON=$(PYTHON) is not a Python 3.11 or 3.12: name one, as in make PYTHON=python3.12" >&2; exit 2; }
 
 .tools/uv-$(UV_VERSION): | python-ok
 	$(call alone,.tools.lock,the tools)
@@ -135,7 +135,7 @@ $(HERE:%=env-%): env-%: | python-ok $(UV_TOOL)
 	$(call alone,$*/.venv.lock,$*/.venv)
 	[ "$$(cat $*/.venv/.stamp 2>/dev/null)" != "$$want" ] || exit 0
 	echo "$*: building $*/.venv (Python $${want##* })"
-	[[ "$${want##* }" =~ ^3\.1[123]\. ]] || echo "warning: tested with Python 3.11 to 3.13 only" >&2
+	[[ "$${want##* }" =~ ^3\.1[12]\. ]] || echo "warning: tested with Python 3.11 and 3.12 only" >&2
 	$(SET_CACHE)
 	rm -rf $*/.venv
 	{ "$(UV)" venv -q --relocatable --python "$(PYTHON)" $*/.venv &&

@@ -176,7 +176,7 @@ def make(*words, **environment):
         (["reproduce-gpl", "JOBS=two"], "JOBS=two is not a number of processes"),
         (["reproduce-gpl", "PROCESSES=0"], "PROCESSES=0 is not a number of processes"),
         (["reproduce-gpl", "PROCESSES=2", "JOBS=2"], "PROCESSES=2 takes the GPUs of this machine from the first on"),
-        (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 to 3.13"),
+        (["help", "PYTHON=nosuch-python", "python-ok"], "PYTHON=nosuch-python is not a Python 3.11 or 3.12"),
     ],
 )
 def test_make_refuses_before_it_builds_anything(words, said):
