@@ -78,7 +78,7 @@ def compare(
     both = sorted(a.keys() & b.keys(), key=str)
     groups: dict[tuple, list[tuple]] = {}
     for key in both:
-        groups.setdefault(key[:-1], []).append(key)
+        groups.setdefault(key[1:-1], []).append(key)  # a cell: its seeds may lie in several runs
     within = sum(overlap([a[k] for k in g], [b[k] for k in g]) for g in groups.values())
     apart = [k for k in both if not same(a[k], b[k])]
     apart.sort(key=lambda k: -abs(a[k] - b[k]) / max(abs(a[k]), abs(b[k])))

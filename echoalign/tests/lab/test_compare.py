@@ -44,6 +44,14 @@ def test_other_numbers_are_named_the_largest_first():
     assert c.changed == ["1: undecided, committed holds"] and not c.flipped and c.kept == 0
 
 
+def test_seeds_in_runs_of_their_own_make_one_mean():
+    def apart(*found: float) -> list[dict]:
+        return [{**r, "run": f"seed{r['seed']}"} for r in records(*found)]
+
+    c = compare.compare(apart(50.0, 55.0), apart(50.5, 54.0), [], [])
+    assert (c.numbers, c.means, c.within) == (2, 1, 1)
+
+
 def test_only_verdicts_that_change_places_count_as_failure():
     flip = compare.compare(records(1.0), records(1.0), said("holds"), said("does not hold"))
     assert flip.flipped == ["1"]
