@@ -92,9 +92,7 @@ def fit(s: TrainSettings, run: runs.Run, seed: int, device) -> None:
     optimizer = torch.optim.AdamW(sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     if path.is_file():
         try:
-            saved = torch.load(
-                path, map_location="cpu", weights_only=True
-            )  # load_state_dict puts each tensor where it belongs
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # load_state_dict moves what belongs there
             sam.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
             first, run.before = saved["step"], max(run.before, saved["seconds"])
