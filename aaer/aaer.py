@@ -29,6 +29,7 @@ from torch import Tensor
 
 Start = Literal["v", "rs", "n"]
 CeTerm = Literal["constant", "differentiable"]
+Term = Literal["full", "count", "difference", "pull"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,13 @@ class Variation:
     """Logit variation V_N of the normal examples; 0 when there are none."""
 
 
+def fell(z0: Tensor, z1: Tensor, y: Tensor) -> Tensor:
+    """Which examples are abnormal [B] bool: their loss is lower at z1 than at z0, both [B, K]; y [B]."""
+    wide = torch.promote_types(z1.dtype, torch.float32)  # bf16 logits would decide c0 > c1 by rounding
+    c0, c1 = (F.cross_entropy(z.detach().to(wide), y, reduction="none") for z in (z0, z1))
+    return c0 > c1
+
+
 def variation(
     z0: Tensor,
     z1: Tensor,
@@ -90,18 +98,24 @@ def variation(
     ce_term: CeTerm = "constant",
     reduce: Callable[[Tensor], Tensor] | None = None,
     world: int = 1,
+    group: Tensor | None = None,
 ) -> Variation:
-    """Split a batch into abnormal and normal examples and measure both; z0, z1 [B, K], y [B].
+    """Split a batch into abnormal and normal examples and measure both; z0, z1 [B, K], y [B]. `group` [B] bool takes
+    the place of the abnormal ones (a control: as many others).
 
     Masked sums instead of boolean indexing: no dynamic shape, so nothing waits for the device. With several processes
     `reduce` sums a vector over them and `world` is their number; the values are then those of the whole batch, and the
     gradient is world times the local part, because data-parallel training averages gradients.
     """
-    wide = torch.promote_types(z1.dtype, torch.float32)  # bf16 logits would decide c0 > c1 by rounding
+    if z0.shape != z1.shape or z1.ndim != 2 or y.shape != z1.shape[:1]:
+        raise ValueError(
+            f"logits [B, K] of the two looks and labels [B], not {[*z0.shape]}, {[*z1.shape]}, {[*y.shape]}"
+        )
+    wide = torch.promote_types(z1.dtype, torch.float32)
     z0, z1 = z0.detach().to(wide), z1.to(wide)
     c0 = F.cross_entropy(z0, y, reduction="none")
     c1 = F.cross_entropy(z1, y, reduction="none")
-    abnormal = (c0 > c1).detach().to(c0.dtype)
+    abnormal = (fell(z0, z1, y) if group is None else group).to(c0.dtype)
     normal = 1 - abnormal
     fall = c0 - (c1 if ce_term == "differentiable" else c1.detach())
     distance = (z0 - z1).square().sum(1)
@@ -114,10 +128,14 @@ def variation(
     return Variation(n_a=n_a, n_n=n_n, e_a=e_a, v_a=v_a, v_n=all_rest / n_n.clamp(min=1))
 
 
-def regulariser(v: Variation, lambda1: float, lambda2: float, lambda3: float) -> Tensor:
-    """R = lambda1 |A|/B (lambda2 E_A + lambda3 max(V_A - V_N, 0)), and 0 when A or N is empty."""
-    share = v.n_a / (v.n_a + v.n_n)
-    inner = lambda2 * v.e_a + lambda3 * (v.v_a - v.v_n).clamp(min=0)
+def regulariser(v: Variation, lambda1: float, lambda2: float, lambda3: float, term: Term = "full") -> Tensor:
+    """R = lambda1 |A|/B (lambda2 E_A + lambda3 max(V_A - V_N, 0)), and 0 when A or N is empty.
+
+    Other terms are controls that leave a part out: "count" is lambda1 lambda3 |A|/B alone, which has no gradient;
+    "difference" leaves |A|/B out; "pull" leaves - V_N out, so that abnormal examples are always pulled."""
+    share = torch.ones_like(v.n_a) if term == "difference" else v.n_a / (v.n_a + v.n_n)
+    far = {"full": v.v_a - v.v_n, "difference": v.v_a - v.v_n, "pull": v.v_a, "count": torch.ones_like(v.n_a)}[term]
+    inner = lambda2 * v.e_a + lambda3 * far.clamp(min=0)
     both = (v.n_a > 0) & (v.n_n > 0)
     return torch.where(both, lambda1 * share * inner, torch.zeros_like(inner))
 

@@ -1,5 +1,7 @@
 """Networks on images in [0, 1]. Normalisation is their first layer, so every attack works in pixel units."""
 
+from lab.runs import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,12 +53,17 @@ class PreActResNet(nn.Module):
         super().__init__()
         norm = block.get("norm", nn.BatchNorm2d)
         self.stem = conv3(channels, widths[0])
-        layers, inputs = [], widths[0]
+        layers, inputs, given = [], widths[0], size
         for stage, width in enumerate(widths):
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 layers.append(PreActBlock(inputs, width, stride, **block))
                 inputs, size = width, (size + stride - 1) // stride
+        if size < pool:
+            raise UserError(
+                f"images of {given} pixels are {size} wide before the {pool}x{pool} pool of this network; it takes "
+                f"{(pool - 1) * 2 ** (len(widths) - 1) + 1} and more: use --model preact-small"
+            )
         self.blocks, self.norm, self.pool = nn.Sequential(*layers), norm(inputs), pool
         self.linear = nn.Linear(inputs * ((size // pool) ** 2 if pool else 1), classes)
 
@@ -144,15 +151,19 @@ class ResNet18(nn.Module):
         return self.linear(F.normalize(x) if self.cosine else x)
 
 
-NAMES = ("preact18", "preact18-act", "wrn-34-10", "resnet18", "resnet18-cosine", "preact-small", "preact-small-gn")
+# PreActResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs.
+WIDTHS = {"preact18": 64, "preact18-w32": 32, "preact18-w16": 16}
+NAMES = (*WIDTHS, "preact18-act", "wrn-34-10", "resnet18", "resnet18-cosine", "preact-small", "preact-small-gn")
 SMALL = {"widths": (8, 16, 32), "depth": 1, "pool": 0, "activated": False}
 
 
 def build(name: str, classes: int, channels: int, size: int, mean: tuple, std: tuple) -> nn.Sequential:
     """Normalisation followed by the network `name` for images [channels, size, size]."""
     shape = {"classes": classes, "channels": channels}
+    stages = tuple(WIDTHS.get(name, 64) * k for k in (1, 2, 4, 8))
+    preact = {**shape, "size": size, "widths": stages, "activated": False}
     net = {
-        "preact18": lambda: PreActResNet(**shape, size=size, activated=False),
+        **dict.fromkeys(WIDTHS, lambda: PreActResNet(**preact)),
         "preact18-act": lambda: PreActResNet(**shape, size=size, activated=True),
         "wrn-34-10": lambda: WideResNet(**shape),
         "resnet18": lambda: ResNet18(**shape),

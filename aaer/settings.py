@@ -44,6 +44,11 @@ class Settings:
     """Weight of the logit variation V_A - V_N inside R."""
     ce_term: aaer.CeTerm = "constant"
     """E_A as a constant (released code), or with its gradient (a literal reading of the formula)."""
+    term: aaer.Term = "full"
+    """R with a part left out, as a control: count is |A|/B alone (no gradient), difference V_A - V_N without |A|/B,
+    pull |A|/B V_A without - V_N."""
+    group: Literal["abnormal", "random"] = "abnormal"
+    """Examples that R pulls: the abnormal ones, or as many drawn at random from the batch, as a control."""
     regulariser_warmup: Number = 0.0
     """Epochs over which R grows from 0 (released code, for long schedules: 20, switched off)."""
     radius_warmup: Number = -1.0
@@ -96,6 +101,8 @@ class Settings:
     """PGD restarts of the final evaluation (paper: 10)."""
     autoattack: str = ""
     """AutoAttack in the final evaluation: standard (paper), or its attacks joined by commas; empty: not run."""
+    autoattack_limit: int = 0
+    """Images of the final evaluation that AutoAttack takes, the first so many; 0: all of them (paper)."""
     test_batch: int = 500
     """Images a batch in evaluation."""
     probe: int = 1000
@@ -134,7 +141,15 @@ class Settings:
             raise UserError(f"--eps must lie in [0, 1], not {self.eps:g}; write 8/255 for eight grey levels")
         at_least = {"batch": 1, "attack_steps": 1, "replays": 1, "samples": 1, "test_steps": 1, "test_restarts": 1}
         at_least |= {"test_batch": 1, "probe": 1, "probe_steps": 1, "lr": -1, "weight_decay": 0, "epochs": 0}
-        at_least |= {"train_limit": 0, "eval_limit": 0, "surface": 0, "checkpoint_steps": 0, "workers": 0, "carrier": 0}
+        at_least |= {
+            "train_limit": 0,
+            "eval_limit": 0,
+            "autoattack_limit": 0,
+            "surface": 0,
+            "checkpoint_steps": 0,
+            "workers": 0,
+            "carrier": 0,
+        }
         at_least |= {"regulariser_warmup": 0}
         at_least |= {k: -1 for k in ("lambda1", "lambda2", "lambda3", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():
@@ -146,6 +161,8 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), not {value}")
         if self.method == "pgd" and self.start == "n":
             raise UserError("--method pgd stays in the eps-ball and starts at rs or v; --start n is for aaer and fgsm")
+        if self.method != "aaer" and (self.term, self.group) != ("full", "abnormal"):
+            raise UserError(f"--term and --group change the regulariser, which --method {self.method} does not have")
         check_attack(self.autoattack)
 
     def resolve(self) -> None:
@@ -177,9 +194,15 @@ class Settings:
         self.epochs = self.epochs or (12 if free else 15 if svhn else 30)
         self.model = ("preact-small" if small else big) if self.model == "auto" else self.model
         self.published = self.published and self.model == "preact18"
-        self.label = self.label or baselines.label(self.method, self.start, self.attack_steps)
+        changed = [
+            x for x, own in ((self.term, "full"), (self.group, "abnormal")) if self.method == "aaer" and x != own
+        ]
+        self.published = self.published and not changed
+        self.label = self.label or " ".join([baselines.label(self.method, self.start, self.attack_steps), *changed])
         self.setting = self.setting or f"eps={radius}/255"
-        self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{self.label.lower()}-{radius}")
+        self.out = self.out or default_out(
+            self.scale, f"{self.table}-{self.dataset}-{self.label.lower().replace(' ', '-')}-{radius}"
+        )
 
     published = False  # not a field: whether lambda1..3 are the paper's for this data set, start, radius and network
 

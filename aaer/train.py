@@ -41,11 +41,14 @@ def train_epoch(t: Trainer, save) -> None:
             z1 = z1.float()
             # Sums over this process's rows, times world / total: averaged over processes that is the mean of the batch.
             main = F.cross_entropy(z1, y, reduction="sum") * (world / total)
-            v, r = None, torch.zeros((), device=x.device)
+            seen, r = None, torch.zeros((), device=x.device)
             if p.z0 is not None:
                 learns = s.method == "aaer"
-                v = aaer.variation(p.z0, z1 if learns else z1.detach(), y, s.ce_term, t.reduce, world)
-                r = aaer.regulariser(v, weight, s.lambda2, s.lambda3) if learns else r
+                seen = v = aaer.variation(p.z0, z1 if learns else z1.detach(), y, s.ce_term, t.reduce, world)
+                if learns and s.group == "random":
+                    others = aaer.fell(p.z0, z1, y)[torch.randperm(len(y), generator=t.generator, device=y.device)]
+                    v = aaer.variation(p.z0, z1, y, s.ce_term, t.reduce, world, others)
+                r = aaer.regulariser(v, weight, s.lambda2, s.lambda3, s.term) if learns else r
             loss = main + r if p.penalty is None else main + r + p.penalty
 
             t.optimizer.zero_grad(set_to_none=True)
@@ -55,7 +58,7 @@ def train_epoch(t: Trainer, save) -> None:
             if s.method == "free":
                 new = baselines.attacks.project(x, p.delta + s.step * s.eps * at.grad.sign(), s.eps)
                 t.memory[: len(x)] = new
-            observe(t, y, v, z1.detach(), loss.detach(), r.detach())
+            observe(t, y, seen, z1.detach(), loss.detach(), r.detach())
         t.batch += 1
         if s.checkpoint_steps and t.batch % s.checkpoint_steps == 0 and t.batch < len(t.train):
             save()
@@ -116,11 +119,12 @@ def evaluate(t: Trainer, out: Path) -> dict:
     world = (t.rank, t.world, t.reduce)
     found = evaluation.attack_all(t.model, t.test, index, s.eps, s.test_steps, s.test_restarts, t.seed, *world)
     if s.autoattack:  # every process attacks all images; they are few, and the library knows no processes
-        found |= evaluation.auto_attack(t.model, t.test, index, s.eps, s.autoattack, t.seed)
+        some = index[: s.autoattack_limit or len(index)]
+        found |= evaluation.auto_attack(t.model, t.test, some, s.eps, s.autoattack, t.seed)
     if s.method == "aaer":
         found |= {"lambda1": s.lambda1, "lambda2": s.lambda2, "lambda3": s.lambda3, "alpha": s.step}
         found |= {"published_lambdas": int(s.published)}
-    return found | evaluation.summary(t.curve)
+    return found | evaluation.summary(t.curve, 100 / t.data.kind.classes)
 
 
 def describe(t: Trainer) -> str:

@@ -28,14 +28,15 @@ def removal(t, steps: int, restarts: int, share: float = SHARE) -> dict[str, dic
     return out
 
 
-def moments(curve: list[dict]) -> dict[str, int]:
-    """Epochs before (best PGD accuracy), at the onset and after overfitting; without it, at one and two thirds and the
-    end of training."""
-    last, onset = len(curve), evaluation.onset(curve)
+def moments(curve: list[dict], chance: float = 10.0) -> dict[str, int]:
+    """Epochs before (best PGD accuracy; none where the first epoch overfits), at the onset and after overfitting;
+    without it, at one and two thirds and the end of training."""
+    last, onset = len(curve), evaluation.onset(curve, chance)
     if onset is None:
         return {"early": max(1, last // 3), "middle": max(1, 2 * last // 3), "end": last}
     earlier = [row["probe_pgd"] for row in curve[: onset - 1]]
-    return {"before": 1 + earlier.index(max(earlier)), "during": onset, "after": last}
+    before = {"before": 1 + earlier.index(max(earlier))} if earlier else {}
+    return before | {"during": onset, "after": last}
 
 
 def shown(names: list[str], n: int = 5) -> list[str]:
@@ -48,7 +49,7 @@ def surfaces(t, out: Path, images: int = 100, points: int = 9) -> dict:
     """{"epochs", "layers", "values" [moment][layer][points][points]}: loss on single-step images under noise in one
     layer, and in all (last column), at the moments whose weights were kept."""
     folder = out / f"seed{t.seed}" / "epochs"
-    wanted, picked = moments(t.curve), shown(layerwise.main_path(t.layers))
+    wanted, picked = moments(t.curve, 100 / t.data.kind.classes), shown(layerwise.main_path(t.layers))
     final = {k: v.clone() for k, v in t.model.state_dict().items()}
     epochs, values = {}, {}
     for moment, epoch in wanted.items():
@@ -75,6 +76,6 @@ def all_parts(t, out: Path, seed: int, steps: int, restarts: int, share=SHARE, i
         suffix = f"removal-{name}{other.removesuffix(' %')}".replace(", ", "-")
         found.append((suffix, f"{prefix}removal", f"{t.s.setting}, {name}{other}", label, metrics))
     number = {"former_layers": len(layerwise.part(t.layers, "former")), "layers": len(t.layers)}
-    collapsed = int(evaluation.onset(t.curve) is not None)
+    collapsed = int(evaluation.onset(t.curve, 100 / t.data.kind.classes) is not None)
     layers = number | {"collapsed": collapsed, "names": list(t.layers), "surfaces": surfaces(t, out, images, points)}
     return [*found, ("layers", f"{prefix}layers", t.s.setting, label, layers)]

@@ -13,12 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Forward = Callable[[Tensor], Tensor]
+OUTSIDE = (
+    "images must lie in [0, 1], where eps is measured: leave the normalisation out of the loader and make it the "
+    "network's first layer, nn.Sequential(transforms.Normalize(mean, std), network)"
+)
 
 
 def uniform(x: Tensor, size: float, generator: torch.Generator | None) -> Tensor:
     """Noise U(-size, size) of the shape and memory format of x."""
     noise = torch.empty_like(x).uniform_(-1.0, 1.0, generator=generator)
     return noise.mul_(size)
+
+
+def check_images(x: Tensor) -> None:
+    """ValueError for images outside [0, 1]: normalised ones would be clamped into it, a move of many eps. On a GPU the
+    check does not wait for the device: it stops the program there, with the same sentence."""
+    inside = ((x >= -1e-3) & (x <= 1 + 1e-3)).all()  # resizing may overshoot by rounding; NaN is not inside
+    if x.device.type == "cuda":
+        torch._assert_async(inside, OUTSIDE)
+    elif not inside:
+        raise ValueError(OUTSIDE)
 
 
 def into_image(x: Tensor, delta: Tensor) -> Tensor:
@@ -45,6 +59,7 @@ def single_step(
     forward: Forward, x: Tensor, y: Tensor, eta: Tensor, step: float, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """One sign step from x + eta: (delta, logits at x + eta). eps None: delta is not clamped to a ball."""
+    check_images(x)
     g, z0 = input_gradient(forward, x + eta, y)
     return project(x, eta + step * g.sign(), eps), z0
 
@@ -53,6 +68,7 @@ def pgd(
     forward: Forward, x: Tensor, y: Tensor, eta: Tensor, step: float, eps: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """`steps` sign steps from x + eta, all samples move: (delta, logits at x + eta). The form used for training."""
+    check_images(x)
     delta, z0 = eta, None
     for _ in range(steps):
         g, z = input_gradient(forward, x + delta, y)
@@ -75,6 +91,7 @@ def strongest(
     Every restart begins at U(-eps, eps). A sample moves only while it is classified correctly, and takes part in a
     restart only if every restart before it failed; of the failed ones the delta of highest loss is kept.
     """
+    check_images(x)
     best = torch.zeros_like(x)
     loss = torch.full((len(x),), -torch.inf, device=x.device)
     robust = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -111,7 +128,16 @@ def auto_attack(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, batch: int, seed: int, version="standard"
 ) -> Tensor:
     """Adversarial images of AutoAttack (package pyautoattack, the original code). `version` "standard", or names of its
-    attacks joined by commas. Misclassified images are left alone by the library."""
+    attacks joined by commas. Misclassified images are left alone by the library. ValueError for images outside [0, 1]
+    and for a network of fewer than 10 classes, of which the targeted attacks take 9 others."""
+    check_images(x)
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    if classes < 10 and (version in ("standard", "plus") or "-t" in version):
+        raise ValueError(
+            f"AutoAttack's targeted attacks aim at 9 other classes and this network has {classes}: "
+            "use version='apgd-ce,apgd-dlr,fab,square' (apgd-dlr from 3 classes on)"
+        )
     from pyautoattack import AutoAttack
 
     names = None if version in ("standard", "plus", "rand") else version.split(",")

@@ -55,7 +55,7 @@ class Data:
 def load(
     name: str, folder: Path, download: bool = False, train_limit: int = 0, test_limit: int = 0, b: float = 1.0
 ) -> Data:
-    """Read a data set; `*_limit` keeps a fixed random subset (0: all). b: amplitude of the carriers."""
+    """Read a data set; `*_limit` keeps a fixed random subset, class-balanced (0: all). b: amplitude of the carriers."""
     if name == "imagenet100":
         train, test = (
             Images(torch.empty(0, dtype=torch.uint8), *part) for part in readers.stream(folder / "Imagenet-100")
@@ -82,10 +82,21 @@ def load(
     return Data(name, KINDS[name], variant, digest.hexdigest(), train, test, size, channels)
 
 
+def balanced(y: Tensor, limit: int) -> Tensor:
+    """Indices of `limit` of the labels y [N], always the same: of a fixed random order the first of each class, as many
+    of each as of any other (one more or less where that does not come out even, all of a class that has fewer)."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    turn = torch.empty_like(order)  # the how-manieth of its class an image of this order is
+    for k in y.unique():
+        mine = (y[order] == k).nonzero().squeeze(1)
+        turn[mine] = torch.arange(len(mine))
+    return order[turn.argsort(stable=True)[:limit].sort().values]
+
+
 def _subset(part: Images, limit: int) -> Images:
     if not limit:
         return part
-    keep = torch.randperm(len(part), generator=torch.Generator().manual_seed(0))[:limit]
+    keep = balanced(part.y, limit)
     files = tuple(part.files[i] for i in keep) if part.files else ()
     return Images(part.x[keep] if len(part.x) else part.x, part.y[keep], files)
 

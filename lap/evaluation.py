@@ -65,25 +65,24 @@ def auto_attack(model: torch.nn.Module, batches: Batches, index: Tensor, eps: fl
     return {"autoattack": 100 * robust / n}
 
 
-def onset(curve: list[dict]) -> int | None:
-    """Epoch in which catastrophic overfitting began, None if it did not. Our definition, on the fixed probe: from that
-    epoch to the last, PGD accuracy stays below half of the best before it, and at the end it is below half of FGSM
-    accuracy. There must have been something to lose: a best below 5 % counts for nothing."""
-    last, found, best = curve[-1], None, [0.0]
-    for row in curve:
-        best.append(max(best[-1], row["probe_pgd"]))
-    for row, before in reversed(list(zip(curve, best, strict=False))):
-        if before < 5 or row["probe_pgd"] >= before / 2:
+def onset(curve: list[dict], chance: float = 10.0) -> int | None:
+    """Epoch in which catastrophic overfitting began, None if it did not. Our definition, on the fixed probe: the first
+    epoch from which to the last PGD accuracy is lost (below half of the best of all epochs, or below `chance`, what
+    guessing would give in per cent) and FGSM accuracy lies more than 10 points above it."""
+    bar = max(max(row["probe_pgd"] for row in curve) / 2, chance)
+    found = None
+    for row in reversed(curve):
+        if row["probe_pgd"] >= bar or row["probe_fgsm"] <= row["probe_pgd"] + 10:
             break
         found = int(row["epoch"])
-    return found if last["probe_pgd"] < last["probe_fgsm"] / 2 else None
+    return found
 
 
-def summary(curve: list[dict]) -> dict:
+def summary(curve: list[dict], chance: float = 10.0) -> dict:
     """What a record says of the course of training: onset, curves, time an epoch."""
     out: dict = {f"curve_{k}": [row.get(k) for row in curve] for k in CURVES if k in curve[-1]}
     out |= {"epochs": len(curve), "probe_pgd_best": max(row["probe_pgd"] for row in curve)}
-    co = onset(curve)
+    co = onset(curve, chance)
     out["collapsed"] = int(co is not None)
     if co is not None:
         out["co_epoch"] = co

@@ -97,6 +97,8 @@ class Settings:
     """PGD restarts of the final evaluation (paper: 10)."""
     autoattack: str = ""
     """AutoAttack in the final evaluation: standard (paper), or its attacks joined by commas; empty: not run."""
+    autoattack_limit: int = 0
+    """Images of the final evaluation that AutoAttack takes, the first so many; 0: all of them (paper)."""
     test_batch: int = 500
     """Images a batch in evaluation."""
     probe: int = 1000
@@ -139,7 +141,15 @@ class Settings:
             raise UserError(f"--eps must lie in [0, 1], not {self.eps:g}; write 8/255 for eight grey levels")
         at_least = {"batch": 1, "attack_steps": 1, "replays": 1, "samples": 1, "test_steps": 1, "test_restarts": 1}
         at_least |= {"test_batch": 1, "probe": 1, "probe_steps": 1, "lr": -1, "weight_decay": 0, "epochs": 0}
-        at_least |= {"train_limit": 0, "eval_limit": 0, "checkpoint_steps": 0, "workers": 0, "carrier": 0, "gamma": 0}
+        at_least |= {
+            "train_limit": 0,
+            "eval_limit": 0,
+            "autoattack_limit": 0,
+            "checkpoint_steps": 0,
+            "workers": 0,
+            "carrier": 0,
+            "gamma": 0,
+        }
         at_least |= {"distortion": 0, "keep_every": 0}
         at_least |= {k: -1 for k in ("beta", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():

@@ -135,10 +135,11 @@ def evaluate(t: Trainer, out: Path) -> dict:
     world = (t.rank, t.world, t.reduce)
     found = evaluation.attack_all(t.model, t.test, index, s.eps, s.test_steps, s.test_restarts, t.seed, *world)
     if s.autoattack:  # every process attacks all images; they are few, and the library knows no processes
-        found |= evaluation.auto_attack(t.model, t.test, index, s.eps, s.autoattack, t.seed)
+        some = index[: s.autoattack_limit or len(index)]
+        found |= evaluation.auto_attack(t.model, t.test, some, s.eps, s.autoattack, t.seed)
     if s.method == "lap":
         found |= {"beta": s.beta, "gamma": s.gamma, "alpha": s.step, "published_beta": int(s.published)}
-    return found | evaluation.summary(t.curve)
+    return found | evaluation.summary(t.curve, 100 / t.data.kind.classes)
 
 
 def describe(t: Trainer) -> str:

@@ -287,3 +287,32 @@ def test_auto_attack_agrees_with_its_own_images():
     reach = EPS / 8 * (w[:, None] - w[None]).abs().sum(2)[y]
     certain = (margin > reach).logical_or(F.one_hot(y, 10).bool()).all(1)
     assert robust[certain].all() and 0 < robust.sum() < 20
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 3, 8, 8), torch.full((2, 3, 8, 8), 1.1), torch.full((1, 1, 4, 4), float("nan"))]
+)
+def test_images_outside_the_unit_cube_are_refused(x):
+    """Normalised images would be clamped into [0, 1]: moved by many eps, without a word."""
+    y, net = torch.zeros(len(x), dtype=torch.long), nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    zero = torch.zeros_like(x)
+    calls = (
+        lambda: attacks.single_step(net, x, y, zero, EPS, EPS),
+        lambda: attacks.pgd(net, x, y, zero, EPS, EPS, 2),
+        lambda: attacks.fgsm(net, x, y, EPS),
+        lambda: attacks.strongest(net, x, y, EPS, EPS / 4, 2),
+        lambda: attacks.auto_attack(net, x, y, EPS, 2, 0),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\].*first layer"):
+            call()
+
+
+def test_auto_attack_of_few_classes_is_refused():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)).eval()
+    x, _ = images(6, 1)
+    y = net(x).argmax(1)
+    for version in ("standard", "plus", "apgd-ce,fab-t"):
+        with pytest.raises(ValueError, match="9 other classes and this network has 4: use version='apgd-ce"):
+            attacks.auto_attack(net, x, y, EPS, 6, 0, version)
+    assert attacks.auto_attack(net, x, y, EPS, 6, 0, "apgd-ce,apgd-dlr").shape == x.shape

@@ -109,6 +109,18 @@ def test_limits_keep_a_fixed_subset_and_too_much_is_told():
         data.load("digits", Path("."), train_limit=10**6)
 
 
+def test_a_subset_is_balanced_over_the_classes():
+    y = torch.tensor([0] * 700 + [1] * 200 + [2] * 100)[torch.randperm(1000)]
+    assert y[data.balanced(y, 300)].bincount().tolist() == [100, 100, 100]
+    assert sorted(y[data.balanced(y, 200)].bincount().tolist()) == [66, 67, 67]
+    assert y[data.balanced(y, 600)].bincount().tolist() == [300, 200, 100]  # the third has no more
+    keep = data.balanced(y, 300)
+    assert len(keep.unique()) == 300 and torch.equal(keep, data.balanced(y, 300))
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).tolist()
+    for k in range(3):  # of a fixed random order the first of each class
+        assert keep[y[keep] == k].tolist() == [i for i in order if y[i] == k][:100]
+
+
 CIFAR100 = (0.5070751592, 0.4865488733, 0.4409178434), (0.2673342859, 0.2564384629, 0.2761504713)
 RELEASED = {  # classes, mean, std, padding of the crop, mirrored in training
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 4, True),

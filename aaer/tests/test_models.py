@@ -1,5 +1,7 @@
 """Networks: sizes as published, normalisation inside, and the two shortcut forms."""
 
+from lab.runs import UserError
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ def build(name, classes=10, channels=3, size=32):
     [
         ("preact18", 10, 32, 11_172_170),
         ("preact18", 100, 32, 11_218_340),
+        ("preact18-w32", 10, 32, 2_796_714),
+        ("preact18-w16", 10, 32, 701_018),
         ("preact18-act", 200, 64, 11_576_840),
         ("wrn-34-10", 10, 32, 46_160_474),
         ("resnet18", 10, 32, 11_173_962),
@@ -32,7 +36,7 @@ def test_number_of_parameters(name, classes, size, parameters):
     "name", [n if n != "wrn-34-10" else pytest.param(n, marks=pytest.mark.slow) for n in models.NAMES]
 )
 def test_every_network_gives_logits_and_gradients(name):
-    size = 32 if name in ("preact18", "preact18-act") else 16
+    size = 32 if name in ("preact18-act", *models.WIDTHS) else 16
     x = torch.rand(2, 3, size, size, requires_grad=True)
     net = build(name, 7, size=size)
     z = net.train()(x)
@@ -48,6 +52,22 @@ def test_projection_takes_the_raw_or_the_activated_input(activated):
     x = torch.randn(2, 4, 8, 8)
     skip = block.shortcut(torch.relu(block.norm1(x)) if activated else x)
     torch.testing.assert_close(block(x), skip)
+
+
+def test_a_narrow_network_is_the_papers_with_other_widths():
+    paper, narrow = (build(n) for n in ("preact18", "preact18-w16"))
+    assert [*paper.state_dict()] == [*narrow.state_dict()]
+    for (name, a), b in zip(paper.named_parameters(), narrow.parameters(), strict=True):
+        same = [n if n in (3, 10) and k in (0, 1) else n // 4 for k, n in enumerate(a.shape[:2])]  # images, classes
+        assert [*b.shape[:2]] == same and a.shape[2:] == b.shape[2:], name
+
+
+def test_images_too_small_for_the_pool_are_refused():
+    for name in ("preact18", "preact18-w16", "preact18-act"):
+        for size in (14, 16, 24):
+            with pytest.raises(UserError, match=f"images of {size} pixels .* takes 25 and more"):
+                build(name, size=size)
+        assert build(name, size=25)(torch.rand(2, 3, 25, 25)).shape == (2, 10)
 
 
 def test_the_imagenet_head_has_unit_features_and_no_bias():

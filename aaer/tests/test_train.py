@@ -79,6 +79,19 @@ def test_lambda2_changes_no_weight_unless_differentiable():
     assert not torch.equal(weights(a), weights(c))
 
 
+def test_controls_leave_out_what_they_say():
+    """The count alone has no gradient: its run is the baseline's, bit for bit. The other parts and groups train."""
+    common = ["--start", "rs", "--lambda3", "5", "--epochs", "3"]
+    base = trained("--method", "fgsm", *common)
+    runs_of = {k: trained("--method", "aaer", *common, "--term", k) for k in ("count", "full", "difference", "pull")}
+    runs_of["random"] = trained("--method", "aaer", *common, "--group", "random")
+    assert torch.equal(weights(base), weights(runs_of.pop("count")))
+    found = [base, *runs_of.values()]
+    assert all(not torch.equal(weights(a), weights(b)) for i, a in enumerate(found) for b in found[:i])
+    a, b = base, runs_of["random"]
+    assert a.sums[0] > 0 and b.sums[0] > 0  # what is counted are the abnormal examples, whichever are pulled
+
+
 def triangle(k, total, peak, top):
     """(learning rate, momentum) of step k of the cyclic schedule."""
     up = peak * total
@@ -271,12 +284,18 @@ def curve(*rows):
 
 
 def test_onset_of_overfitting():
+    """The first epoch from which the final state persists: PGD accuracy lost, FGSM accuracy 10 points above it."""
     assert evaluation.onset(curve((40, 30), (50, 35), (80, 4), (90, 0))) == 3
     assert evaluation.onset(curve((40, 30), (50, 35), (20, 16))) is None  # fell with FGSM: no overfitting to it
-    assert evaluation.onset(curve((4, 2), (90, 0))) is None  # there was nothing to lose
-    assert evaluation.onset(curve((40, 30), (42, 28))) is None
+    assert evaluation.onset(curve((40, 30), (42, 28))) is None  # none
     assert evaluation.onset(curve((40, 30), (60, 3), (41, 29))) is None  # it recovered
-    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29), (80, 0), (85, 2))) == 4
+    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29), (80, 0), (85, 2))) == 4  # and was lost later again
+    assert evaluation.onset(curve((35, 4), (60, 1), (80, 0))) == 1  # collapsed in the first epoch
+    assert evaluation.onset(curve((20, 12), (35, 7), (50, 6), (60, 8), (70, 0))) == 2  # hovers below chance
+    assert evaluation.onset(curve(*[(40, 30)] * 9, (90, 0))) == 10  # in the last epoch
+    assert evaluation.onset(curve((9, 8), (10, 9), (12, 8))) is None  # never learnt, and FGSM neither
+    assert evaluation.onset(curve((40, 30), (26, 14), (22, 14))) is None  # below half, but FGSM only 8 points above
+    assert evaluation.onset(curve((6, 4), (30, 3), (50, 1)), chance=1.0) == 3  # 100 classes: 3 % is no chance level
 
 
 def test_summary_says_what_was_there_before_the_collapse():
@@ -285,6 +304,9 @@ def test_summary_says_what_was_there_before_the_collapse():
         row |= {"abnormal": share, "gap": 10 * share, "train_seconds": 2.0, "train_cpu_seconds": 1.0}
     s = evaluation.summary(rows)
     assert (s["co_epoch"], s["collapsed"], s["abnormal_at_co"], s["abnormal_before_co"]) == (4, 1, 0.4, 0.02)
+    assert s["abnormal_previous_co"] == 0.05
+    first = evaluation.summary([{**row, "probe_pgd": 1, "probe_fgsm": 60} for row in rows])
+    assert first["co_epoch"] == 1 and not {"abnormal_previous_co", "abnormal_before_co"} & set(first)
     assert (
         s["abnormal_final"] == 0.4
         and s["gap_final"] == 4.0

@@ -17,12 +17,18 @@ def curve(*rows):
 
 
 def test_onset_of_overfitting():
+    """The first epoch from which the final state persists: PGD accuracy lost, FGSM accuracy 10 points above it."""
     assert evaluation.onset(curve((40, 30), (50, 35), (80, 4), (90, 0))) == 3
     assert evaluation.onset(curve((40, 30), (50, 35), (20, 16))) is None  # fell with FGSM: no overfitting to it
-    assert evaluation.onset(curve((4, 2), (90, 0))) is None  # there was nothing to lose
-    assert evaluation.onset(curve((40, 30), (42, 28))) is None
+    assert evaluation.onset(curve((40, 30), (42, 28))) is None  # none
     assert evaluation.onset(curve((40, 30), (60, 3), (41, 29))) is None  # it recovered
-    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29), (80, 0), (85, 2))) == 4
+    assert evaluation.onset(curve((40, 30), (60, 3), (41, 29), (80, 0), (85, 2))) == 4  # and was lost later again
+    assert evaluation.onset(curve((35, 4), (60, 1), (80, 0))) == 1  # collapsed in the first epoch
+    assert evaluation.onset(curve((20, 12), (35, 7), (50, 6), (60, 8), (70, 0))) == 2  # hovers below chance
+    assert evaluation.onset(curve(*[(40, 30)] * 9, (90, 0))) == 10  # in the last epoch
+    assert evaluation.onset(curve((9, 8), (10, 9), (12, 8))) is None  # never learnt, and FGSM neither
+    assert evaluation.onset(curve((40, 30), (26, 14), (22, 14))) is None  # below half, but FGSM only 8 points above
+    assert evaluation.onset(curve((6, 4), (30, 3), (50, 1)), chance=1.0) == 3  # 100 classes: 3 % is no chance level
 
 
 def test_summary_keeps_the_course_and_the_onset():
