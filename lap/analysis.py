@@ -16,8 +16,9 @@ REMOVALS = (
 
 def removal(t, steps: int, restarts: int, share: float = SHARE) -> dict[str, dict[str, float]]:
     """{removal: clean, FGSM and PGD accuracy, and how far they fall} of the trainer's network, on the images of the
-    final evaluation."""
-    index = evaluation.order(len(t.test.part), min(t.s.eval_limit, len(t.test.part)))
+    final evaluation or the first `removal_limit` of them."""
+    limit = t.s.removal_limit or t.s.eval_limit
+    index = evaluation.order(len(t.test.part), min(limit, len(t.test.part)))
     out: dict[str, dict[str, float]] = {}
     for name, which, largest in REMOVALS:
         names = layerwise.part(t.layers, which) if which else []

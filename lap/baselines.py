@@ -28,6 +28,7 @@ class Perturbed:
 
 VARIANTS = {"lap": "LAP", "awp": "AWP", "modified-awp": "AWP-accumulated"}
 VARIANTS |= {"lap-a": "LAP-A", "lap-r": "LAP-R", "lap-linf": "LAP-Linf"}
+VARIANTS |= {k: k.replace("lap", "LAP") for k in ("lap-uniform", "lap-reversed", "lap-undone")}
 
 
 def label(method: str, start: str, steps: int, variant: str = "lap") -> str:

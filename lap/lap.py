@@ -6,7 +6,8 @@ images and that of the weights:
 
     w_1 .. w_L          weights with at least two dimensions, in the order in which the network registers them
     lambda_i = 1 - (ln i / ln L)^gamma                        1 in the first layer, 0 in the last
-    v_i      = momentum * m_i + (g_i + weight_decay * w_i)    what an SGD step would subtract, without its rate
+    v_i      = momentum * m_i + (g_i + weight_decay * w_i)    what an SGD step would subtract, without its rate;
+                                                              dampening, Nesterov and maximize as in torch.optim.SGD
     diff_i   = -lr v_i |w_i| / (lr |v_i| + 1e-20)             that step, made as long as the weight itself
     w_i     <- w_i + beta lambda_i diff_i                     kept: the next step starts from here
 
@@ -23,7 +24,10 @@ import torch
 from torch import Tensor, nn
 
 Start = Literal["v", "r", "n"]
-Variant = Literal["lap", "awp", "modified-awp", "lap-a", "lap-r", "lap-linf"]
+Variant = Literal[
+    *("lap", "awp", "modified-awp", "lap-a", "lap-r", "lap-linf", "lap-uniform", "lap-reversed", "lap-undone")
+]
+Levels = Literal["schedule", "ones", "mean", "reversed"]
 Direction = Literal["official", "ascent", "random"]
 Norm = Literal["l2", "linf"]
 
@@ -64,8 +68,9 @@ def published_beta(start: str, eps: float) -> tuple[float, bool]:
 class Recipe:
     """How a variant makes its weight perturbation; LAP is the default of every field."""
 
-    uniform: bool = False
-    """lambda_i = 1 in every layer instead of the schedule."""
+    levels: Levels = "schedule"
+    """lambda_i: the layer schedule; 1 in every layer; the schedule's mean in every layer; the schedule from the last
+    layer to the first."""
     accumulated: bool = True
     """The perturbation stays after the step; otherwise it is subtracted again."""
     own_pass: bool = False
@@ -79,11 +84,15 @@ class Recipe:
 # The recipes of the paper's ablation are not known in detail; these are the natural readings of their names.
 RECIPES: dict[str, Recipe] = {
     "lap": Recipe(),
-    "awp": Recipe(uniform=True, accumulated=False, own_pass=True, bare=True, direction="ascent"),  # Wu et al. 2020
-    "modified-awp": Recipe(uniform=True),
+    "awp": Recipe(levels="ones", accumulated=False, own_pass=True, bare=True, direction="ascent"),  # Wu et al. 2020
+    "modified-awp": Recipe(levels="ones"),
     "lap-a": Recipe(own_pass=True),
     "lap-r": Recipe(direction="random"),
     "lap-linf": Recipe(norm="linf"),
+    # Controls that are not the paper's: the same perturbation without its idea, of the layers or of keeping it.
+    "lap-uniform": Recipe(levels="mean"),
+    "lap-reversed": Recipe(levels="reversed"),
+    "lap-undone": Recipe(accumulated=False),
 }
 
 
@@ -102,22 +111,33 @@ def schedule(n: int, gamma: float) -> list[float]:
     return [1.0] + [1 - (math.log(i) / math.log(n)) ** gamma for i in range(2, n + 1)]
 
 
+def levels_of(kind: Levels, n: int, gamma: float) -> list[float]:
+    """lambda_1 .. lambda_n of a recipe."""
+    found = schedule(n, gamma)
+    return {"schedule": found, "ones": [1.0] * n, "mean": [sum(found) / n] * n, "reversed": found[::-1]}[kind]
+
+
 @torch.no_grad()
 def sgd_direction(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor] | None,
-    momentum: float,
-    weight_decay: float,
-    scale: float = 1.0,
+    weights: list[Tensor], gradients: list[Tensor], buffers: list[Tensor] | None, group: dict, scale: float = 1.0
 ) -> list[Tensor]:
-    """v_i = momentum m_i + (scale g_i + weight_decay w_i), new tensors; buffers None before the first step. `scale`
-    turns the gradient of a summed loss into that of its mean."""
-    v = torch._foreach_mul(gradients, scale)
-    if weight_decay:
-        torch._foreach_add_(v, weights, alpha=weight_decay)
-    if buffers is not None and momentum:
+    """v_i, what torch.optim.SGD would subtract next, without its rate, as new tensors. `group`: the parameter group of
+    the weights; buffers None before the first step. `scale` turns the gradient of a summed loss into that of its
+    mean."""
+    momentum = group["momentum"]
+    v = torch._foreach_mul(gradients, -scale if group["maximize"] else scale)
+    if group["weight_decay"]:
+        torch._foreach_add_(v, weights, alpha=group["weight_decay"])
+    if not momentum:
+        return v
+    plain = torch._foreach_mul(v, 1.0) if group["nesterov"] else []
+    if buffers is not None:
+        if group["dampening"]:
+            torch._foreach_mul_(v, 1 - group["dampening"])
         torch._foreach_add_(v, buffers, alpha=momentum)
+    if group["nesterov"]:
+        torch._foreach_mul_(v, momentum)
+        torch._foreach_add_(v, plain)
     return v
 
 
@@ -136,26 +156,59 @@ def moves(weights: list[Tensor], v: list[Tensor], sizes: Tensor, lr: float, norm
     return v
 
 
+def grouped(weights: list[Tensor], gradients: list[Tensor | None], optimizer: torch.optim.SGD) -> list[tuple]:
+    """[(parameter group, whether its weights have momentum, their places in `weights`)]; ValueError for a weight the
+    optimiser does not have. A weight without gradient is left out, as SGD leaves it out."""
+    owner = {p: k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    parts: dict[tuple[int, bool], list[int]] = {}
+    for i, (w, g) in enumerate(zip(weights, gradients, strict=True)):
+        if w not in owner:
+            raise ValueError(
+                f"weight {i} of shape {[*w.shape]} is not in the optimiser: give it all of lap.layers(model)"
+            )
+        if g is not None:
+            began = optimizer.state.get(w, {}).get("momentum_buffer") is not None
+            parts.setdefault((owner[w], began), []).append(i)
+    return [(optimizer.param_groups[k], began, places) for (k, began), places in parts.items()]
+
+
 @torch.no_grad()
 def perturb_(
     weights: list[Tensor],
-    gradients: list[Tensor],
+    gradients: list[Tensor | None],
     optimizer: torch.optim.SGD,
     sizes: Tensor,
     recipe: Recipe = RECIPES["lap"],
     scale: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Move `weights` in place and return the moves. Reads the optimiser's momentum, rate and weight decay and changes
-    nothing in it; sizes [L] = beta lambda_i."""
-    group = optimizer.param_groups[0]
-    if recipe.direction == "random":  # a Gaussian in the place of v; normalised below like any other direction
-        v = [torch.empty_like(w).normal_(generator=generator) for w in weights]
-    else:
-        buffers = [optimizer.state.get(w, {}).get("momentum_buffer") for w in weights]
-        buffers = None if recipe.bare or any(b is None for b in buffers) else buffers
-        decay = 0.0 if recipe.bare else group["weight_decay"]
-        v = sgd_direction(weights, gradients, buffers, group["momentum"], decay, scale)
-    found = moves(weights, v, -sizes if recipe.direction == "ascent" else sizes, group["lr"], recipe.norm)
-    torch._foreach_add_(weights, found)
-    return found
+    """Move `weights` in place and return the moves. Reads momentum, rate and weight decay of the optimiser, each
+    weight's from its own group, and changes nothing in it; sizes [L] = beta lambda_i. A weight without gradient stays.
+
+    TypeError for another optimiser than SGD, whose next step is not known here; ValueError for a weight that is not in
+    the optimiser, and for sizes of another length."""
+    if not isinstance(optimizer, torch.optim.SGD):
+        raise TypeError(
+            f"LAP moves the weights along the next step of torch.optim.SGD and does not know that of "
+            f"{type(optimizer).__name__}: train with SGD, or hand over the SGD inside a wrapper"
+        )
+    if len(sizes) != len(weights):
+        raise ValueError(
+            f"{len(sizes)} sizes for {len(weights)} weights; give beta times lap.schedule({len(weights)}, gamma)"
+        )
+    found: list[Tensor | None] = [None] * len(weights)
+    for group, began, places in grouped(weights, gradients, optimizer):
+        w, g = [weights[i] for i in places], [gradients[i] for i in places]
+        if recipe.direction == "random":  # a Gaussian in the place of v; normalised below like any other direction
+            v = [torch.empty_like(t).normal_(generator=generator) for t in w]
+        elif recipe.bare:
+            v = torch._foreach_mul(g, -scale if group["maximize"] else scale)
+        else:
+            buffers = [optimizer.state[t]["momentum_buffer"] for t in w] if began else None
+            v = sgd_direction(w, g, buffers, group, scale)
+        size = torch.stack([sizes[i] for i in places])
+        part = moves(w, v, -size if recipe.direction == "ascent" else size, group["lr"], recipe.norm)
+        torch._foreach_add_(w, part)
+        for i, move in zip(places, part, strict=True):
+            found[i] = move
+    return [torch.zeros_like(w) if move is None else move for w, move in zip(weights, found, strict=True)]

@@ -44,7 +44,8 @@ class Settings:
     """lap: exponent of the layer schedule (paper: 0.3); small: the first layer alone; large: all but the last."""
     variant: lap.Variant = "lap"
     """lap, or one of the ablation: awp (undone after the step), modified-awp (kept, all layers alike), lap-a (a pass
-    of its own), lap-r (random direction), lap-linf (sign instead of direction)."""
+    of its own), lap-r (random direction), lap-linf (sign instead of direction); or a control: lap-uniform (the
+    schedule's mean in every layer), lap-reversed (most in the last layer), lap-undone (undone after the step)."""
     weight_direction: Literal["auto", "official", "ascent", "random"] = "auto"
     """official: downhill, as the released code; ascent: its opposite, as AWP; auto: official, ascent for awp."""
     radius_warmup: Number = -1.0
@@ -111,6 +112,10 @@ class Settings:
     """Keep the weights of every so many epochs for analyse.py (seed<k>/epochs/); 0: only the last."""
     analyse: bool = False
     """After training, remove weights and draw the layers' loss surfaces, as analyse.py does (a record each)."""
+    analyse_images: int = 100
+    """analyse: images that the loss surfaces are drawn for."""
+    removal_limit: int = 0
+    """analyse: test images that are attacked after weights were removed; 0: those of the final evaluation."""
     checkpoint_steps: int = 0
     """Steps between checkpoints inside an epoch; 0: only at its end."""
     workers: int = 8
@@ -150,7 +155,7 @@ class Settings:
             "carrier": 0,
             "gamma": 0,
         }
-        at_least |= {"distortion": 0, "keep_every": 0}
+        at_least |= {"distortion": 0, "keep_every": 0, "analyse_images": 1, "removal_limit": 0}
         at_least |= {k: -1 for k in ("beta", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():
             if getattr(self, name) < low or low == -1 and -1 < getattr(self, name) < 0:

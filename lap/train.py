@@ -185,7 +185,11 @@ def main() -> None:
         torch.backends.cudnn.benchmark = False  # the attack's batches shrink: tuning each size would cost more
         clock = time.perf_counter()
         metrics = evaluate(t, out)
-        extra = analysis.all_parts(t, out, seed, s.test_steps, s.test_restarts) if s.analyse else []
+        extra = (
+            analysis.all_parts(t, out, seed, s.test_steps, s.test_restarts, images=s.analyse_images)
+            if s.analyse
+            else []
+        )
         if lead:
             runs.write_tensors(run.folder(seed) / "model.safetensors", t.model.state_dict(), {"model": s.model})
             where = {"table": s.table, "dataset": t.data.kind.title, "setting": s.setting, "method": s.label}

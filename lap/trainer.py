@@ -73,7 +73,7 @@ class Trainer:
             self.scheduler = LambdaLR(self.optimizer, lambda k: 0.1 ** sum(k >= d for d in drop))
         self.layers = lap.layers(self.model)
         self.weights, self.recipe = list(self.layers.values()), s.recipe()
-        levels = [1.0] * len(self.weights) if self.recipe.uniform else lap.schedule(len(self.weights), s.gamma)
+        levels = lap.levels_of(self.recipe.levels, len(self.weights), s.gamma)
         dtype = self.weights[0].dtype
         self.sizes = s.beta * torch.tensor(levels, dtype=dtype, device=self.device)
         # Another stream than that of the weights: with the same seed the first noise would be the stem's weights again.

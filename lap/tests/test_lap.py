@@ -162,7 +162,8 @@ def test_optimiser_is_untouched_and_only_the_weights_move():
 def test_size_of_the_move_is_beta_lambda_times_the_weight(variant):
     recipe = lap.RECIPES[variant]
     before, found, *_ = perturbed(beta=0.4, recipe=recipe)
-    for b, d, level in zip(before, found, lap.schedule(len(before), 0.3), strict=True):
+    levels = lap.schedule(len(before), 0.3)  # the helper above hands the schedule over; a run hands over levels_of
+    for b, d, level in zip(before, found, levels, strict=True):
         size = b.abs().mean() * b.numel() ** 0.5 if recipe.norm == "linf" else b.norm()
         assert d.norm().item() == pytest.approx(0.4 * level * size.item(), rel=1e-9, abs=1e-12)
 
@@ -198,6 +199,90 @@ def test_without_buffers_the_gradient_and_decay_alone_count():
     before, found, *_, net = perturbed(steps=0)
     v = net.stem.weight.grad / 8 + 5e-4 * before[0]
     torch.testing.assert_close(found[0], -0.5 * before[0].norm() * v / v.norm(), rtol=1e-9, atol=1e-12)
+
+
+SGD = {
+    "plain": {"momentum": 0.0},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "dampening": {"momentum": 0.7, "dampening": 0.4},
+    "maximize": {"momentum": 0.9, "maximize": True},
+    "foreach": {"momentum": 0.9, "foreach": True},
+    "fused": {"momentum": 0.9, "nesterov": True, "fused": True},
+}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize("kind", SGD)
+def test_any_sgd_and_any_groups_equal_the_trial_step(kind, steps):
+    """Three groups with rates and decays of their own, the first with rate 0, in another order than the layers."""
+    net = setup()[0]
+    parts = [
+        {"params": [net.linear.weight, net.norm.weight], "lr": 0.0},
+        {"params": [net.conv.weight, net.token], "lr": 0.3, "weight_decay": 0.1},
+        {"params": [net.stem.weight, net.linear.bias, net.conv.bias, net.norm.bias, net.scale_weight], "lr": 0.02},
+    ]
+    optimizer = torch.optim.SGD(parts, lr=0.1, weight_decay=5e-4, **SGD[kind])
+    for x, y in batches(steps, 5):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    x, y = batches(1, 7)[0]
+    optimizer.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    weights = list(lap.layers(net).values())
+    before, state = [w.detach().clone() for w in weights], copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    steps_made = [w.detach() - b for w, b in zip(weights, before, strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(weights, before)
+    optimizer.load_state_dict(state)
+    sizes = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64)
+    found = lap.perturb_(weights, [w.grad for w in weights], optimizer, sizes)
+    for b, d, step, size in zip(before, found, steps_made, sizes, strict=True):
+        torch.testing.assert_close(d, size * b.norm() * step / (step.norm() + 1e-20), rtol=1e-9, atol=1e-12)
+    assert [bool(d.abs().max() > 0) for d in found] == [True, True, False]
+
+
+def test_a_layer_that_was_not_used_stays():
+    net = setup()[0]
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    weights = list(lap.layers(net).values())
+    before = [w.detach().clone() for w in weights]
+    gradients = [torch.ones_like(weights[0]), None, torch.ones_like(weights[2])]
+    found = lap.perturb_(weights, gradients, optimizer, torch.ones(3, dtype=torch.float64))
+    assert [bool(d.abs().max() > 0) for d in found] == [True, False, True]
+    assert torch.equal(weights[1], before[1])
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "RMSprop", "Adam"])
+def test_an_optimiser_whose_next_step_is_not_known_is_refused(kind):
+    net = setup()[0]
+    weights = list(lap.layers(net).values())
+    optimizer = getattr(torch.optim, kind)(net.parameters())
+    with pytest.raises(TypeError, match=f"does not know that of {kind}: train with SGD"):
+        lap.perturb_(weights, [torch.ones_like(w) for w in weights], optimizer, torch.ones(3))
+
+
+def test_weights_and_sizes_that_do_not_belong_together_are_refused():
+    net = setup()[0]
+    weights = list(lap.layers(net).values())
+    gradients, sizes = [torch.ones_like(w) for w in weights], torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"weight 2 of shape \[3, 4\] is not in the optimiser"):
+        lap.perturb_(weights, gradients, torch.optim.SGD(weights[:2], 0.1), sizes)
+    with pytest.raises(ValueError, match=r"2 sizes for 3 weights"):
+        lap.perturb_(weights, gradients, torch.optim.SGD(weights, 0.1), sizes[:2])
+
+
+def test_levels_of_the_controls():
+    schedule = lap.schedule(21, 0.3)
+    mean = lap.levels_of("mean", 21, 0.3)
+    assert mean == [pytest.approx(2.8948 / 21, abs=1e-5)] * 21 and sum(mean) == pytest.approx(sum(schedule))
+    assert lap.levels_of("reversed", 21, 0.3) == schedule[::-1] and schedule[0] == 1 and schedule[-1] == 0
+    assert lap.levels_of("ones", 3, 0.3) == [1.0] * 3 and lap.levels_of("schedule", 21, 0.3) == schedule
+    kinds = {k: r.levels for k, r in lap.RECIPES.items() if r.levels != "schedule"}
+    assert kinds == {"awp": "ones", "modified-awp": "ones", "lap-uniform": "mean", "lap-reversed": "reversed"}
+    assert [k for k, r in lap.RECIPES.items() if not r.accumulated] == ["awp", "lap-undone"]
 
 
 def test_a_layer_without_gradient_or_without_weight_stays_finite():

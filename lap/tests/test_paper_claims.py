@@ -49,6 +49,34 @@ CASES = [
     ("4", DEMO, removed("V-FGSM", E40, 6.0, 1.0, 6.1), False),
     ("5", DEMO, pair("train_cpu_seconds_epoch", E40, ("V-LAP", 12.9), ("V-FGSM", 10.0)), True),
     ("5", DEMO, pair("train_cpu_seconds_epoch", E40, ("V-LAP", 13.1), ("V-FGSM", 10.0)), False),
+    ("R1", CIFAR, base("V-FGSM", E16, 0.3, 60.0, 70.0), True),
+    ("R1", CIFAR, base("V-FGSM", E16, 5.1, 60.0, 70.0), False),
+    ("R1", CIFAR, base("V-FGSM", E16, 4.0, 13.0, 70.0), False),  # FGSM finds as much
+    *[
+        (
+            *("R2", CIFAR),
+            [*pair("pgd", E16, ("V-LAP", pgd), ("V-FGSM", 1.0)), ("main", E16, "V-LAP", "clean", clean)],
+            ok,
+        )
+        for pgd, clean, ok in ((12.0, 40.0, True), (10.5, 40.0, False), (12.0, 20.0, False))
+    ],
+    *[
+        (claim, CIFAR, pair("pgd", E16, ("V-LAP", 20.0), (f"V-LAP-{other}", pgd)), ok)
+        for claim, other in (("R3", "uniform"), ("R4", "reversed"), ("R5", "undone"))
+        for pgd, ok in ((17.5, True), (18.5, False))
+    ],
+    ("R6", CIFAR, removed("V-FGSM", E16, 6.1, 1.0), True),
+    ("R6", CIFAR, removed("V-FGSM", E16, 5.9, 1.0), False),
+    ("R7", CIFAR, removed("V-FGSM", E16, 6.0, 1.0, 5.9), True),
+    ("R7", CIFAR, removed("V-FGSM", E16, 6.0, 1.0, 6.1), False),
+    *[
+        (
+            *("R8", CIFAR),
+            [("removal", f"{E16}, {k}", "V-FGSM", "pgd", v) for k, v in (("former, largest", after), ("nothing", 1.0))],
+            after > 1.0,
+        )
+        for after in (2.65, 0.9)
+    ],
     ("A", CIFAR, base("R-FGSM", E16, 1.0, 80.0, 70.0), True),
     ("A", CIFAR, base("R-FGSM", E16, 20.0, 40.0, 60.0), False),
     ("B", CIFAR, pair("pgd", E16, ("R-LAP", 28.0), ("R-FGSM", 1.0)), True),
