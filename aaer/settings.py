@@ -36,12 +36,14 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """Seeds, one after the other; each gives its own weights, order, augmentation and noise (paper: 3)."""
 
-    lambda1: Number = -1.0
-    """Weight of R (paper: 1). -1 here and below: the published value for data set, start and radius."""
+    lambda1: Number = 1.0
+    """Weight of R (paper: 1)."""
     lambda2: Number = -1.0
-    """Weight of the loss variation E_A inside R; changes no weights unless --ce-term differentiable."""
+    """Weight of the loss variation E_A inside R; changes no weights unless --ce-term differentiable. -1: published for
+    data set, start and radius (CIFAR-10 at 8, 12, 16, 32/255: rs 2.5, 5, 7, 5.75, n 1.5, 5, 8.5, 2.75)."""
     lambda3: Number = -1.0
-    """Weight of the logit variation V_A - V_N inside R."""
+    """Weight of the logit variation V_A - V_N inside R; -1: published (CIFAR-10: rs 1.5, 2.75, 3.25, 1.5, n 0.15, 0.55,
+    1.5, 0.75)."""
     ce_term: aaer.CeTerm = "constant"
     """E_A as a constant (released code), or with its gradient (a literal reading of the formula)."""
     term: aaer.Term = "full"
@@ -64,9 +66,9 @@ class Settings:
     samples: int = 3
     """multigrad: start points."""
     zero_share: Number = -1.0
-    """zerograd: share of gradient entries set to zero; -1: published for CIFAR-10, CIFAR-100, SVHN."""
+    """zerograd: share of gradient entries set to zero; -1: published (CIFAR-10 0.35, CIFAR-100 0.45, SVHN 0.7)."""
     align: Number = -1.0
-    """gradalign: weight; -1: published for the radius."""
+    """gradalign: weight; -1: published for the radius (CIFAR-10: 0.2 at 8/255, 0.632 at 12/255, 2 at 16/255)."""
 
     epochs: int = 0
     """Passes over the data; 0: 30, SVHN 15 (paper); Free-AT 12 with 8 replays."""
@@ -150,8 +152,8 @@ class Settings:
             "workers": 0,
             "carrier": 0,
         }
-        at_least |= {"regulariser_warmup": 0}
-        at_least |= {k: -1 for k in ("lambda1", "lambda2", "lambda3", "radius_warmup", "noise", "step", "align")}
+        at_least |= {"regulariser_warmup": 0, "lambda1": 0}
+        at_least |= {k: -1 for k in ("lambda2", "lambda3", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():
             if getattr(self, name) < low or low == -1 and -1 < getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {max(low, 0)}, not {getattr(self, name)}")
@@ -168,10 +170,11 @@ class Settings:
     def resolve(self) -> None:
         """Put the published values where -1, 0, auto or nothing was given."""
         svhn, radius = self.dataset == "svhn", f"{255 * self.eps:g}"
-        given = self.lambda1, self.lambda2, self.lambda3
         *published, self.published = aaer.lambdas(self.dataset, self.start, self.eps)
-        self.lambda1, self.lambda2, self.lambda3 = (p if g == -1 else g for g, p in zip(given, published, strict=True))
-        self.published = self.published and list(published) == [self.lambda1, self.lambda2, self.lambda3]
+        self.lambda2, self.lambda3 = (
+            p if g == -1 else g for g, p in zip((self.lambda2, self.lambda3), published[1:], strict=True)
+        )
+        self.published = self.published and published == [self.lambda1, self.lambda2, self.lambda3]
         shape = aaer.GEOMETRY[self.start]
         wide = svhn and self.method == "fgsm" and self.start == "n" and radius == "12"
         step = {"aaer": shape.step, "fgsm": shape.step, "zerograd": 2.0, "multigrad": 2.0}.get(self.method, 1.0)

@@ -134,9 +134,15 @@ def describe(t: Trainer) -> str:
     )
     line = f"{s.label} on {d.kind.title} ({d.variant}; {len(d.train)} + {len(d.test)} images), {s.setting}, {s.model} "
     line += f"({parameters:,} parameters), {s.epochs} epochs, {s.schedule} lr {s.lr:g}, {s.precision}, {t.device}"
+    line += f"\nimages: {baselines.in_words(s)}"
     if s.method == "aaer":
         origin = "published" if s.published else "not published for this data set, start, radius and network"
-        line += f"\nlambda1 {s.lambda1:g}, lambda2 {s.lambda2:g}, lambda3 {s.lambda3:g} ({origin}); ce term {s.ce_term}"
+        share = "" if s.term == "difference" else "|A|/B "
+        pull = {"pull": "V_A", "count": "1"}.get(s.term, "max(V_A - V_N, 0)")
+        e_a = "a constant" if s.ce_term == "constant" else "with its gradient"
+        line += f"\nloss: cross-entropy + {s.lambda1:g} {share}({s.lambda2:g} E_A + {s.lambda3:g} {pull}), E_A {e_a}; "
+        line += f"A: the examples whose loss fell{', as many at random' if s.group == 'random' else ''}; "
+        line += f"lambda1 {s.lambda1:g}, lambda2 {s.lambda2:g}, lambda3 {s.lambda3:g} ({origin})"
     return line
 
 

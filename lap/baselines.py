@@ -45,6 +45,26 @@ def label(method: str, start: str, steps: int, variant: str = "lap") -> str:
     }[method]
 
 
+def in_words(s) -> str:
+    """How the images of settings `s` are perturbed, for the header of a run."""
+    size = "eps" if s.noise == 1 else f"{s.noise:g} eps"
+    noise = f"start noise U(-{size}, {size})" if s.noise else "no start noise"
+    one, align = f"one step of {s.step:g} eps along the sign of the gradient", f"{s.align:g} (1 - cosine"
+    first = "start noise U(-eps, eps)" if s.start == "r" else "no start noise"
+    free = f"the perturbation of the batch before, moved by {s.step:g} eps in each of {s.replays} replays"
+    agree = f"one step of {s.step:g} eps from the image where {s.samples} starts U(-eps, eps) agree on the sign"
+    ball = "not clamped to the ball" if s.method in ("lap", "fgsm") and s.start == "n" else "clamped to the ball"
+    words = {
+        **dict.fromkeys(("lap", "fgsm"), f"{noise}, {one}"),
+        "pgd": f"{first}, {s.attack_steps} steps of {s.step:g} eps",
+        "free": free,
+        "zerograd": f"start noise U(-eps, eps), {one} without its smallest {100 * s.zero_share:g} % entries",
+        "multigrad": agree,
+        "gradalign": f"no start noise, {one}, penalty {align} to the gradient at x + U(-eps, eps))",
+    }[s.method]
+    return f"{words}; {ball}"
+
+
 # ZeroGrad: share of the smallest gradient entries set to zero, by data set (CIFAR-10's elsewhere, our choice).
 ZERO_SHARE = {"cifar10": 0.35, "cifar100": 0.45, "svhn": 0.7}
 

@@ -149,10 +149,18 @@ def describe(t: Trainer) -> str:
     )
     line = f"{s.label} on {d.kind.title} ({d.variant}; {len(d.train)} + {len(d.test)} images), {s.setting}, {s.model} "
     line += f"({parameters:,} parameters), {s.epochs} epochs, {s.schedule} lr {s.lr:g}, {s.precision}, {t.device}"
+    line += f"\nimages: {baselines.in_words(s)}"
     if s.method == "lap":
         origin = "published" if s.published else "not published for this data set, start, radius, network and variant"
-        net = vit.build(s.model, d.kind.classes, d.channels, d.size, (0.0,), (1.0,))
-        line += f"\nbeta {s.beta:g} ({origin}), gamma {s.gamma:g}, L = {len(lap.layers(net))} layers, {s.recipe()}"
+        n, r = len(lap.layers(vit.build(s.model, d.kind.classes, d.channels, d.size, (0.0,), (1.0,)))), s.recipe()
+        level = {"ones": "1", "mean": "the mean of 1 - (ln i / ln L)^gamma"}.get(r.levels, "1 - (ln i / ln L)^gamma")
+        level += ", the last layer first" if r.levels == "reversed" else ""
+        way = {"official": "along", "ascent": "against", "random": "at random, not along"}[r.direction]
+        step = "the gradient" if r.bare else "the next SGD step"
+        at = "x + delta (a pass of its own)" if r.own_pass else "x + eta"
+        line += f"\nweights: moved {way} {step} at {at} by beta lambda_i |w_i|{' in l_inf' * (r.norm == 'linf')}, "
+        line += f"{'kept' if r.accumulated else 'taken back after the step'}; beta {s.beta:g} ({origin}), "
+        line += f"lambda_i = {level}, gamma {s.gamma:g}, L = {n} layers"
     return line
 
 

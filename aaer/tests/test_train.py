@@ -92,6 +92,36 @@ def test_controls_leave_out_what_they_say():
     assert a.sums[0] > 0 and b.sums[0] > 0  # what is counted are the abnormal examples, whichever are pulled
 
 
+HEADERS = {
+    "--start rs --eps 8/255": (
+        "start noise U(-eps, eps), one step of 1.25 eps",
+        "; clamped to",
+        "1 |A|/B (2.5 E_A + 1.5 max(V_A",
+    ),
+    "--start n": ("U(-2 eps, 2 eps), one step of 1 eps", "not clamped", "E_A a constant"),
+    "--start v --term pull --ce-term differentiable": ("no start noise", "1.5 V_A)", "E_A with its gradient"),
+    "--start v --term difference": ("cross-entropy + 1 (", "max(V_A - V_N, 0)"),
+    "--start v --group random": ("as many at random",),
+    "--method fgsm --start n": ("U(-2 eps, 2 eps)", "not clamped"),
+    "--method pgd --start v --attack-steps 2": ("no start noise, 2 steps of 0.5 eps; clamped",),
+    "--method free": ("each of 8 replays",),
+    "--method zerograd --start n": ("smallest 35 % entries; clamped",),
+    "--method multigrad": ("where 3 starts U(-eps, eps) agree",),
+    "--method gradalign": ("penalty 2 (1 - cosine",),
+}
+
+
+def test_the_header_says_in_words_what_is_trained():
+    said = {}
+    for words in HEADERS:
+        t = Trainer(parsed(*words.split()), CPU)
+        said[words] = train.describe(t)
+    for words, parts in HEADERS.items():
+        assert all(part in said[words] for part in parts), said[words]
+    assert not any(odd in text for text in said.values() for odd in ("Recipe(", "None", "True", "False"))
+    assert len(set(said.values())) == len(HEADERS)
+
+
 def triangle(k, total, peak, top):
     """(learning rate, momentum) of step k of the cyclic schedule."""
     up = peak * total

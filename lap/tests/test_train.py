@@ -96,6 +96,44 @@ def test_gamma_near_zero_moves_the_first_layer_alone():
     assert torch.equal(t.sizes, torch.full((10,), 0.1))
 
 
+HEADERS = {
+    "--start r --eps 8/255": (
+        "U(-eps, eps), one step of 1.25 eps",
+        "; clamped to",
+        "along the next SGD step at x + eta",
+        "beta 0.002",
+    ),
+    "--start n": ("U(-2 eps, 2 eps), one step of 1 eps", "not clamped", "kept; beta"),
+    "--start v --variant awp": (
+        "against the gradient at x + delta (a pass",
+        "taken back after the step",
+        "lambda_i = 1,",
+    ),
+    "--start v --variant lap-uniform": ("lambda_i = the mean of 1 - (ln i / ln L)^gamma, gamma 0.3, L = 10",),
+    "--start v --variant lap-reversed": ("the last layer first",),
+    "--start v --variant lap-undone": ("along the next SGD step", "taken back after the step"),
+    "--start v --variant lap-r": ("at random, not along",),
+    "--start v --variant lap-linf": ("in l_inf",),
+    "--method fgsm --start n": ("U(-2 eps, 2 eps)", "not clamped"),
+    "--method pgd --start v --attack-steps 2": ("no start noise, 2 steps of 0.5 eps; clamped",),
+    "--method free": ("each of 8 replays",),
+    "--method zerograd --start n": ("smallest 35 % entries; clamped",),
+    "--method multigrad": ("where 3 starts U(-eps, eps) agree",),
+    "--method gradalign": ("penalty 2 (1 - cosine",),
+}
+
+
+def test_the_header_says_in_words_what_is_trained():
+    said = {}
+    for words in HEADERS:
+        t = Trainer(parsed(*words.split()), CPU)
+        said[words] = train.describe(t)
+    for words, parts in HEADERS.items():
+        assert all(part in said[words] for part in parts), said[words]
+    assert not any(odd in text for text in said.values() for odd in ("Recipe(", "None", "True", "False"))
+    assert len(set(said.values())) == len(HEADERS)
+
+
 def triangle(k, total, peak, top):
     """(learning rate, momentum) of step k of the cyclic schedule."""
     up = peak * total
