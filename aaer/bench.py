@@ -144,6 +144,26 @@ def timed(device: torch.device, function) -> float:
     return time.perf_counter() - clock
 
 
+def epoch(t: Trainer) -> None:
+    train.train_epoch(t, lambda: None)
+    t.batch = 0
+
+
+def by_width(batch: int, device: torch.device, sets: data.Data, names: tuple[str, ...], make) -> None:
+    """Print images/s of a training step at each width, and the share of convolutions in it: what is left to win."""
+    one = data.Images(sets.train.x[:batch], sets.train.y[:batch])
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    for name in names:
+        t = make(name, dataclasses.replace(sets, train=one))
+        speed = len(one) / min(timed(device, lambda t=t: epoch(t)) for _ in range(3))
+        with torch.profiler.profile(activities=kinds, acc_events=True) as seen:
+            timed(device, lambda t=t: epoch(t))
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        spent = {row.key: getattr(row, key) for row in seen.key_averages()}
+        share = sum(v for k, v in spent.items() if "conv" in k) / max(sum(spent.values()), 1e-12)
+        print(f"{name:14s} {t.s.label}, bf16 {speed:9.0f} images/s   convolutions {100 * share:.0f} % of the step")
+
+
 def main() -> None:
     b = runs.parse(BenchSettings, __doc__)
     if b.images < 2 or b.batch < 2 or b.repeats < 1:
@@ -160,11 +180,11 @@ def main() -> None:
     part = data.Images(x, torch.randint(10, (b.images,), generator=g))
     sets = data.Data("cifar10", KINDS["cifar10"], "random", "", part, part, 32, 3)
 
-    def trainer(method: str, precision: str = "fp32", compiled: bool = False) -> Trainer:
+    def trainer(method: str, precision: str = "fp32", compiled: bool = False, model: str = "", given=sets) -> Trainer:
         s = Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
-        s.precision, s.compile, s.model = precision, compiled, "preact18" if big else "preact-small"
+        s.precision, s.compile, s.model = precision, compiled, model or ("preact18" if big else "preact-small")
         s.resolve()
-        t = Trainer(s, device, sets)
+        t = Trainer(s, device, given)
         t.fresh(0)
         return t
 
@@ -194,10 +214,6 @@ def main() -> None:
         persistent_workers=b.workers > 0 and not b.smoke,
     )
 
-    def epoch(t: Trainer) -> None:
-        train.train_epoch(t, lambda: None)
-        t.batch = 0
-
     rows = {"plain RS-AAER, fp32": lambda: plain_epoch(p, loader, plain)}
     kinds = [("fp32", False), ("bf16", False)] + [("bf16" if big else "fp32", True)] * b.compile
     for precision, compiled in kinds:
@@ -215,6 +231,8 @@ def main() -> None:
     print(f"{b.images} images of 32x32, batch {b.batch}, {p.s.model}, {device}, {torch.get_num_threads()} threads")
     for name, seconds in best.items():
         print(f"{name:28s} {b.images / seconds:9.0f} images/s   {base / seconds:5.2f} x plain")
+    widths = tuple(models.WIDTHS)[-1 if b.smoke else 0 :]
+    by_width(16 if b.smoke else b.batch, device, sets, widths, lambda n, d: trainer("aaer", "bf16", False, n, d))
     print(f"RS-AAER / RS-FGSM: {best['RS-AAER, fp32'] / best['RS-FGSM, fp32']:.3f} of the time of an epoch")
 
 

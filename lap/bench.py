@@ -170,6 +170,21 @@ def epoch(t: Trainer, perturbed: bool = True) -> None:
     t.batch = 0
 
 
+def by_width(batch: int, device: torch.device, sets: data.Data, names: tuple[str, ...], make) -> None:
+    """Print images/s of a training step at each width, and the share of convolutions in it: what is left to win."""
+    one = data.Images(sets.train.x[:batch], sets.train.y[:batch])
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    for name in names:
+        t = make(name, dataclasses.replace(sets, train=one))
+        speed = len(one) / min(timed(device, lambda t=t: epoch(t)) for _ in range(3))
+        with torch.profiler.profile(activities=kinds, acc_events=True) as seen:
+            timed(device, lambda t=t: epoch(t))
+        key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        spent = {row.key: getattr(row, key) for row in seen.key_averages()}
+        share = sum(v for k, v in spent.items() if "conv" in k) / max(sum(spent.values()), 1e-12)
+        print(f"{name:14s} {t.s.label}, bf16 {speed:9.0f} images/s   convolutions {100 * share:.0f} % of the step")
+
+
 def main() -> None:
     b = runs.parse(BenchSettings, __doc__)
     if b.images < 2 or b.batch < 2 or b.repeats < 1:
@@ -187,11 +202,11 @@ def main() -> None:
     kind = KINDS["cifar10"]
     sets = data.Data("cifar10", kind, "random", "", part, part, 32, 3)
 
-    def trainer(method: str, precision: str = "fp32", compiled: bool = False) -> Trainer:
+    def trainer(method: str, precision: str = "fp32", compiled: bool = False, model: str = "", given=sets) -> Trainer:
         s = Settings(method=method, dataset="cifar10", eps=16 / 255, batch=b.batch, epochs=1000)
-        s.precision, s.compile, s.model = precision, compiled, "preact18" if big else "preact-small"
+        s.precision, s.compile, s.model = precision, compiled, model or ("preact18" if big else "preact-small")
         s.resolve()
-        t = Trainer(s, device, sets)
+        t = Trainer(s, device, given)
         t.fresh(0)
         return t
 
@@ -229,6 +244,8 @@ def main() -> None:
     print(f"{b.images} images of 32x32, batch {b.batch}, {p.s.model}, {device}, {torch.get_num_threads()} threads")
     for name, seconds in best.items():
         print(f"{name:36s} {b.images / seconds:9.0f} images/s   {best[base] / seconds:5.2f} x plain")
+    widths = tuple(models.WIDTHS)[-1 if b.smoke else 0 :]
+    by_width(16 if b.smoke else b.batch, device, sets, widths, lambda n, d: trainer("lap", "bf16", False, n, d))
     ours, lean, full = (best[k + ", fp32"] for k in ("R-LAP", "R-FGSM", "R-FGSM, full first backward"))
     print(
         f"R-LAP takes {ours / full:.3f} of the time of R-FGSM with a full first backward, {ours / lean:.3f} of R-FGSM's"

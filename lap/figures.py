@@ -31,10 +31,12 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
             save(found[0], path)
             out.append((path, found[1]))
 
-    main = [r for r in records if r["table"] == "main" and r["method"].rsplit("-", 1)[-1] in COLOURS]
-    for dataset, setting in sorted({(r["dataset"], r["setting"]) for r in main}):
-        rows = [r for r in main if (r["dataset"], r["setting"]) == (dataset, setting)]
-        add(course(rows, f"{dataset}, {setting}"), "course", f"{dataset}-{setting}")
+    every = [r for r in records if r["table"] == "main"]
+    main = [r for r in every if r["method"].rsplit("-", 1)[-1] in COLOURS]
+    for dataset, setting in sorted({(r["dataset"], r["setting"]) for r in every}):
+        rows, few = ([r for r in k if (r["dataset"], r["setting"]) == (dataset, setting)] for k in (every, main))
+        add(course(few, f"{dataset}, {setting}"), "course", f"{dataset}-{setting}")
+        add(variants(rows, f"{dataset}, {setting}"), "variants", f"{dataset}-{setting}")
     removed = [r for r in records if r["table"] == "removal"]
     for dataset, method in sorted({(r["dataset"], r["method"]) for r in removed}):
         rows = [r for r in removed if (r["dataset"], r["method"]) == (dataset, method)]
@@ -111,6 +113,28 @@ def course(rows: list[dict], place: str):
         f"{len({r['seed'] for r in rows})} seeds, thin lines are single seeds. Overfitting shows as PGD accuracy that "
         "falls to nothing while FGSM accuracy stays."
     )
+
+
+def variants(rows: list[dict], place: str):
+    """Accuracy of the last weights of every method and control, a point a seed."""
+    names = sorted({r["method"] for r in rows}, key=lambda m: [r["method"] for r in rows].index(m))
+    if len(names) < 3:
+        return None
+    figure, axis = plt.subplots(figsize=(8.4, 0.9 + 0.42 * len(names)))
+    looks = (("clean", "#999999", "clean"), ("fgsm", "#c1272d", "FGSM"), ("pgd", "#0072b2", "PGD"))
+    for k, (key, colour, label) in enumerate(looks):
+        for i, name in enumerate(names):
+            values = [r["metrics"][key] for r in rows if r["method"] == name]
+            height = [i + 0.22 * (k - 1)] * len(values)
+            axis.plot(values, height, "o", ms=5, color=colour, alpha=0.75, label=label if i == 0 else None)
+            axis.plot([np.mean(values)] * 2, [height[0] - 0.1, height[0] + 0.1], color=colour, lw=2.2)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlabel="accuracy (%)", title=place)
+    axis.set_xlim(left=0)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure, f"{place}: accuracy of the last weights; a point is a seed, a stroke the mean. Chance is 10 %."
 
 
 def removal(rows: list[dict], place: str):

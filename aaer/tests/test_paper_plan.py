@@ -95,6 +95,37 @@ def test_curves_of_all_starts_can_be_told_apart(tmp_path):
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(names)
 
 
+def test_figures_that_the_records_allow_are_drawn(tmp_path):
+    curve = {f"curve_{k}": [0.0, 1.0] for k in ("abnormal", "gap", "e_a", "probe_pgd", "probe_fgsm")}
+    metrics = {**curve, "clean": 40.0, "fgsm": 30.0, "pgd": 20.0, "collapsed": 0}
+    place = {"table": "main", "dataset": "CIFAR-10", "setting": "eps=16/255", "seed": 0, "metrics": metrics}
+    main = [{**place, "method": m} for m in ("V-FGSM", "V-AAER", "V-AAER, count alone", "PGD-2")]
+    tried = [
+        {
+            **{**place, "table": "calibration", "seed": 100, "method": "x", "metrics": {**metrics, "pgd": pgd}},
+            "settings": {"eps": eps / 255, "method": method, "lambda3": 1.5, "lr": lr},
+        }
+        for eps, method, lr, pgd in (
+            (24, "fgsm", 0.2, 0.0),
+            (24, "aaer", 0.2, 3.0),
+            (24, "aaer", 0.1, 12.0),
+            (32, "aaer", 0.2, 9.0),
+        )
+    ]
+    drawn = [p.name for p, _ in figures.draw([*main, *tried], tmp_path, "real")]
+    assert drawn == [
+        "real-course-cifar-10-eps16-255.png",
+        "real-variants-cifar-10-eps16-255.png",
+        "real-map-cifar-10.png",
+    ]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)
+    figure, caption = figures.weights_map(tried, "here")
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert texts == ["PGD 0, clean 40\nlr 0.2", "PGD 12, clean 40\nlr 0.1", "not run", "PGD 9, clean 40\nlr 0.2"]
+    assert "seed 100" in caption
+    assert [p.name for p, _ in figures.draw(main[:2], tmp_path, "real")] == ["real-course-cifar-10-eps16-255.png"]
+
+
 def test_a_claim_over_all_radii_holds_only_when_all_are_measured():
     def frame(cells):
         base = {"table": "main", "dataset": "CIFAR-10", "metric": "collapsed"}
