@@ -101,18 +101,30 @@ def not_worse(f: pd.DataFrame) -> list[Difference]:
     return [Difference(f"N-AAER - N-FGSM at {r}/255, PGD accuracy", v, unit="points") for r, v in gaps.items()]
 
 
+def compared(f: pd.DataFrame, base: str, ours: str, at: int | None = None) -> str:
+    """PGD accuracy and runs with CO of both, as half a sentence; empty where one is not measured."""
+    pgd, co = ([of(f, key, m, at) for m in (base, ours)] for key in ("pgd", "collapsed"))
+    if not all(map(len, [*pgd, *co])):
+        return ""
+    ends = [f"{v.mean():.1f} % {word}" for v, word in zip(pgd, ("without", "with"), strict=True)]
+    runs = [f"{v.sum():.0f} of {len(v)}" for v in co]
+    return f"PGD accuracy ends at {ends[0]} and {ends[1]} the regulariser, with CO in {runs[0]} and {runs[1]} runs"
+
+
 def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
-    """What the seeds show where the claims stay undecided."""
+    """What the seeds show, also where the claims stay undecided."""
+    out = []
+    f = frames.get("real")
+    if f is not None:
+        found = {(s, r): compared(f, f"{s}-FGSM", f"{s}-AAER", r) for r in (8, 16, 24, 32) for s in ("V", "RS", "N")}
+        said = [f"{s} at {r}/255: {text}" for (s, r), text in found.items() if text]
+        out += ["On CIFAR-10 at width 16, by start and radius: " + "; ".join(said) + "."] if said else []
+        parts = {k: of(f, "pgd", f"V-AAER, {k}", 16) for k in ("difference alone", "count alone", "random examples")}
+        told = [f"{v.mean():.1f} % with {k}" for k, v in parts.items() if len(v)]
+        out += [f"The controls at V, 16/255: {', '.join(told)}."] if told else []
     f = frames.get("demo")
-    found = {m: (of(f, "pgd", m), of(f, "collapsed", m)) for m in ("V-FGSM", "V-AAER")} if f is not None else {}
-    if not found or any(not len(v) for pair in found.values() for v in pair):
-        return []
-    (pgd, co), (ours, left) = found.values()
-    return [
-        f"On photo patches PGD accuracy ends at {pgd.mean():.1f} % without the regulariser and at {ours.mean():.1f} % "
-        f"with it; catastrophic overfitting sets in on {co.sum():.0f} of {len(co)} seeds without it and on "
-        f"{left.sum():.0f} of {len(left)} with it."
-    ]
+    text = compared(f, "V-FGSM", "V-AAER") if f is not None else ""
+    return [*out, f"On photo patches {text}."] if text else out
 
 
 CLAIMS = [

@@ -60,8 +60,57 @@ def test_a_claim_on_both_sides_of_its_bar(claim, rows, verdict):
     assert CLAIMS[claim].judge(frame(*rows).assign(dataset="MNIST digits")) == (UNKNOWN, "")
 
 
+def real(*rows):
+    """rows: (method, 255 eps, metric, value), on CIFAR-10."""
+    f = frame(*[(m, k, v) for m, _, k, v in rows]).assign(dataset="CIFAR-10")
+    return f.assign(setting=[f"eps={at}/255" for _, at, *_ in rows for _ in (0, 1)])
+
+
+def two(metric, ours, theirs, at=16, names=("V-AAER", "V-FGSM")):
+    return [(names[0], at, metric, ours), (names[1], at, metric, theirs)]
+
+
+PARTS = {"R4": "difference alone", "R5": "count alone"}
+REAL = [
+    ("R1", [("V-FGSM", 16, "pgd", 0.3), ("V-FGSM", 16, "fgsm", 60.0)], HOLDS),
+    ("R1", [("V-FGSM", 16, "pgd", 5.1), ("V-FGSM", 16, "fgsm", 60.0)], FAILS),
+    ("R1", [("V-FGSM", 16, "pgd", 4.0), ("V-FGSM", 16, "fgsm", 13.0)], FAILS),  # FGSM finds as much
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 16, "clean", 40.0)], HOLDS),
+    ("R2", [*two("pgd", 10.5, 1.0), ("V-AAER", 16, "clean", 40.0)], FAILS),
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 16, "clean", 20.0)], FAILS),  # it learnt next to nothing
+    ("R3", [("V-FGSM", 16, "abnormal_at_co", 0.3), ("V-FGSM", 16, "abnormal_previous_co", 0.2)], HOLDS),
+    ("R3", [("V-FGSM", 16, "abnormal_at_co", 0.1), ("V-FGSM", 16, "abnormal_previous_co", 0.2)], FAILS),
+    *[
+        (claim, two("pgd", 20.0, pgd, names=("V-AAER", f"V-AAER, {part}")), verdict)
+        for claim, part in PARTS.items()
+        for pgd, verdict in ((17.5, HOLDS), (18.5, FAILS))
+    ],
+    *[
+        ("R6", two("pgd", 20.0, pgd, names=("V-AAER, count alone", "V-AAER, random examples")), verdict)
+        for pgd, verdict in ((17.5, HOLDS), (18.5, FAILS))
+    ],
+]
+
+
+@pytest.mark.parametrize(("claim", "rows", "verdict"), REAL)
+def test_a_claim_of_scale_real_on_both_sides_of_its_bar(claim, rows, verdict):
+    found, text = CLAIMS[claim].judge(real(*rows))
+    assert found == verdict and text and CLAIMS[claim].scale == "real"
+    assert CLAIMS[claim].judge(real(*rows[1:]))[0] in (UNKNOWN, FAILS)
+    elsewhere = [(m, at + 1, k, v) for m, at, k, v in rows]
+    assert CLAIMS[claim].judge(real(*elsewhere)) == (UNKNOWN, "")
+
+
+def test_every_claim_of_scale_real_is_tried():
+    assert {c for c, *_ in REAL} == {c.id for c in claims.CLAIMS if c.scale == "real"}
+
+
 def test_the_bottom_line_is_made_from_records():
     rows = [*pair("pgd", 14.0, 3.0), *pair("collapsed", 0.0, 1.0)]
     (line,) = claims.bottom_line({"demo": frame(*rows)})
-    assert "at 3.0 % without" in line and "on 2 of 2 seeds without it and on 0 of 2" in line
+    assert "at 3.0 % without and 14.0 % with the regulariser, with CO in 2 of 2 and 0 of 2 runs" in line
     assert claims.bottom_line({"demo": frame(*rows[:3])}) == claims.bottom_line({}) == []
+    cells = [*two("pgd", 20.0, 0.0), *two("collapsed", 0.0, 1.0), ("V-AAER, count alone", 16, "pgd", 18.0)]
+    first, second, third = claims.bottom_line({"real": real(*cells), "demo": frame(*rows)})
+    assert "V at 16/255: PGD accuracy ends at 0.0 % without and 20.0 % with" in first and "RS" not in first
+    assert second == "The controls at V, 16/255: 18.0 % with count alone." and third == line
