@@ -47,6 +47,11 @@ class Trainer:
         s, kind = self.s, self.data.kind
         torch.manual_seed(seed)
         model = models.build(s.model, kind.classes, self.data.channels, self.data.size, kind.mean, kind.std)
+        if s.jitter:
+            g = torch.Generator().manual_seed(4_000_000_007 + s.jitter)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=g))
         if s.sync_bn and self.world > 1:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.seed, self.model = seed, model.to(self.device, memory_format=torch.channels_last)

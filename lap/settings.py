@@ -87,6 +87,8 @@ class Settings:
     sync_bn: bool = False
     """Batch statistics over all processes (CUDA only); off: each process its own, as in plain data parallelism."""
 
+    jitter: int = 0
+    """Multiply the first weights by 1 + 1e-6 N(0, 1), drawn by this number, to see what rounding decides; 0: do not."""
     carrier: Number = 1.0
     """carriers: amplitude of the easy feature over 16/255."""
     train_limit: int = 0
@@ -147,16 +149,9 @@ class Settings:
             raise UserError(f"--eps must lie in [0, 1], not {self.eps:g}; write 8/255 for eight grey levels")
         at_least = {"batch": 1, "attack_steps": 1, "replays": 1, "samples": 1, "test_steps": 1, "test_restarts": 1}
         at_least |= {"test_batch": 1, "probe": 1, "probe_steps": 1, "lr": -1, "weight_decay": 0, "epochs": 0}
-        at_least |= {
-            "train_limit": 0,
-            "eval_limit": 0,
-            "autoattack_limit": 0,
-            "checkpoint_steps": 0,
-            "workers": 0,
-            "carrier": 0,
-            "gamma": 0,
-        }
-        at_least |= {"distortion": 0, "keep_every": 0, "analyse_images": 1, "removal_limit": 0}
+        more = ("train_limit", "eval_limit", "autoattack_limit", "checkpoint_steps", "workers", "carrier", "gamma")
+        at_least |= dict.fromkeys((*more, "distortion", "keep_every", "removal_limit", "jitter"), 0)
+        at_least["analyse_images"] = 1
         at_least |= {k: -1 for k in ("beta", "radius_warmup", "noise", "step", "align")}
         for name, low in at_least.items():
             if getattr(self, name) < low or low == -1 and -1 < getattr(self, name) < 0:

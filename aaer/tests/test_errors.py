@@ -59,6 +59,7 @@ def told(capsys, monkeypatch, main, args):
         (["--train-limit", "9999999"], "more than digits has"),
         (["--model", "preact18"], "images of 8 pixels are 1 wide before the 4x4 pool"),
         (["--dataset", "mnist5k", "--model", "preact18"], "images of 14 pixels"),
+        (["--jitter", "-1"], "--jitter must be at least 0"),
         (["--autoattack-limit", "-1"], "--autoattack-limit must be at least 0"),
         (["--device", "gpu"], "--device gpu is unknown"),
         (["--dataset", "cifar10", "--data-dir", "/nowhere"], "CIFAR-10 is not in /nowhere: expected"),

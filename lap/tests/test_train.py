@@ -96,6 +96,17 @@ def test_gamma_near_zero_moves_the_first_layer_alone():
     assert torch.equal(t.sizes, torch.full((10,), 0.1))
 
 
+def test_jitter_moves_the_first_weights_by_rounding_alone():
+    ends = []
+    for k in ("0", "1", "1", "2"):
+        t = Trainer(parsed("--jitter", k), CPU)
+        t.fresh(0)
+        ends.append(torch.cat([p.detach().flatten() for p in t.model.parameters()]))
+    own, one, again, two = ends
+    assert torch.equal(one, again) and not torch.equal(one, two) and not torch.equal(own, one)
+    assert 1e-7 < (one - own).norm() / own.norm() < 1e-5
+
+
 HEADERS = {
     "--start r --eps 8/255": (
         "U(-eps, eps), one step of 1.25 eps",
