@@ -62,6 +62,14 @@ def part_costs(f: pd.DataFrame, ours: str, without: str, at: int) -> Difference:
     return Difference(f"{ours} - {without}, PGD accuracy at {at}/255", gain, above=SMALL, unit="points")
 
 
+def no_cost(f: pd.DataFrame, start: str, at: int) -> list[Difference]:
+    """Where the baseline does not collapse the regulariser takes at most a point."""
+    names = {"clean": "clean accuracy", "pgd": "PGD accuracy"}
+    ours, base = f"{start}-AAER", f"{start}-FGSM"
+    gaps = {k: paired(of(f, k, ours, at), of(f, k, base, at)) for k in names}
+    return [Difference(f"{ours} - {base} at {at}/255, {names[k]}", v, above=-1, unit="points") for k, v in gaps.items()]
+
+
 def surge(f: pd.DataFrame, base: str, at: int | None = None) -> Difference:
     """Only seeds whose onset lies in the third epoch or later have an epoch to compare with."""
     onset, before = (100 * of(f, f"abnormal_{k}_co", base, at) for k in ("at", "before"))
@@ -177,6 +185,27 @@ CLAIMS = [
             "real",
         ),
         lambda f: part_costs(f, "V-AAER, count alone", "V-AAER, random examples", 16),
+        control=True,
+    ),
+    Claim(
+        *("R7", "Where nothing collapses the regulariser costs at most a point: RS, 8/255", "Section 4", "real"),
+        lambda f: no_cost(f, "RS", 8),
+    ),
+    Claim("R8", "The same: N, 8/255", "Section 4", "real", lambda f: no_cost(f, "N", 8)),
+    Claim("R9", "The same: RS, 16/255", "Section 4", "real", lambda f: no_cost(f, "RS", 16)),
+    Claim("R10", "The same: N, 16/255", "Section 4", "real", lambda f: no_cost(f, "N", 16)),
+    Claim(
+        *(
+            "R11",
+            "Two steps (PGD-2) are no better than one with the regulariser by 2 points (V, 16/255)",
+            "ours",
+            "real",
+        ),
+        lambda f: Difference(
+            "V-AAER - PGD-2, PGD accuracy at 16/255",
+            paired(of(f, "pgd", "V-AAER", 16), of(f, "pgd", "PGD-2", 16)),
+            *(-SMALL, None, "points"),
+        ),
         control=True,
     ),
     Claim("A", "RS-FGSM collapses at 16/255", "Figure 1", "paper", lambda f: collapses(f, "RS-FGSM", 16)),

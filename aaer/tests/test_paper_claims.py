@@ -89,6 +89,18 @@ REAL = [
         ("R6", two("pgd", 20.0, pgd, names=("V-AAER, count alone", "V-AAER, random examples")), verdict)
         for pgd, verdict in ((17.5, HOLDS), (18.5, FAILS))
     ],
+    *[
+        (
+            claim,
+            [*two("clean", clean, 50.0, at, names), *two("pgd", 29.5, 30.0, at, names)],
+            verdict,
+        )
+        for claim, start, at in (("R7", "RS", 8), ("R8", "N", 8), ("R9", "RS", 16), ("R10", "N", 16))
+        for names in ((f"{start}-AAER", f"{start}-FGSM"),)
+        for clean, verdict in ((49.5, HOLDS), (48.5, FAILS))
+    ],
+    ("R11", two("pgd", 20.0, 21.5, names=("V-AAER", "PGD-2")), HOLDS),
+    ("R11", two("pgd", 20.0, 22.5, names=("V-AAER", "PGD-2")), FAILS),
 ]
 
 

@@ -60,6 +60,8 @@ def told(capsys, monkeypatch, main, args):
         (["--train-limit", "9999999"], "more than digits has"),
         (["--model", "preact18"], "images of 8 pixels are 1 wide before the 4x4 pool"),
         (["--dataset", "mnist5k", "--model", "preact18"], "images of 14 pixels"),
+        (["--eps", "1e-40"], "--eps 1e-40 is nothing in float32; the least is 1.2e-38, or 0"),
+        (["--step", "1e-320"], "--step 1e-320 is too small to count with"),
         (["--jitter", "-1"], "--jitter must be at least 0"),
         (["--analyse-images", "0"], "--analyse-images must be at least 1"),
         (["--removal-limit", "-1"], "--removal-limit must be at least 0"),
