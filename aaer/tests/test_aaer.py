@@ -92,6 +92,44 @@ def test_value_and_gradient_equal_the_reference(kind, term, b, k, seed, weights)
     torch.testing.assert_close(grad, torch.tensor(want_grad, dtype=torch.float64), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("term", ["full", "count", "difference", "pull"])
+@pytest.mark.parametrize("kind", ["mixed", "none", "all"])
+def test_terms_leave_out_one_part_each(term, kind):
+    """Against the formula with that part left out, by loops; the gradient by finite differences of it."""
+    for seed in range(8):
+        z0, z1, y = of_group(kind, 7, 4, seed)
+        *_, n_a, n_n, e_a, v_a, v_n = reference(z0.tolist(), z1.tolist(), y.tolist(), 1.0, 0.0, 0.0, "constant")
+        share = 1.0 if term == "difference" else n_a / 7
+        inner = {"full": max(v_a - v_n, 0), "difference": max(v_a - v_n, 0), "pull": v_a, "count": 1.0}[term]
+        want = 0.7 * share * (0.3 * e_a + 2.0 * inner) if n_a and n_n else 0.0
+        z1.requires_grad_(True)
+        r = aaer.regulariser(aaer.variation(z0, z1, y), 0.7, 0.3, 2.0, term)
+        assert r.item() == pytest.approx(want, rel=1e-9, abs=1e-12)
+        (grad,) = torch.autograd.grad(r, z1) if r.requires_grad else (torch.zeros_like(z1),)
+        pulls = bool(n_a and n_n) and term != "count" and (term == "pull" or v_a > v_n)
+        scale = 0.7 * share * 2.0 / max(n_a, 1) if pulls else 0.0
+        gone = aaer.fell(z0, z1, y)[:, None]
+        torch.testing.assert_close(grad, torch.where(gone, scale * 2 * (z1 - z0), 0.0).detach(), rtol=1e-8, atol=1e-12)
+
+
+def test_another_group_takes_the_place_of_the_abnormal():
+    z0, z1, y = batch(9, 4, 3)
+    others = torch.arange(9) % 3 == 0
+    v = aaer.variation(z0, z1, y, group=others)
+    distance = (z0 - z1).square().sum(1)
+    assert v.n_a == 3 and v.v_a.item() == pytest.approx(distance[others].mean().item())
+    assert v.v_n.item() == pytest.approx(distance[~others].mean().item())
+    own = aaer.variation(z0, z1, y, group=aaer.fell(z0, z1, y))
+    assert torch.equal(own.v_a, aaer.variation(z0, z1, y).v_a)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 5), (3,)), ((3, 4), (3, 4), (2,)), ((12,), (12,), (3,))])
+def test_logits_that_do_not_fit_are_refused(shapes):
+    z0, z1, y = (torch.zeros(s) for s in shapes)
+    with pytest.raises(ValueError, match=r"logits \[B, K\] of the two looks"):
+        aaer.variation(z0, z1, y.long())
+
+
 def test_the_reference_sees_every_branch():
     """Otherwise the test above could pass without having tried the branch with V_A > V_N."""
     cases = [reference(*(t.tolist() for t in batch(8, 4, s)), 1.0, 2.0, 3.0, "constant") for s in range(30)]
