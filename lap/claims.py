@@ -99,18 +99,34 @@ def layers_matter(f: pd.DataFrame) -> Difference:
     return Difference(name, paired(a, b), above=10, unit="points")
 
 
+def compared(f: pd.DataFrame, base: str, ours: str, at: int | None = None) -> str:
+    """PGD accuracy and runs with CO of both, as half a sentence; empty where one is not measured."""
+    pgd, co = ([of(f, key, m, at) for m in (base, ours)] for key in ("pgd", "collapsed"))
+    if not all(map(len, [*pgd, *co])):
+        return ""
+    ends = [f"{v.mean():.1f} % {word}" for v, word in zip(pgd, ("without", "with"), strict=True)]
+    runs = [f"{v.sum():.0f} of {len(v)}" for v in co]
+    return f"PGD accuracy ends at {ends[0]} and {ends[1]} LAP, with CO in {runs[0]} and {runs[1]} runs"
+
+
+CONTROLS = {"uniform": "every layer alike", "reversed": "most in the last layer", "undone": "the move undone"}
+
+
 def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
-    """What the seeds show where the claims stay undecided."""
+    """What the seeds show, also where the claims stay undecided."""
+    out = []
+    f = frames.get("real")
+    if f is not None:
+        found = {(s, r): compared(f, f"{s}-FGSM", f"{s}-LAP", r) for r in (8, 16, 24, 32) for s in "VRN"}
+        said = [f"{s} at {r}/255: {text}" for (s, r), text in found.items() if text]
+        out += ["On CIFAR-10 at width 16, by start and radius: " + "; ".join(said) + "."] if said else []
+        for start, at in (("V", 16), ("R", 24), ("R", 32)):
+            parts = {k: of(f, "pgd", f"{start}-LAP-{k}", at) for k in CONTROLS}
+            told = [f"{v.mean():.1f} % with {CONTROLS[k]}" for k, v in parts.items() if len(v)]
+            out += [f"The controls at {start}, {at}/255: {', '.join(told)}."] if told else []
     f = frames.get("demo")
-    found = {m: (of(f, "pgd", m), of(f, "collapsed", m)) for m in ("V-FGSM", "V-LAP")} if f is not None else {}
-    if not found or any(not len(v) for pair in found.values() for v in pair):
-        return []
-    (pgd, co), (ours, left) = found.values()
-    return [
-        f"On photo patches PGD accuracy ends at {pgd.mean():.1f} % without the weight perturbation and at "
-        f"{ours.mean():.1f} % with it; catastrophic overfitting sets in on {co.sum():.0f} of {len(co)} seeds without "
-        f"it and on {left.sum():.0f} of {len(left)} with it."
-    ]
+    text = compared(f, "V-FGSM", "V-LAP") if f is not None else ""
+    return [*out, f"On photo patches {text}."] if text else out
 
 
 CLAIMS = [

@@ -124,5 +124,13 @@ def test_the_bottom_line_is_made_from_records():
         *pair("collapsed", E40, ("V-LAP", 0.0), ("V-FGSM", 1.0)),
     ]
     (line,) = claims.bottom_line({"demo": frame(DEMO, rows)})
-    assert "at 3.0 % without" in line and "on 2 of 2 seeds without it and on 0 of 2" in line
+    assert "at 3.0 % without and 14.0 % with LAP, with CO in 2 of 2 and 0 of 2 runs" in line
     assert claims.bottom_line({"demo": frame(DEMO, rows[:3])}) == claims.bottom_line({}) == []
+    cells = [
+        *pair("pgd", E16, ("V-LAP", 20.0), ("V-FGSM", 0.0)),
+        *pair("collapsed", E16, ("V-LAP", 0.0), ("V-FGSM", 1.0)),
+        ("main", E16, "V-LAP-undone", "pgd", 3.0),
+    ]
+    first, second, third = claims.bottom_line({"real": frame(CIFAR, cells), "demo": frame(DEMO, rows)})
+    assert "V at 16/255: PGD accuracy ends at 0.0 % without and 20.0 % with" in first and "R at" not in first
+    assert second == "The controls at V, 16/255: 3.0 % with the move undone." and third == line
