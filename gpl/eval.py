@@ -34,6 +34,7 @@ def load(settings: EvalSettings):
         method = {k[7:]: v for k, v in stack.items() if k.startswith("method.")}
         weights = {k: v for k, v in stack.items() if not k.startswith("method.")}
         checkpoints.restore_module(t.model, weights, folder)
+        checkpoints.check_tensors(method, t.method.kept(), folder)
         t.method.restore(method)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} holds weights of another model ({error}); train it again") from None

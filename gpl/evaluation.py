@@ -146,9 +146,7 @@ def record(t, run: runs.Run, posterior: Tensor) -> None:
     guesses = estimate(t, posterior) if s.estimators else []
     for k, seed in enumerate(s.seeds):
         tensors = {name: v[k] for name, v in t.model.state_dict().items()}
-        tensors |= {
-            f"method.{name}": v[k] for name, v in t.method.state().items() if name in ("pi", "raw", "chosen", "lpl")
-        }
+        tensors |= {f"method.{name}": v[k] for name, v in t.method.kept().items()}
         runs.write_tensors(run.folder(seed) / "model.safetensors", tensors, {"method": s.method})
         about = {"seconds": seconds, "data": describe(t, k), "device": t.device}
         for name, value in guesses[k].items() if guesses else ():

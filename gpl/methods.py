@@ -54,15 +54,23 @@ class Method:
         return gpl.class_prior(posterior, self.estimate_p, self.estimate_u)
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint must hold besides the model."""
-        return {"pi": self.pi}
+        """Tensors that a checkpoint must hold besides the model; -1 stands for a prior that is not estimated yet."""
+        return {"pi": self.pi.nan_to_num(nan=-1.0)}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.pi = state["pi"]
+        self.pi = state["pi"].where(state["pi"] >= 0, float("nan"))
+
+    def like(self, model: Classifier, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and kinds that a state out of a file must have."""
+        return self.state()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What eval.py needs beside the weights: the prior (and GPL's mask)."""
+        return {"pi": self.state()["pi"]}
 
     def restore(self, kept: dict[str, Tensor]) -> None:
-        """What eval.py needs out of a run's weights: the prior (and GPL's mask)."""
-        self.pi = kept["pi"]
+        """Put in what `kept` gave."""
+        Method.load(self, kept)
 
     def extra(self) -> dict[str, Tensor]:
         """Tensors [S] for the log and the record."""
@@ -149,6 +157,9 @@ class GPL(Method):
         self.raw, self.adam = state["raw"], (state["m"], state["v"], state["t"])
         self.chosen, self.last, self.lpl = state["chosen"], state["last"], state["lpl"]
         self.adjacency = Adjacency(self.batch, self.weight)
+
+    def kept(self) -> dict[str, Tensor]:
+        return {**super().kept(), "raw": self.raw, "chosen": self.chosen, "lpl": self.lpl}
 
     def restore(self, kept: dict[str, Tensor]) -> None:
         super().restore(kept)
@@ -304,6 +315,12 @@ class GRAB(Method):
         named = {"marginal": self.marginal, "low": self.low, "lowest": self.lowest, "bad": self.bad}
         best = {f"best.{k}": v for k, v in self.best.items()}
         return {**super().state(), **named, **best, **{f"answer.{k}": v for k, v in self.answer.items()}}
+
+    def like(self, model: Classifier, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Between two rounds one of `best` and `answer` is empty."""
+        parts = {name.split(".")[0] for name in found} & {"best", "answer"}
+        own = {k: v for k, v in self.state().items() if "." not in k}
+        return {**own, **{f"{part}.{k}": v for part in parts for k, v in model.state_dict().items()}}
 
     def load(self, state: dict[str, Tensor]) -> None:
         super().load(state)

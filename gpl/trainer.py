@@ -83,6 +83,9 @@ class Trainer:
         self.fresh_model()
         checkpoints.restore_module(self.model, parts["model"], path)
         checkpoints.restore_optimizer(self.optimizer, parts["adam"], path)
+        # GRAB's lowest losses are infinite before the first round
+        like = self.method.like(self.model, parts["method"])
+        checkpoints.check_tensors(parts["method"], like, path, unbounded=("low", "lowest"))
         try:
             self.method.load(parts["method"])
             for i, g in enumerate(self.model.generators):

@@ -25,24 +25,31 @@ def misfit(place: Any, why: str) -> UserError:
     return UserError(f"{place} does not fit this run ({why}); delete it to start the run again")
 
 
-def check_tensor(name: str, found: Tensor, like: Tensor, place: Any) -> None:
-    """UserError unless `found` has the shape and kind of `like` and only finite numbers."""
+def check_tensor(name: str, found: Tensor, like: Tensor, place: Any, finite: bool = True) -> None:
+    """UserError unless `found` has the shape and kind of `like` and, where asked, only finite numbers."""
     if found.shape != like.shape:
         raise misfit(place, f"{name} has shape {tuple(found.shape)}, not {tuple(like.shape)}")
     if found.dtype != like.dtype:
         raise misfit(place, f"{name} is {found.dtype}, not {like.dtype}")
-    if found.is_floating_point() and not bool(found.isfinite().all()):
+    if finite and found.is_floating_point() and not bool(found.isfinite().all()):
         raise misfit(place, f"{name} holds values that are not finite")
+
+
+def check_tensors(
+    found: dict[str, Tensor], like: dict[str, Tensor], place: Any, unbounded: tuple[str, ...] = ()
+) -> None:
+    """UserError unless both hold the same names, each tensor as check_tensor asks; those named `unbounded` may be
+    infinite or NaN."""
+    if set(like) != set(found):
+        odd = sorted(set(like) ^ set(found))[0]
+        raise misfit(place, f"{odd} is {'missing' if odd in like else 'not part of it'}")
+    for name, value in found.items():
+        check_tensor(name, value, like[name], place, name not in unbounded)
 
 
 def restore_module(module: nn.Module, tensors: dict[str, Tensor], place: Any) -> None:
     """load_state_dict after a look at every tensor."""
-    want = module.state_dict()
-    if set(want) != set(tensors):
-        odd = sorted(set(want) ^ set(tensors))[0]
-        raise misfit(place, f"{odd} is {'missing' if odd in want else 'not part of the model'}")
-    for name, value in tensors.items():
-        check_tensor(name, value, want[name], place)
+    check_tensors(tensors, module.state_dict(), place)
     module.load_state_dict(tensors)
 
 
