@@ -5,6 +5,7 @@ one on several processes see the same.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,17 @@ RESIDENT = 2**31  # bytes of prepared pictures that are held in memory; larger d
 YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
+@functools.cache
+def colours(device: torch.device) -> tuple[Tensor, Tensor]:
+    """YIQ and its inverse, [3, 3] each: made once, since a step that copies or inverts waits for the device."""
+    return YIQ.to(device), torch.linalg.inv(YIQ).to(device)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a GPU fetches it out of pinned memory while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def augment(x: Tensor, u: Tensor) -> Tensor:
     """[B, 3, s, s] in [-1, 1] -> the same, by u [B, 6] uniform in [0, 1).
 
@@ -43,7 +55,7 @@ def augment(x: Tensor, u: Tensor) -> Tensor:
     hue turned by up to 0.03 of a circle.
     """
     n, _, _, s = x.shape
-    u = u.to(x.device)
+    u = sent(u, x.device)
     left, top = (u[:, :2] * 17).long().clamp(max=16).T
     x = F.pad(x, (8, 8, 8, 8), mode="reflect")
     along = torch.arange(s, device=x.device)
@@ -53,12 +65,12 @@ def augment(x: Tensor, u: Tensor) -> Tensor:
     brightness, contrast, saturation, hue = (u[:, 2:] * 2 - 1).T[..., None, None, None]
     x = x + 0.125 * brightness
     x = (x - x.mean((2, 3), keepdim=True)) * (1 + 0.2 * contrast) + x.mean((2, 3), keepdim=True)
-    matrix = YIQ.to(x)
+    matrix, inverse = colours(x.device)
     y = torch.einsum("ij,njhw->nihw", matrix, x)
     angle = 2 * torch.pi * 0.03 * hue[:, 0]
     i, q = y[:, 1] * (1 + 0.2 * saturation[:, 0]), y[:, 2] * (1 + 0.2 * saturation[:, 0])
     turned = torch.stack([y[:, 0], i * angle.cos() - q * angle.sin(), i * angle.sin() + q * angle.cos()], 1)
-    return torch.einsum("ij,njhw->nihw", torch.linalg.inv(matrix), turned).clamp(0, 1) * 2 - 1
+    return torch.einsum("ij,njhw->nihw", inverse, turned).clamp(0, 1) * 2 - 1
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -81,13 +93,14 @@ class Source:
         if self.held is not None:
             for index in indices:
                 index = torch.from_numpy(index)
-                yield self.held[index.to(self.device)].float() / 127.5 - 1, self.labels[index].to(self.device)
+                x = self.held[sent(index, self.device)].float() / 127.5 - 1
+                yield x, sent(self.labels[index], self.device)
             return
         pictures = backbones.Pictures(self.domain, self.size)
         pin = self.device.type == "cuda"
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=indices, num_workers=self.workers, pin_memory=pin)
         for index, x in zip(indices, loader, strict=True):
-            yield x.to(self.device, non_blocking=True), self.labels[torch.from_numpy(index)].to(self.device)
+            yield x.to(self.device, non_blocking=True), sent(self.labels[torch.from_numpy(index)], self.device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lab.runs import UserError
 import numpy as np
 import pytest
 import torch
+from waits import Waits
 
 import backbones
 import domains
@@ -183,6 +184,18 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
     fresh = backbones.build("conv4-group", 28).state_dict()
     assert any(not torch.allclose(a[k], fresh[k], atol=1e-3) for k in fresh)
     assert records(tmp_path / "two")[0][3]["tasks"] == 3
+
+
+def test_a_training_step_waits_for_nothing(tmp_path):
+    s = runs.parse(settings.Settings, "", [*map(str, TINY), "--out", str(tmp_path)])
+    s.check()
+    t = trainer.Trainer(s, 0, torch.device("cpu"), trainer.load_training(s))
+    batches = t.batches(0)
+    for step in range(2):  # constants are made in the first
+        with Waits() as found:
+            t.loss(next(batches), step)[0].backward()
+            t.optimizer.step()
+    assert not found.places
 
 
 def test_distillation_from_single_domain_teachers(monkeypatch, tmp_path):
