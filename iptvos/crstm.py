@@ -1,17 +1,22 @@
 """The cross-round space-time module (CRSTM): a soft mask for a frame, read out of the frames that are stored.
 
-The paper names the module and its role; this formula is our reading of it (README, "Deviations and open points"). For a
-query cell q of frame t and a cell k of a stored frame m, places x in cells:
+The paper names the module and its role; this formula is our reading of it (README, "Deviations and open points"). A
+frame t is a grid of cells q with features f_t(q), out of which two things are made with the statistics of the first
+interacted frame (`Basis`): a key K_t(q) of unit length, and a standardised vector X_t(q). With V_m(k) the share of the
+object in cell k of a stored frame m:
 
-    s_qk = <K_t(q), K_m(k)> / tau + log w_m - |x_q - x_k - delta_m|^2 / (2 sigma^2) - lambda |t - t_m| / T        (1)
-    a_q  = softmax over the `top` largest s_qk of all stored frames together                                      (2)
-    R_t(q) = sum_k a_qk V_m(k)                                                                                    (3)
-    c_t  = mean of 2 |R_t - 1/2| over the cells with R_t > 1/2, 0 without one                                     (4)
-    D_t  = clip(logit(clip(R_t, 1e-3, 1 - 1e-3)), -8, 8) c_t                                                      (5)
+    s_qk = <K_t(q), K_m(k)> / tau, for the cells k of m that are near q; else minus infinity                         (1)
+    R_t(q) = sum_k a_qk V_m(k), a_q the softmax over s_qk of all stored frames together                              (2)
+    A_t(q) = <w, X_t(q)>, w the ridge regression of 2 V - 1 on X over the interacted frames, object and
+             background of equal weight                                                                              (3)
+    L_t(q) = logit(clip(R_t(q), eps, 1 - eps)) + alpha A_t(q) + beta P_t(q)                                          (4)
+    c_t = mean of 2 |p - 1/2| over the cells with p = sigmoid(L_t) > 1/2, 0 without one                              (5)
 
-K has columns of unit length, V is a mask probability, w_m how far the stored mask is trusted, delta_m how far the
-box of the object moved from m to t. With lambda 0, sigma infinite and w 1, (1)-(3) is the top-k read-out of space-time
-memories. Nothing is learned.
+P_t(q) is what the tracked prompts say: 1 in the cells around a point of the object, -1 outside of the box, else 0.
+(1) and (2) follow the object from place to place, (3) knows its colours and textures, and those of the background,
+wherever they are. Frames of all rounds are stored as long as they were interacted; of the frames that were propagated
+only the last few. With near and far infinite and alpha 0, (1) and (2) are the read-out of space-time memories, and with
+`top` their top-k form. Nothing is learned beyond the closed form of (3).
 """
 
 import math
@@ -21,33 +26,74 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STRIP = 16  # columns of query cells that are read together
+EPS = 1e-3
 
 
 @dataclass(frozen=True)
 class Options:
-    tau: float = 0.07
+    tau: float = 0.05
     """Temperature of the similarity of keys."""
-    sigma: float = 8.0
-    """Spread of the displacement in cells; inf: anywhere."""
-    window: float = 16.0
-    """Cells of a stored frame further than this from the expected place in x or y are left out; inf: none."""
-    decay: float = 1.0
-    """lambda: what the whole length of the video costs."""
-    top: int = 32
-    """Scores kept for a cell."""
+    dim: int = 64
+    """Principal directions of the key."""
+    near: float = 8
+    """Cells around a tile of query cells that are read on the last propagated frames; inf: all."""
+    far: float = 16
+    """The same on interacted frames."""
+    top: int = 0
+    """Scores kept for a cell; 0: all."""
+    recent: int = 3
+    """Last propagated frames that are read."""
+    nearest: int = 3
+    """Interacted frames that are read, the nearest in time."""
+    rounds: int = 16
+    """Interacted frames that are kept; the oldest goes first. 1: only the newest interaction."""
+    alpha: float = 0.5
+    """Weight of the appearance, equation (3); 0: none."""
+    beta: float = 0.3
+    """Weight of the tracked prompts in equation (4); 0: none."""
+    ridge: float = 0.01
+    """Its regularisation, for vectors of mean square 1 and weights of sum 1."""
+    reach: int = 8
+    """Cells around the last answer in which the object is looked for."""
+    lost: int = 24
+    """The same around where it was last seen, once it is lost."""
+    seen: float = 0.15
+    """Probability from which a cell belongs to an answer."""
+    tile: int = 8
+    """Cells a side that are read together."""
     least: float = 0.2
     """Confidence c_t below which there is no dense prompt."""
-    trust: float = 0.7
-    """Predicted IoU from which a propagated frame is stored."""
-    rounds: int = 16
-    """Interacted frames kept; the oldest goes first. 1: only the newest interaction."""
-    recent: int = 2
-    """Last propagated frames of the running pass that are kept."""
-    every: int = 5
-    """Every so many propagated frames one is kept longer."""
-    spaced: int = 8
-    """How many of those."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Statistics of the first interacted frame, by which features become keys and vectors."""
+
+    mean: Tensor  # (C,)
+    spread: Tensor  # (C,)
+    axes: Tensor  # (dim, C)
+
+    @classmethod
+    def of(cls, features: Tensor, dim: int) -> "Basis":
+        """Of features (C, h, w): the means, standard deviations, and principal directions of the unit columns."""
+        x = features.float().flatten(1)
+        mean, spread = x.mean(1), x.std(1) + 1e-3
+        u = F.normalize(x - mean[:, None], dim=0, eps=1e-6)
+        values, vectors = torch.linalg.eigh(u @ u.T)
+        return cls(mean, spread, vectors[:, values.argsort(descending=True)[:dim]].T.contiguous())
+
+    def key(self, features: Tensor) -> Tensor:
+        """K: (C, h, w) -> (dim, h, w), columns of unit length."""
+        c, h, w = features.shape
+        x = F.normalize(features.float().reshape(c, -1) - self.mean[:, None], dim=0, eps=1e-6)
+        return F.normalize(self.axes @ x, dim=0, eps=1e-6).view(-1, h, w)
+
+    def vector(self, features: Tensor) -> Tensor:
+        """X: (C, h, w) -> (C + 1, h, w), standardised columns of mean square 1, the last row a constant 1."""
+        c, h, w = features.shape
+        x = (features.float().reshape(c, -1) - self.mean[:, None]) / self.spread[:, None]
+        x = F.normalize(x, dim=0, eps=1e-6) * math.sqrt(c)
+        return torch.cat([x, torch.ones_like(x[:1])]).view(c + 1, h, w)
 
 
 @dataclass
@@ -55,10 +101,9 @@ class Entry:
     """A stored frame."""
 
     frame: int
-    key: Tensor  # (C, h, w), columns of unit length; only cells of the picture, no padding
+    key: Tensor  # (dim, h, w), columns of unit length
     value: Tensor  # (h, w) in [0, 1]
-    weight: float  # w_m in (0, 1]
-    centre: tuple[float, float]  # of the box of the object, (x, y) in cells
+    vector: Tensor | None = None  # (C + 1, h, w), of interacted frames
 
 
 @dataclass
@@ -68,8 +113,12 @@ class Memory:
     options: Options = field(default_factory=Options)
     interacted: dict[int, Entry] = field(default_factory=dict)  # by frame, oldest interaction first
     passing: list[Entry] = field(default_factory=list)
-    spaced: list[Entry] = field(default_factory=list)
-    count: int = 0
+    last: Tensor | None = None
+    """(h, w) the last answer in which the object was seen."""
+    lost: bool = False
+    """Whether the newest answer was empty."""
+    weights: Tensor | None = None
+    """w of equation (3)."""
 
     def interact(self, entry: Entry) -> None:
         """A frame the user touched: replaces what was stored of it."""
@@ -77,148 +126,103 @@ class Memory:
         self.interacted[entry.frame] = entry
         while len(self.interacted) > self.options.rounds:
             self.interacted.pop(next(iter(self.interacted)))
-        self.start()
+        self.weights = None
 
     def forget(self, frame: int) -> None:
         self.interacted.pop(frame, None)
+        self.weights = None
 
-    def start(self) -> None:
-        """A new pass over the video begins: propagated frames of the last one go."""
-        self.passing, self.spaced, self.count = [], [], 0
+    def start(self, frame: int) -> None:
+        """A pass begins at an interacted frame: propagated frames of the last one go."""
+        self.passing, self.lost = [], False
+        self.last = self.interacted[frame].value
+        if self.options.alpha and self.weights is None:
+            self.weights = fit(list(self.interacted.values()), self.options.ridge)
 
     def add(self, entry: Entry) -> None:
-        """A propagated frame; stored only when it is trusted."""
+        """A propagated frame."""
+        self.passing = [*self.passing, entry][-self.options.recent :] if self.options.recent else []
+        self.lost = not bool((entry.value > self.options.seen).any())
+        if not self.lost:
+            self.last = entry.value
+
+    def entries(self, frame: int) -> list[tuple[Entry, float]]:
+        """What is read for a frame: stored frames and how many cells around a tile."""
         o = self.options
-        self.count += 1
-        if entry.weight < o.trust:
-            return
-        self.passing = [*self.passing, entry][-o.recent :] if o.recent else []
-        if o.spaced and o.every and self.count % o.every == 0:
-            self.spaced = [*self.spaced, entry][-o.spaced :]
+        chosen = sorted(self.interacted.values(), key=lambda e: (abs(e.frame - frame), e.frame))[: o.nearest]
+        return [(e, o.far) for e in chosen] + [(e, o.near) for e in self.passing]
 
-    def entries(self) -> list[Entry]:
-        found = {e.frame: e for e in (*self.spaced, *self.passing)}
-        return list((found | self.interacted).values())
+    def region(self, told: Tensor | None = None) -> Tensor:
+        """(h, w) boolean: where the object is looked for, also where the prompts `told` (h, w) that it is."""
+        o = self.options
+        around = o.lost if self.lost else o.reach
+        seen = self.last > o.seen
+        seen = F.max_pool2d(seen[None, None].float(), 2 * around + 1, 1, around)[0, 0] > 0
+        return seen if told is None else seen | (told > 0)
 
-
-def pooled(logits: Tensor, cells: tuple[int, int]) -> Tensor:
-    """V: probabilities of low-resolution logits (4h, 4w), averaged over 4 x 4 to the (h, w) cells of the picture."""
-    p = F.avg_pool2d(logits.float().sigmoid()[None, None], 4)[0, 0]
-    return p[: cells[0], : cells[1]].contiguous()
-
-
-def unit(features: Tensor) -> Tensor:
-    """K: (C, h, w) with columns of length 1 (a column of zeros stays)."""
-    return F.normalize(features.float(), dim=0, eps=1e-6)
-
-
-def places(h: int, w: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y of the h w cells, row by row."""
-    y, x = torch.meshgrid(
-        torch.arange(h, dtype=torch.float32, device=like.device),
-        torch.arange(w, dtype=torch.float32, device=like.device),
-        indexing="ij",
-    )
-    return x.reshape(-1), y.reshape(-1)
+    def answer(self, key: Tensor, vector: Tensor | None, frame: int, told: Tensor | None = None) -> Tensor:
+        """Equation (4): logits (h, w) of a frame with key (dim, h, w), vector (C + 1, h, w) and prompts P (h, w);
+        surely nothing, the smallest logit, where the object is not looked for."""
+        where = self.region(told)
+        r = read(key, self.entries(frame), where, self.options)
+        out = logit(r)
+        if self.weights is not None and vector is not None:
+            out = out + self.options.alpha * torch.einsum("c,chw->hw", self.weights, vector)
+        if told is not None:
+            out = out + self.options.beta * told
+        return torch.where(where, out, out.new_tensor(logit(out.new_zeros(())).item()))
 
 
-def scores(
-    query: Tensor, qx: Tensor, qy: Tensor, frame: int, length: int, centre: tuple[float, float], e: Entry, o: Options
-) -> tuple[Tensor, Tensor]:
-    """Equation (1) for the query columns (C, n) against one stored frame: scores (n, m) and the values (m,).
-
-    Only the part of the stored frame that some query cell may see is multiplied; a cell outside the window of a query
-    has the score -inf.
-    """
-    h, w = e.value.shape
-    dx, dy = centre[0] - e.centre[0], centre[1] - e.centre[1]
-    x0, x1, y0, y1 = 0, w, 0, h
-    if math.isfinite(o.window):
-        x0 = max(0, math.floor(float(qx.min()) - dx - o.window))
-        x1 = min(w, math.ceil(float(qx.max()) - dx + o.window) + 1)
-        y0 = max(0, math.floor(float(qy.min()) - dy - o.window))
-        y1 = min(h, math.ceil(float(qy.max()) - dy + o.window) + 1)
-    if x0 >= x1 or y0 >= y1:
-        return query.new_empty(query.shape[1], 0), e.value.new_empty(0)
-    key = e.key[:, y0:y1, x0:x1].reshape(len(query), -1)
-    trusted = math.log(max(e.weight, 1e-6)) - o.decay * abs(frame - e.frame) / max(length, 1)
-    s = (query.T @ key).div_(o.tau).add_(trusted)
-    gx = qx[:, None] - dx - torch.arange(x0, x1, device=query.device)
-    gy = qy[:, None] - dy - torch.arange(y0, y1, device=query.device)
-    # What is outside the window costs infinitely much, so one addition a direction does both.
-    far_x, far_y = (torch.where(g.abs() > o.window, math.inf, g.square() / (2 * o.sigma**2)) for g in (gx, gy))
-    s = s.view(len(qx), y1 - y0, x1 - x0).sub_(far_y[:, :, None]).sub_(far_x[:, None, :])
-    return s.flatten(1), e.value[y0:y1, x0:x1].reshape(-1)
+def logit(p: Tensor) -> Tensor:
+    p = p.clamp(EPS, 1 - EPS)
+    return p.log() - (1 - p).log()
 
 
-def read(
-    key: Tensor,
-    frame: int,
-    length: int,
-    centre: tuple[float, float],
-    entries: list[Entry],
-    o: Options,
-    region: tuple[int, int, int, int] | None = None,
-) -> Tensor:
-    """Equations (2) and (3): R_t (h, w) for the keys (C, h, w) of a frame; 0 outside `region` (x0, y0, x1, y1 in
-    cells, x1 and y1 exclusive) and where no stored cell is in reach. The largest scores are merged frame by frame, so
-    memory does not grow with their number."""
-    c, h, w = key.shape
-    x0, y0, x1, y1 = region or (0, 0, w, h)
-    x0, y0, x1, y1 = max(0, x0), max(0, y0), min(w, x1), min(h, y1)
+def read(key: Tensor, entries: list[tuple[Entry, float]], where: Tensor, o: Options) -> Tensor:
+    """Equations (1) and (2): R_t (h, w) for the keys (dim, h, w) of a frame; 0 in tiles without a cell of `where`
+    (h, w) boolean, and where nothing is stored. A window is measured from the tile: all its cells read the same."""
+    d, h, w = key.shape
     out = key.new_zeros(h, w)
-    if not entries or x0 >= x1 or y0 >= y1:
+    if not entries:
         return out
-    for left in range(x0, x1, STRIP):  # a strip sees few columns of a stored frame, the whole region nearly all
-        right = min(left + STRIP, x1)
-        qx, qy = places(y1 - y0, right - left, key)
-        query = key[:, y0:y1, left:right].reshape(c, -1)
-        found = top_mean(query, qx + left, qy + y0, frame, length, centre, entries, o)
-        if found is not None:
-            out[y0:y1, left:right] = found.view(y1 - y0, right - left)
+    wanted = F.max_pool2d(where[None, None].float(), o.tile, o.tile, ceil_mode=True)[0, 0].nonzero().tolist()
+    for row, column in wanted:
+        y, x = row * o.tile, column * o.tile
+        query = key[:, y : y + o.tile, x : x + o.tile]
+        keys, values = [], []
+        for e, around in entries:
+            a = around if math.isfinite(around) else max(h, w)
+            a = int(a)
+            part = slice(max(0, y - a), y + o.tile + a), slice(max(0, x - a), x + o.tile + a)
+            keys.append(e.key[:, *part].reshape(d, -1))
+            values.append(e.value[part].reshape(-1))
+        s = query.reshape(d, -1).T @ torch.cat(keys, 1) / o.tau
+        v = torch.cat(values)
+        if o.top and o.top < s.shape[1]:
+            s, i = s.topk(o.top, 1)
+            found = (s.softmax(1) * v[i]).sum(1)
+        else:
+            found = s.softmax(1) @ v
+        out[y : y + o.tile, x : x + o.tile] = found.view(query.shape[1:])
     return out
 
 
-def top_mean(
-    query: Tensor,
-    qx: Tensor,
-    qy: Tensor,
-    frame: int,
-    length: int,
-    centre: tuple[float, float],
-    entries: list[Entry],
-    o: Options,
-) -> Tensor | None:
-    """R_t (n,) of the query columns (C, n); None where no stored cell is in reach of any."""
-    best, kept = None, None
-    for e in entries:
-        s, v = scores(query, qx, qy, frame, length, centre, e, o)
-        if not s.shape[1]:
-            continue
-        s, i = s.topk(min(o.top, s.shape[1]), dim=1)
-        v = v[i]
-        if best is not None:
-            s, v = torch.cat([best, s], 1), torch.cat([kept, v], 1)
-            s, i = s.topk(min(o.top, s.shape[1]), dim=1)
-            v = v.gather(1, i)
-        best, kept = s, v
-    if best is None:
+def fit(entries: list[Entry], ridge: float) -> Tensor | None:
+    """Equation (3): w (C + 1,) over the cells of the interacted frames, object and background of equal weight; None
+    where either is missing."""
+    x = torch.cat([e.vector.flatten(1) for e in entries], 1).T if entries else torch.zeros(0, 1)
+    y = torch.cat([e.value.flatten() for e in entries]) if entries else torch.zeros(0)
+    inside, outside = y.sum(), (1 - y).sum()
+    if not len(y) or float(inside) < 0.5 or float(outside) < 0.5:
         return None
-    top = best.max(1, keepdim=True).values
-    a = (best - top.clamp_min(-1e30)).exp()  # rows of -inf give zeros, not NaN
-    return (a * kept).sum(1) / a.sum(1).clamp_min(1e-12)
+    weight = (y / inside + (1 - y) / outside) / 2
+    weighted = x * weight[:, None]
+    normal = weighted.T @ x + ridge * torch.eye(x.shape[1], device=x.device)
+    return torch.linalg.solve(normal, weighted.T @ (2 * y - 1))
 
 
-def confidence(read_out: Tensor) -> float:
-    """c_t of equation (4)."""
-    inside = read_out[read_out > 0.5]
-    return float((2 * (inside - 0.5).abs()).mean()) if len(inside) else 0.0
-
-
-def dense_prompt(read_out: Tensor, o: Options) -> tuple[Tensor | None, float]:
-    """D_t of equation (5), (h, w), or None when the read-out is not trusted; and c_t."""
-    c = confidence(read_out)
-    if c < o.least:
-        return None, c
-    r = read_out.clamp(1e-3, 1 - 1e-3)
-    return (r.log() - (1 - r).log()).clamp(-8, 8) * c, c
+def confidence(logits: Tensor) -> float:
+    """c_t of equation (5)."""
+    p = logits.sigmoid()
+    inside = p[p > 0.5]
+    return float((2 * (inside - 0.5)).mean()) if len(inside) else 0.0

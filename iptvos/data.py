@@ -181,6 +181,12 @@ def load(dataset: str, name: str, split: str, folder: Path, longest: int = 0, li
         known = ", ".join(names_of(dataset, split, folder)[:12])
         raise UserError(f"no video {name} in {root / 'JPEGImages'}; there are {known} ...")
     video = read_folder(name, root / "JPEGImages" / sub, root / "Annotations" / sub, longest, limit)
+    bare = [t for t, g in enumerate(video.truth) if g is None]
+    if bare and dataset.startswith("davis") and split in ("train", "val"):  # there every frame has its mask
+        raise UserError(
+            f"{root / 'Annotations' / sub} lacks the mask of frame {bare[0]} (of {len(video.frames)}, {len(bare)} are "
+            "missing); fetch the data set again"
+        )
     if dataset == "davis2016":  # all objects of a frame are one
         video.truth = [None if g is None else ((g > 0) & (g != VOID)).astype(np.uint8) for g in video.truth]
         video.first, video.objects = {}, ()

@@ -45,7 +45,7 @@ def play(
         )
     session = Session(video.frames, video.objects, segmenter, tracker, box_tracker, method, seed)
     used: set[int] = set()
-    labels, worst, out = None, None, {}
+    labels, scores, worst, out = None, None, None, {}
     curve: list[float] = []
     seconds: list[float] = []
     chosen: list[int] = []
@@ -62,13 +62,16 @@ def play(
         began = time.perf_counter()
         for t, one in given.items():
             session.interact(t, one)
+        before = None if labels is None else (labels, scores)
         labels = session.labels()
         seconds.append(time.perf_counter() - began)
-        scores = metrics.score(labels, video.truth, video.objects)
+        scores = metrics.score(labels, video.truth, video.objects, before)
         j, f = np.nanmean(scores, (0, 1))
         curve.append(float((j + f) / 2))
         decodes.append(session.decoded)
         out |= {f"j_{r}": float(j), f"f_{r}": float(f), f"jf_{r}": curve[-1], f"seconds_{r}": seconds[-1]}
+        seen = np.array([g is not None and (g > 0).any() for g in video.truth])
+        out[f"lost_{r}"] = int((seen & (np.nan_to_num(scores[:, :, 0], nan=1).max(1) == 0)).sum())
         if r == 1:
             inner = scores[1:-1] if len(scores) > 2 else scores
             out["jf_semi"] = float(np.nanmean(inner)) if np.isfinite(inner).any() else curve[-1]
@@ -80,7 +83,7 @@ def play(
             progress(r, curve[-1])
         if worst is None and r < s.rounds:  # every frame was touched: the answer stays
             for k in range(r + 1, s.rounds + 1):
-                out |= {f"{m}_{k}": out[f"{m}_{r}"] for m in ("j", "f", "jf")} | {f"seconds_{k}": 0.0}
+                out |= {f"{m}_{k}": out[f"{m}_{r}"] for m in ("j", "f", "jf", "lost")} | {f"seconds_{k}": 0.0}
                 curve.append(curve[-1])
             break
     total = np.cumsum(seconds + [0.0] * (len(curve) - len(seconds))).tolist()

@@ -29,7 +29,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
 
 
 def main_rows(records: list[dict]) -> list[dict]:
-    return [r for r in records if r["table"] in ("drawn", "davis2016") and r["method"] in COLOURS]
+    return [r for r in records if r["table"] in ("drawn", "real-mask") and r["method"] in COLOURS]
 
 
 def rounds(records: list[dict]):

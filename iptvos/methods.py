@@ -31,6 +31,12 @@ class Method:
     """A propagated frame keeps the mask of an earlier round when the new one's predicted IoU is lower by more than
     this;
     1: the newer always wins."""
+    few: int = 4
+    """Points are sampled anew from the last mask when fewer positive ones are left; 0: never."""
+    patience: int = 4
+    """Frames for which new points are kept at least."""
+    shuffled: bool = False
+    """Control: every frame is stored under the key of another one, drawn at random."""
     horizon: int = 0
     """Frames after which points are sampled anew from a predicted mask; 0: never."""
     variant: str = "B"
@@ -41,16 +47,19 @@ class Method:
 PLAIN = FilterOptions(back=0, box=-1, motion=0)
 METHODS = {
     "copy": Method(points=False, box=False, memory=None, propagate=False),
-    "points": Method(box=False, filter=None, memory=None),
+    "points": Method(box=False, filter=None, memory=None, few=0),
     "box": Method(points=False, memory=None),
     "points+box": Method(memory=None),
     "newest": Method(memory=crstm.Options(rounds=1)),
     "full": Method(),
+    "memory": Method(points=False, box=False),
+    "shuffled": Method(shuffled=True),
+    "readout": Method(memory=crstm.Options(alpha=0.0)),
     "points+filter": Method(box=False, filter=FilterOptions(box=-1), memory=None),
     "points+memory": Method(box=False, filter=None),
     "reinit": Method(horizon=24),
     "blend": Method(limits="blend"),
     "all": Method(limits="all"),
-    "sam-pt": Method(box=False, filter=None, memory=None, refine=12, gate=0.7),
-    "sam-pt-reinit": Method(box=False, filter=None, memory=None, refine=12, gate=0.7, horizon=24),
+    "sam-pt": Method(box=False, filter=None, memory=None, few=0, refine=12, gate=0.7),
+    "sam-pt-reinit": Method(box=False, filter=None, memory=None, few=0, refine=12, gate=0.7, horizon=24),
 }

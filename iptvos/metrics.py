@@ -43,12 +43,20 @@ def boundary(prediction: np.ndarray, truth: np.ndarray) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def score(labels: list[np.ndarray], truth: list[np.ndarray | None], objects: tuple[int, ...]) -> np.ndarray:
+def score(
+    labels: list[np.ndarray],
+    truth: list[np.ndarray | None],
+    objects: tuple[int, ...],
+    before: tuple[list[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """(frames, objects, 2): J and F; NaN where a frame has no truth. Labels are (H, W) integer maps; void (255) in the
-    truth is another label, as in the official scorers."""
+    truth is another label, as in the official scorers. `before`: labels and scores of which those are taken whose map
+    is the same array."""
     out = np.full((len(truth), len(objects), 2), np.nan)
     for t, (p, g) in enumerate(zip(labels, truth, strict=True)):
-        if g is not None:
+        if before is not None and before[0][t] is p:
+            out[t] = before[1][t]
+        elif g is not None:
             for i, o in enumerate(objects):
                 out[t, i] = region(p == o, g == o), boundary(p == o, g == o)
     return out
@@ -72,10 +80,23 @@ def summary(found: list[dict], rounds: int, timeout: float) -> tuple[float, floa
     (over objects) against the mean cumulative seconds (over samples); to the timeout of an object times the mean number
     of objects. `found`: metrics `jf_r`, `seconds_r` and `objects` of each sample."""
     objects = np.array([m["objects"] for m in found], float)
-    values = [float(np.average([m[f"jf_{r}"] for m in found], weights=objects)) for r in range(1, rounds + 1)]
-    seconds = np.cumsum([np.mean([m[f"seconds_{r}"] for m in found]) for r in range(1, rounds + 1)]).tolist()
+    held = [in_time(m, rounds, timeout * m["objects"]) for m in found]
+    values = np.average([v for v, _ in held], axis=0, weights=objects).tolist()
+    seconds = np.cumsum(np.mean([s for _, s in held], axis=0)).tolist()
     whole = timeout * float(objects.mean())
     return auc(seconds, values, whole), at(seconds, values, 60.0, whole)
+
+
+def in_time(m: dict, rounds: int, timeout: float) -> tuple[list[float], list[float]]:
+    """J&F and seconds of each round of a sample. A round that ends after its timeout does not count: the last value is
+    held (0 before the first), at no cost, as the DAVIS protocol fills them in."""
+    values, seconds, total = [], [], 0.0
+    for r in range(1, rounds + 1):
+        total += m[f"seconds_{r}"]
+        late = total > timeout
+        values.append((values[-1] if values else 0.0) if late else m[f"jf_{r}"])
+        seconds.append(0.0 if late else m[f"seconds_{r}"])
+    return values, seconds
 
 
 def curve(seconds: list[float], values: list[float], timeout: float) -> tuple[np.ndarray, np.ndarray]:

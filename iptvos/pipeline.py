@@ -6,7 +6,6 @@ from pathlib import Path
 from lab import runs
 from lab.runs import UserError
 
-import numpy as np
 import torch
 
 from methods import METHODS
@@ -33,9 +32,8 @@ def build(s: Pipeline):
     if s.selection:
         changed["selection"] = s.selection
     if m.memory is not None:
-        memory = replace(m.memory, tau=s.tau, decay=s.decay, top=s.top)
-        spread = {"sigma": s.sigma, "window": 2 * s.sigma} if s.sigma else {"sigma": np.inf, "window": np.inf}
-        changed["memory"] = replace(memory, **spread)
+        alpha = {} if m.memory.alpha == 0 else {"alpha": s.alpha}  # a method without the appearance stays without
+        changed["memory"] = replace(m.memory, tau=s.tau, top=s.top, near=s.near, far=s.far, beta=s.beta, **alpha)
     device = runs.device(s.device)
     torch.backends.cuda.matmul.allow_tf32 = True
     cut = segmenter(s.segmenter, s.weights, device, side=s.side)
@@ -51,7 +49,7 @@ def segmenter(name: str, weights: str, device: torch.device, size: int = 0, side
     if name == "grabcut":
         if weights:
             raise UserError("--segmenter grabcut takes no --weights")
-        return GrabCut(side)
+        return GrabCut(side, device=device)
     if not weights:
         raise UserError(f"--segmenter {name} needs --weights: {FILES[name]}; without weights use --segmenter grabcut")
     from segmenters.sam import Sam, SamSegmenter, load  # here: segment-anything brings torchvision, which takes seconds

@@ -69,6 +69,43 @@ def inside(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     return ((points >= box[:2]) & (points <= box[2:])).all(1)
 
 
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    both = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]) + 1, 0).prod()
+    return float(both / ((a[2:] - a[:2] + 1).prod() + (b[2:] - b[:2] + 1).prod() - both))
+
+
+def told(p: Prompt, cell: float, shape: tuple[int, int]) -> np.ndarray:
+    """What points and box say of (h, w) cells of `cell` pixels: 1 in the 3 x 3 cells around a positive point, -1 around
+    a negative one and outside of the box grown by a tenth; 0: nothing."""
+    h, w = shape
+    out = np.zeros(shape, np.float32)
+    if p.box is not None:
+        x1, y1, x2, y2 = grow(np.asarray(p.box), 0.1) / cell
+        out[:] = -1
+        out[max(int(y1), 0) : max(int(y2) + 1, 0), max(int(x1), 0) : max(int(x2) + 1, 0)] = 0
+    for value in (0, 1):  # where both are said, the object counts
+        for x, y in (p.points[p.labels == value] / cell).astype(int):
+            out[max(y - 1, 0) : max(y + 2, 0), max(x - 1, 0) : max(x + 2, 0)] = 1 if value else -1
+    return out
+
+
+def added(before: Interaction | None, one: Interaction) -> tuple[Interaction, bool]:
+    """All clicks and the last box of a frame, and whether anything is new."""
+    if before is None:
+        return one, True
+    known = {(*p, v) for p, v in zip(before.points.tolist(), before.labels.tolist(), strict=True)}
+    fresh = [
+        i for i, (p, v) in enumerate(zip(one.points.tolist(), one.labels.tolist(), strict=True)) if (*p, v) not in known
+    ]
+    same_box = one.box is None or (before.box is not None and np.array_equal(one.box, before.box))
+    points = np.concatenate([before.points, one.points[fresh]])
+    labels = np.r_[before.labels, np.asarray(one.labels)[fresh]].astype(int)
+    return Interaction(box=before.box if one.box is None else one.box, points=points, labels=labels), bool(
+        fresh
+    ) or not same_box
+
+
 def with_positives(mask: np.ndarray, positive: np.ndarray, old: np.ndarray | None = None) -> np.ndarray:
     """Connected parts of a mask that hold a positive point, or a pixel of the `old` mask that is being corrected; the
     mask itself when no part holds a point."""
@@ -109,8 +146,7 @@ def select(mask: np.ndarray, n: int, how: str, rng: np.random.Generator, frame: 
 
 
 def medoids(pixels: np.ndarray, n: int, rng: np.random.Generator, most: int = 1800) -> np.ndarray:
-    """K-medoids of at most `most` of the pixels: alternating, Euclidean, started from the pixels with the smallest sums
-    of distances."""
+    """K-medoids of at most `most` of the pixels, Euclidean: FasterPAM from the medoids that BUILD finds."""
     if n <= 0:
         return NONE
     if len(pixels) > most:
@@ -118,8 +154,7 @@ def medoids(pixels: np.ndarray, n: int, rng: np.random.Generator, most: int = 18
     if len(pixels) <= n:
         return pixels[np.arange(n) % len(pixels)]
     distance = np.sqrt(((pixels[:, None] - pixels[None]) ** 2).sum(-1))
-    start = np.argsort(distance.sum(1), kind="stable")[:n]
-    found = fast_kmedoids.alternating(distance, start, max_iter=300)
+    found = fast_kmedoids.fasterpam(distance, n, init="build", n_cpu=1)
     return pixels[np.asarray(found.medoids, int)]
 
 

@@ -1,11 +1,10 @@
 """Scribbles of the simulated user, after the DAVIS interactive robot's published recipe: error region of each id,
 smoothing by opening, medial axis, longest path of its graph, Bezier curve. Ties go to the first pixel row by row."""
 
-from math import comb
-
 import cv2
 import networkx as nx
 import numpy as np
+from scipy.stats import binom
 from skimage.morphology import medial_axis
 
 from metrics import disk
@@ -76,11 +75,7 @@ def furthest(tree: nx.Graph, start: tuple[int, int]) -> list[tuple[int, int]]:
     return paths[min(lengths, key=lambda n: (-lengths[n], n))]
 
 
-def bezier(points: np.ndarray, samples: int, most: int = 60) -> np.ndarray:
-    """Bezier curve of the control points; a long path is thinned to `most` of them, so that the binomials stay
-    small."""
-    if len(points) > most:
-        points = points[np.linspace(0, len(points) - 1, most).round().astype(int)]
+def bezier(points: np.ndarray, samples: int) -> np.ndarray:
+    """Bezier curve (samples, 2) of the control points (n, 2): Bernstein's polynomials are the binomial distribution."""
     n, t = len(points) - 1, np.linspace(0, 1, samples)
-    basis = np.stack([comb(n, k) * t**k * (1 - t) ** (n - k) for k in range(n + 1)], 1)
-    return basis @ points
+    return binom.pmf(np.arange(n + 1), n, t[:, None]) @ points

@@ -20,11 +20,12 @@ from torch import Tensor
 import crstm
 import prompts as P
 from methods import PLAIN, Method
+from passes import Pass, renewals
 from prompts import Interaction, Prompt
-from segmenters.interface import Embedding
-from trackers.boxes import BoxTracker, centre
+from segmenters.interface import Embedding, merge, resample, share
+from trackers.boxes import BoxTracker
 from trackers.filter import Filter, patches
-from trackers.points import PointTracker, Tracks
+from trackers.points import PointTracker
 
 NOTHING = -8.0  # logit of "surely not the object"
 
@@ -42,24 +43,8 @@ class State:
     """Masks of interacted frames, as they were given or decoded."""
     clicks: dict[int, Interaction] = field(default_factory=dict)
     """All clicks and boxes of a frame so far."""
-
-
-@dataclass
-class Pass:
-    """One object during a pass in one direction."""
-
-    tracks: Tracks
-    labels: np.ndarray
-    begin: int  # place in the order of frames at which the tracks begin
-    filter: Filter
-    boxes: BoxTracker | None
-    box: np.ndarray | None
-    areas: dict[int, float] = field(default_factory=dict)
-    gone: bool = False
-    order: list[int] = field(default_factory=list)
-    """Frames of this object's pass, the interacted one first; it may end before those of others."""
-    neighbour: int | None = None
-    """The interacted frame of this object that ends the pass."""
+    begun: dict[int, np.ndarray | None] = field(default_factory=dict)
+    """What stood on a frame before the first of them."""
 
 
 class Session:
@@ -84,6 +69,9 @@ class Session:
         self.states = {
             o: State([None] * n, np.zeros(n), None if memory is None else crstm.Memory(memory)) for o in self.objects
         }
+        self.basis: crstm.Basis | None = None  # of the first interacted frame
+        self.other = np.random.default_rng([seed, 2**30]).permutation(n)
+        self.told: dict[int, tuple[list, np.ndarray]] = {}  # label maps, and of what they were made
         self.seconds: list[float] = []
         self.encoding = 0.0
         self.decoded = 0
@@ -102,10 +90,9 @@ class Session:
         keep their masks."""
         began = time.perf_counter()
         self.round += 1
-        rng = np.random.default_rng([self.seed, self.round, t])
-        for o, one in given.items():
-            self.take(t, o, one)
-        active = [o for o in given if P.box_of(self.states[o].exact[t]) is not None]
+        rng = np.random.default_rng([self.seed, t])  # the same points for the same interaction, whatever its round
+        changed = [o for o, one in given.items() if self.take(t, o, one)]
+        active = [o for o in changed if P.box_of(self.states[o].exact[t]) is not None]
         if not self.method.propagate:
             self.copy(t, active)
         elif active:
@@ -114,49 +101,56 @@ class Session:
         self.seconds.append(time.perf_counter() - began)
         return self.seconds[-1]
 
-    def take(self, t: int, o: int, one: Interaction) -> None:
-        """The interaction becomes the final mask of its frame and an entry of the memory."""
-        s, e = self.states[o], self.embedding(t)
+    def take(self, t: int, o: int, one: Interaction) -> bool:
+        """The interaction becomes the final mask of its frame and an entry of the memory; False where it says nothing
+        new."""
+        s, e, before = self.states[o], self.embedding(t), self.states[o].exact.get(t)
         if one.mask is not None:
             mask = np.asarray(one.mask, bool)
             low, quality = e.geometry.low(np.where(mask, -NOTHING, NOTHING)), 1.0
             s.clicks.pop(t, None)
+            s.begun.pop(t, None)
         else:
-            before = s.clicks.get(t)
-            if before is not None:
-                points, labels = np.concatenate([before.points, one.points]), np.r_[before.labels, one.labels]
-                one = Interaction(box=one.box if one.box is not None else before.box, points=points, labels=labels)
+            one, new = P.added(s.clicks.get(t), one)
+            if not new:
+                return False
             s.clicks[t] = one
-            low, quality = self.first_mask(e, one, s.low[t])
-            mask, old = e.geometry.full(low) > self.segmenter.mask_threshold, None
-            if s.low[t] is not None:
-                old = e.geometry.full(s.low[t]) > self.segmenter.mask_threshold
-            if len(one.points):
-                mask = P.with_positives(mask, one.points[one.labels == 1], old)
+            low, quality, mask = self.first_mask(t, e, s, one)
+        if before is not None and np.array_equal(before, mask):
+            return False
         s.exact[t] = mask
         box = P.box_of(mask)  # None: the object is not on this frame, or a single pixel
         s.low[t], s.iou[t] = (low.half(), quality) if box is not None else (None, quality)
         if s.memory is not None:
             s.memory.forget(t)
             if box is not None:
-                s.memory.interact(self.entry(t, e, low, box, 1.0))
+                if self.basis is None:
+                    self.basis = crstm.Basis.of(self.features(t), s.memory.options.dim)
+                self.features(t)
+                s.memory.interact(self.entry(t, e, mask, self.keyed(t)))
+        return True
 
-    def first_mask(self, e: Embedding, one: Interaction, before: Tensor | None) -> tuple[Tensor, float]:
-        """Positive points alone, then all points with the logits of that, then refinement by the mask's own box. A
-        frame that has a mask from an earlier round starts from its logits; a box alone is one pass."""
+    def first_mask(self, t: int, e: Embedding, s: State, one: Interaction) -> tuple[Tensor, float, np.ndarray]:
+        """Logits, predicted IoU and mask of all clicks and the box of a frame. SAM: positive points alone, then all
+        points with the logits of that, then refinement by the mask's own box; a frame that has a mask from an earlier
+        round starts from its logits."""
+        old = None if s.low[t] is None else e.geometry.full(s.low[t]) > self.segmenter.mask_threshold
+        if hasattr(self.segmenter, "first"):
+            before = s.begun.setdefault(t, s.exact.get(t, old))
+            mask, quality = self.segmenter.first(e, one, before)
+            return e.geometry.low(np.where(mask, -NOTHING, NOTHING)), quality, mask
         order = np.argsort(-one.labels, kind="stable")
         points, labels = one.points[order].astype(np.float32), one.labels[order]
-        dense = None if before is None else before.float()
+        dense = None if s.low[t] is None else s.low[t].float()
         p = Prompt(points, labels, one.box, dense)
-        if p.empty and dense is None:
-            return torch.full((4 * e.geometry.cells,) * 2, NOTHING), 0.0
         if one.box is None and (labels == 1).any() and dense is None:
-            first = Prompt(points[labels == 1], labels[labels == 1])
-            if hasattr(self.segmenter, "guess"):
-                first.dense = self.segmenter.guess(e, first.points)
-            p.dense = self.segmenter.decode(e, [first])[0][0]
-        low, quality = self.segmenter.decode(e, [p])[0]
-        return self.refined(e, [p], [(low, quality)], max(1, self.method.refine))[0]
+            p.dense = self.segmenter.decode(e, [Prompt(points[labels == 1], labels[labels == 1])])[0][0]
+        found = self.segmenter.decode(e, [p])
+        low, quality = (
+            found[0] if p.empty and dense is None else self.refined(e, [p], found, max(1, self.method.refine))[0]
+        )
+        mask = e.geometry.full(low) > self.segmenter.mask_threshold
+        return low, quality, P.with_positives(mask, points[labels == 1], old) if len(points) else mask
 
     def refined(self, e: Embedding, given: list[Prompt], found: list, passes: int) -> list:
         """Decoder passes with the tight box of each mask, its points and its logits; a mask whose box no longer changes
@@ -176,9 +170,21 @@ class Session:
                 found[i] = new
         return found
 
-    def entry(self, t: int, e: Embedding, low: Tensor, box: np.ndarray, weight: float) -> crstm.Entry:
-        x, y = centre(box) * e.geometry.scale
-        return crstm.Entry(t, e.key, crstm.pooled(low, e.geometry.valid).to(e.key.device), weight, (float(x), float(y)))
+    def features(self, t: int) -> Tensor:
+        e = self.embedding(t)
+        if e.features is None:
+            began = time.perf_counter()
+            self.segmenter.features(e)
+            self.encoding += time.perf_counter() - began
+        return e.features
+
+    def stored(self, t: int, keyed) -> tuple[Tensor, Tensor]:
+        """Key and vector under which a frame is stored: its own; in the control another frame's."""
+        return self.keyed(int(self.other[t])) if self.method.shuffled else keyed
+
+    def entry(self, t: int, e: Embedding, mask: np.ndarray, keyed) -> crstm.Entry:
+        key, vector = self.stored(t, keyed)
+        return crstm.Entry(t, key, share(mask, e.cell, key.shape[1:]).to(key.device), vector)
 
     # -------------------------------------------------------------------------------------------------- propagation
 
@@ -219,7 +225,8 @@ class Session:
             points, labels = self.sample(o, t, mask, rng)
         else:
             points, labels = P.NONE, np.zeros(0, int)
-        tracks = self.tracker.track(self.frames, order[at:], points)
+        follow = getattr(self.tracker, "follow", self.tracker.track)  # frame by frame where the tracker can
+        tracks = follow(self.frames, order[at:], points)
         options = m.filter or PLAIN
         query = patches(self.frames[t], points) if options.patch else None
         return Pass(tracks, labels, at, Filter(options, labels, query), boxes, box, order=order)
@@ -240,117 +247,117 @@ class Session:
             passes[o] = self.begin(o, order, 0, mask, rng, boxes, box)
             passes[o].areas[0], passes[o].neighbour = float(mask.sum()), neighbour
             if self.states[o].memory is not None:
-                self.states[o].memory.start()
+                self.states[o].memory.start(t)
         length = max((len(p.order) for p in passes.values()), default=0)
         for k in range(1, length):
             running = {o: p for o, p in passes.items() if k < len(p.order)}
             if m.horizon and k > 1 and (k - 1) % m.horizon == 0:
                 passes |= self.renew(k - 1, running, rng)
                 running = {o: passes[o] for o in running}
-            self.step(t + direction * k, k, running, t)
+            self.step(t + direction * k, k, running, t, rng)
+            passes |= running
             if self.progress:
                 self.progress(k, length - 1)
 
     def renew(self, k: int, passes: dict[int, Pass], rng: np.random.Generator) -> dict[int, Pass]:
-        """New points from a mask of the last horizon (its first quarter and areas of up to 25 pixels do not count);
-        the passes that go on with them."""
-        m = self.method
-        span = range(k - m.horizon + 1 + m.horizon // 4, k + 1)
-        fit = {o: [i for i in span if p.areas.get(i, 0) > 25] for o, p in passes.items() if not p.gone}
-        chosen: dict[int, int] = {}
-        for o, places in fit.items():
-            p = passes[o]
-            if not places:
-                p.gone = True  # until the user touches it again
-                continue
-            if m.variant == "A":
-                chosen[o] = places[-1]
-            elif m.variant == "B":
-                chosen[o] = sorted(places, key=lambda i: (p.areas[i], i))[len(places) // 2]
-            else:
-                shared = [i for i in places if i in chosen.values()] if m.variant == "D" else []
-                first = p.areas[0]
-                chosen[o] = min(places, key=lambda i: abs(p.areas[i] / first - 1) * 100 - 36 * (i in shared))
+        """New points at the end of a horizon; the passes that go on with them."""
         out = {}
-        for o, i in chosen.items():
+        for o, i in renewals(self.method, k, passes).items():
             p, t = passes[o], passes[o].order[i]
-            e = self.embedding(t)
-            mask = e.geometry.full(self.states[o].low[t]) > self.segmenter.mask_threshold
-            out[o] = self.begin(o, p.order, i, mask, rng, p.boxes, p.box)
-            out[o].areas, out[o].neighbour = p.areas, p.neighbour
+            mask = self.embedding(t).geometry.full(self.states[o].low[t]) > self.segmenter.mask_threshold
+            out[o] = self.anew(o, p, i, mask, rng)
         return out
 
-    def step(self, t: int, k: int, passes: dict[int, Pass], source: int) -> None:
+    def anew(self, o: int, p: Pass, i: int, mask: np.ndarray, rng: np.random.Generator) -> Pass:
+        """A pass that goes on with points of a mask on its i-th frame."""
+        new = self.begin(o, p.order, i, mask, rng, p.boxes, p.box)
+        new.areas, new.neighbour = p.areas, p.neighbour
+        return new
+
+    def step(self, t: int, k: int, passes: dict[int, Pass], source: int, rng: np.random.Generator) -> None:
         """All objects on frame t, the k-th of the pass from `source`: filter, read, decode, store."""
-        m = self.method
-        e, frame = self.embedding(t), self.frames[t]
+        m, e, frame = self.method, self.embedding(t), self.frames[t]
         kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for o, p in passes.items():
             if p.boxes is not None:
                 p.box, _ = p.boxes.step(frame)
-            i, tr = k - p.begin, p.tracks
-            ok = p.filter.keep(
-                tr.places[i], tr.places[i - 1], tr.visible[i], tr.error[i], p.box if m.box else None, frame
-            )
-            kept[o] = tr.places[i][ok], p.labels[ok]
-        asked, confidences = {}, {}
+            (now, visible, error), before = p.tracks.at(k - p.begin), p.tracks.at(k - p.begin - 1)[0]
+            ok = p.filter.keep(now, before, visible, error, p.box if m.box else None, frame)
+            kept[o] = now[ok], p.labels[ok]
+        asked: dict[int, Prompt] = {}
+        results: dict[int, tuple[Tensor | None, float]] = {}
+        keyed = self.keyed(t) if any(self.states[o].memory is not None for o in passes) else None
         for o, p in passes.items():
             points, labels = kept[o]
-            others = [kept[q][0][kept[q][1] == 1] for q in passes if q != o]
-            other = np.concatenate([P.NONE, *others])
+            other = np.concatenate([P.NONE, *(kept[q][0][kept[q][1] == 1] for q in passes if q != o)])
             prompt = Prompt(
                 np.concatenate([points, other]).astype(np.float32),
                 np.r_[labels, np.zeros(len(other), int)].astype(np.int64),
                 p.box if m.box else None,
             )
-            if p.gone or prompt.empty:  # neither a point nor a box: the object is not in sight
-                asked[o] = None
+            if p.gone:
                 continue
             if self.states[o].memory is not None:
-                prompt.dense, confidences[o] = self.remember(o, t, e, prompt)
-            asked[o] = prompt
-        names = [o for o, p in asked.items() if p is not None]
-        found = self.segmenter.decode(e, [asked[o] for o in names]) if names else []
-        self.decoded += len(names)
+                low, sure = self.remember(o, t, e, keyed, prompt)
+                if self.segmenter.memory_is_mask:
+                    results[o] = (low, sure) if sure else (None, 0.0)
+                    continue
+                if sure >= m.memory.least:
+                    prompt.dense = low.clamp(-8, 8) * sure
+            if not prompt.empty or prompt.dense is not None:
+                asked[o] = prompt
+        names = list(asked)
+        found = self.segmenter.decode(e, list(asked.values())) if names else []
         if m.refine and names:
-            found = self.refined(e, [asked[o] for o in names], found, m.refine)
-        results = dict(zip(names, found, strict=True))
-        for o, p in passes.items():
+            found = self.refined(e, list(asked.values()), found, m.refine)
+        results |= dict(zip(names, found, strict=True))
+        self.decoded += len(results)
+        for o, p in list(passes.items()):
             low, quality = results.get(o, (None, 0.0))
             if low is not None and quality < m.gate:
                 low = None
             mask = None if low is None else e.geometry.full(low) > self.segmenter.mask_threshold
             p.areas[k] = 0.0 if mask is None else float(mask.sum())
-            box = None if mask is None else P.box_of(mask)
-            if box is not None:
-                if p.boxes is not None and p.box is not None:
-                    p.boxes.correct(mask)
-                if self.states[o].memory is not None:
-                    self.states[o].memory.add(self.entry(t, e, low, p.box if p.box is not None else box, quality))
+            if self.states[o].memory is not None and not self.segmenter.memory_is_mask:
+                value = np.zeros(frame.shape[:2]) if low is None else 1 / (1 + np.exp(-e.geometry.full(low)))
+                self.states[o].memory.add(self.entry(t, e, value, keyed))
+            if mask is not None:
+                self.follow(o, p, k, frame, mask, rng, passes)
             self.store(o, t, low, quality, p.neighbour, source)
 
-    def remember(self, o: int, t: int, e: Embedding, prompt: Prompt) -> tuple[Tensor | None, float]:
-        """What the memory says about the frame, as low-resolution logits around the box (or the points)."""
-        g, s = e.geometry, self.states[o]
-        box = prompt.box
+    def follow(
+        self, o: int, p: Pass, k: int, frame: np.ndarray, mask: np.ndarray, rng, passes: dict[int, Pass]
+    ) -> None:
+        """What the mask of a frame gives back to the trackers: a box that is lost, or that the memory contradicts,
+        begins anew; so do points of which few are left."""
+        m, box = self.method, P.box_of(mask)
         if box is None:
-            q = prompt.positive
-            box = np.r_[q.min(0), q.max(0)]
-            box = P.grow(box, 0.3)
-        c = centre(box) * g.scale
-        region = P.grow(box, 0.5) * g.scale
-        cells = (*np.floor(region[:2]).astype(int) - 1, *np.ceil(region[2:]).astype(int) + 2)
-        read = crstm.read(
-            *(e.key, t, len(self.frames), (float(c[0]), float(c[1])), s.memory.entries(), s.memory.options),
-            tuple(int(v) for v in cells),
-        )
-        dense, sure = crstm.dense_prompt(read, s.memory.options)
-        if dense is None:
-            return None, sure
-        whole = torch.full((g.cells, g.cells), NOTHING * sure)
-        whole[: dense.shape[0], : dense.shape[1]] = dense.float().cpu()
-        low = torch.nn.functional.interpolate(whole[None, None], scale_factor=4, mode="bilinear", align_corners=False)
-        return low[0, 0], sure
+            return
+        if p.boxes is not None:
+            contradicted = m.memory is not None and (p.box is None or P.overlap(p.box, box) < 0.5)
+            if p.box is None or contradicted:
+                p.boxes.start(frame, box, mask)
+            else:
+                p.boxes.correct(mask)
+        if m.few and p.alive() < m.few and k - p.begin >= m.patience and k + 1 < len(p.order):
+            passes[o] = self.anew(o, p, k, mask, rng)
+
+    def keyed(self, t: int) -> tuple[Tensor, Tensor]:
+        """Key and vector of a frame."""
+        f = self.features(t)
+        return self.basis.key(f), self.basis.vector(f)
+
+    def remember(self, o: int, t: int, e: Embedding, keyed, prompt: Prompt) -> tuple[Tensor, float]:
+        """What the memory says about the frame: low-resolution logits, and its confidence."""
+        memory, (h, w) = self.states[o].memory, keyed[0].shape[1:]
+        told = None if prompt.empty else torch.from_numpy(P.told(prompt, e.cell, (h, w))).to(keyed[0].device)
+        answer = memory.answer(*keyed, t, told)
+        p = answer.sigmoid()
+        if self.segmenter.memory_is_mask:
+            memory.add(crstm.Entry(t, self.stored(t, keyed)[0], p))
+        side = 4 * e.geometry.cells
+        low = resample(p.cpu().numpy(), e.cell, 1 / (4 * e.geometry.scale), (side, side))
+        return crstm.logit(torch.from_numpy(low)), crstm.confidence(answer)
 
     def store(self, o: int, t: int, low: Tensor | None, quality: float, neighbour: int | None, source: int) -> None:
         s, limits = self.states[o], self.method.limits
@@ -368,7 +375,12 @@ class Session:
     # ------------------------------------------------------------------------------------------------------- answers
 
     def label_map(self, t: int) -> np.ndarray:
-        """(H, W) uint8 of one frame: soft aggregation of the objects' probabilities; the background wins ties."""
+        """(H, W) uint8 of one frame: soft aggregation of the objects' probabilities; the background wins ties. Not to
+        be written to: the next answer is the same array while nothing changes there."""
+        now = [(s.low[t], s.exact.get(t)) for s in self.states.values()]
+        told = self.told.get(t)
+        if told is not None and all(a is c and b is d for (a, b), (c, d) in zip(told[0], now, strict=True)):
+            return told[1]
         h, w = self.frames[t].shape[:2]
         p = np.zeros((len(self.objects), h, w), np.float32)
         for i, o in enumerate(self.objects):
@@ -378,14 +390,8 @@ class Session:
             elif s.low[t] is not None:
                 geometry = self.cache[t].geometry if t in self.cache else self.embedding(t).geometry
                 p[i] = 1 / (1 + np.exp(-geometry.full(s.low[t])))
-        return merge(p, self.objects)
+        self.told[t] = now, merge(p, self.objects)
+        return self.told[t][1]
 
     def labels(self) -> list[np.ndarray]:
         return [self.label_map(t) for t in range(len(self.frames))]
-
-
-def merge(p: np.ndarray, objects: tuple[int, ...]) -> np.ndarray:
-    """Probabilities (objects, H, W) -> labels: background is the product of (1 - p); all are clamped, turned into
-    odds and normalised, so the largest odds win."""
-    both = np.concatenate([np.prod(1 - p, 0, keepdims=True), p]).clip(1e-7, 1 - 1e-7)
-    return np.array([0, *objects], np.uint8)[np.argmax(both, 0)]

@@ -17,7 +17,8 @@ class Pipeline:
 
     method: str = "full"
     """full (points, box, filter, memory), points+box, box, points, newest (memory of the newest interaction only),
-    copy, points+filter, points+memory, reinit, blend, all, sam-pt, sam-pt-reinit."""
+    memory (no points, no box), readout (no appearance), shuffled (control), copy, points+filter, points+memory, reinit,
+    blend, all, sam-pt, sam-pt-reinit."""
     segmenter: str = "grabcut"
     """grabcut (no weights), tiny (train.py), mobile, vit_b, vit_l, vit_h, hq_vit_b, hq_vit_l, hq_vit_h, hq_tiny."""
     weights: str = ""
@@ -40,14 +41,18 @@ class Pipeline:
     """Negative query points; -1: the method's (1)."""
     refine: int = -1
     """Decoder passes that refine a mask; -1: the method's (0, sam-pt 12)."""
-    tau: Number = 0.07
-    """Memory: temperature."""
-    sigma: Number = 8.0
-    """Memory: spread of the displacement in cells; 0: none."""
-    decay: Number = 1.0
-    """Memory: cost of the whole length of the video (lambda)."""
-    top: int = 32
-    """Memory: scores kept for a cell."""
+    tau: Number = 0.05
+    """Memory: temperature of the similarity."""
+    near: Number = 8.0
+    """Memory: cells around a tile that are read on the last propagated frames."""
+    far: Number = 16.0
+    """Memory: cells around a tile that are read on interacted frames."""
+    top: int = 0
+    """Memory: scores kept for a cell; 0: all."""
+    alpha: Number = 0.5
+    """Memory: weight of the appearance of object and background; 0: none."""
+    beta: Number = 0.3
+    """Memory: weight of the tracked points and box; 0: none."""
     longest: int = 0
     """Longest side of the frames in pixels; 0: as they are (480p for DAVIS)."""
     device: str = "auto"
@@ -60,13 +65,13 @@ class Pipeline:
             raise UserError(f"--segmenter {self.segmenter}: use one of {', '.join(NAMES)}")
         if self.selection and self.selection not in prompts.SELECTIONS:
             raise UserError(f"--selection {self.selection}: use one of {', '.join(prompts.SELECTIONS)}")
-        for key, least in {"positives": -1, "negatives": -1, "refine": -1, "longest": 0, "side": 16, "top": 1}.items():
+        for key, least in {"positives": -1, "negatives": -1, "refine": -1, "longest": 0, "side": 16, "top": 0}.items():
             if getattr(self, key) < least:
                 raise UserError(f"--{key} must be at least {least}, not {getattr(self, key)}")
         if self.positives == 0 and METHODS[self.method].points:
             raise UserError("--positives 0 leaves nothing to track; use --method box")
-        if self.tau <= 0 or self.sigma < 0 or self.decay < 0:
-            raise UserError("--tau must be above 0, --sigma and --decay must not be negative")
+        if self.tau < 1e-4 or self.near < 0 or self.far < 0 or min(self.alpha, self.beta) < 0:
+            raise UserError("--tau must be at least 1e-4, --near, --far, --alpha and --beta must not be negative")
 
 
 @dataclass
@@ -112,8 +117,8 @@ class EvalSettings(Pipeline):
         }.items():
             if getattr(self, key) not in allowed:
                 raise UserError(f"--{key} {getattr(self, key)}: use one of {', '.join(allowed)}")
-        if self.rounds < 1 or self.clicks < 1 or self.frames < 0 or self.timeout <= 0:
-            raise UserError("--rounds and --clicks must be at least 1, --frames not negative, --timeout above 0")
+        if self.rounds < 1 or self.clicks < 1 or self.frames < 0 or self.timeout < 1:
+            raise UserError("--rounds, --clicks and --timeout must be at least 1, --frames not negative")
         if self.human_scribbles and (self.interaction != "scribble" or not self.dataset.startswith("davis")):
             raise UserError("--human-scribbles goes with --interaction scribble and a DAVIS data set")
         if len(set(self.videos)) != len(self.videos):
@@ -159,8 +164,8 @@ class TrainSettings:
         for key in ("steps", "batch", "test", "checkpoint_every", "log_every"):
             if getattr(self, key) < 1:
                 raise UserError(f"--{key.replace('_', '-')} must be at least 1, not {getattr(self, key)}")
-        if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
-            raise UserError("--lr and --clip must be above 0, --weight-decay must not be negative")
+        if self.lr < 1e-12 or self.weight_decay < 0 or self.clip < 1e-12:  # less moves no float32 weight
+            raise UserError("--lr and --clip must be at least 1e-12, --weight-decay must not be negative")
         if self.scale not in SCALES:
             raise UserError(f"--scale {self.scale}: use one of {', '.join(SCALES)}")
 
@@ -188,7 +193,7 @@ class PageSettings(Pipeline):
 
     def check(self) -> None:
         self.check_pipeline()
-        if not 1 <= self.objects <= 8 or not 1 <= self.port <= 65535 or self.fps <= 0 or self.limit < 0:
-            raise UserError("--objects is 1 to 8, --port 1 to 65535, --fps above 0, --limit not negative")
+        if not 1 <= self.objects <= 8 or not 1 <= self.port <= 65535 or self.fps < 0.1 or self.limit < 0:
+            raise UserError("--objects is 1 to 8, --port 1 to 65535, --fps at least 0.1, --limit not negative")
         if bool(self.interactions) != bool(self.export):
             raise UserError("--interactions and --export belong together: without them a page is opened")

@@ -7,12 +7,12 @@ Pictures are drawn: textured polygons over a textured background, one of them as
 same classes as SAM at size 256. A run goes on from its last checkpoint when started again, to the same bits.
 """
 
+import dataclasses
 import hashlib
 import math
-import pickle
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.progress import progress
 from lab.runs import UserError
 
@@ -24,8 +24,10 @@ from torch import Tensor
 import data
 import prompts
 from prompts import Prompt
-from segmenters.sam import Sam
+from segmenters.sam import Sam, send
 from settings import TrainSettings
+
+NOT_PART_OF_A_RUN = ("out", "device", "dry_run", "seeds", "scale", "table", "checkpoint_every", "log_every")
 
 
 def picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Prompt]:
@@ -59,18 +61,18 @@ def loss_of(logits: Tensor, quality: Tensor, truth: Tensor) -> Tensor:
     return 20 * focal + dice + (quality - iou) ** 2
 
 
-def forward(sam: Sam, given: list, device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(logits, predicted IoU, truth) of pictures, on the low-resolution cells that hold the picture."""
-    features = sam.image_encoder(torch.cat([sam.pixels(frame, device) for frame, _, _ in given]))
+def forward(sam: Sam, given: list) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(logits, predicted IoU, truth) of pictures of one size, on the low-resolution cells that hold the picture."""
+    h, w = given[0][0].shape[:2]
+    features = sam.image_encoder(sam.pixels(np.stack([frame for frame, _, _ in given])))
+    low = 4 * sam.cells / max(h, w)
+    rows, columns = round(h * low), round(w * low)
+    truth = send(np.stack([mask for _, mask, _ in given]), features.device)[:, None].float()
+    truth = F.interpolate(truth, (rows, columns), mode="area")[:, 0]
     out = []
-    for i, (frame, mask, prompt) in enumerate(given):
-        h, w = frame.shape[:2]
+    for i, (_, _, prompt) in enumerate(given):
         masks, quality = sam.predict(features[i : i + 1], None, [prompt], sam.size / max(h, w))
-        low = 4 * sam.cells / max(h, w)
-        rows, columns = round(h * low), round(w * low)
-        truth = torch.from_numpy(mask).to(device)[None, None].float()
-        truth = F.interpolate(truth, (rows, columns), mode="area")[0, 0]
-        out.append((masks[0, 0, :rows, :columns].float(), quality[0, 0].float(), truth))
+        out.append((masks[0, 0, :rows, :columns].float(), quality[0, 0].float(), truth[i]))
     return out
 
 
@@ -81,76 +83,91 @@ def rate(step: int, s: TrainSettings) -> float:
     return s.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.steps - warm)))
 
 
+class Training:
+    """Network, optimiser and place of one seed, and its checkpoint."""
+
+    def __init__(self, s: TrainSettings, seed: int, device):
+        torch.manual_seed(seed)
+        self.s, self.seed, self.step = s, seed, 0
+        self.sam = Sam("tiny").to(device).train()
+        self.optimizer = torch.optim.AdamW(self.sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+
+    def pictures(self, step: int) -> list:
+        """Those of a step: a stream a step, so that a resumed run sees the same pictures."""
+        rng = np.random.default_rng([self.seed, step])
+        return [picture(rng) for _ in range(self.s.batch)]
+
+    def fingerprint(self) -> str:
+        """Of what decides the run: its settings, and the pictures that this code draws."""
+        own = {k: v for k, v in dataclasses.asdict(self.s).items() if k not in NOT_PART_OF_A_RUN}
+        digest = hashlib.sha256()
+        for frame, mask, _ in self.pictures(0):
+            digest.update(frame.tobytes() + mask.tobytes())
+        return checkpoints.fingerprint({**own, "seed": self.seed}, [digest.hexdigest()])
+
+    def save(self, path: Path, seconds: float) -> None:
+        tensors = {f"model.{k}": v for k, v in self.sam.state_dict().items()}
+        tensors |= {f"optimizer.{k}": v for k, v in checkpoints.pack_optimizer(self.optimizer).items()}
+        meta = {"step": str(self.step), "seconds": repr(seconds), "run": self.fingerprint()}
+        runs.write_tensors(path, tensors, meta)
+
+    def load(self, path: Path) -> float:
+        """Take up a checkpoint; the seconds that went before it. UserError where it is not of this run, or damaged."""
+        tensors, meta = runs.read_tensors(path)
+        if meta.get("run") != self.fingerprint():
+            raise checkpoints.misfit(path, "it belongs to a run of other settings or other pictures")
+        step = checkpoints.position(meta, "step", self.s.steps - 1, path)
+        parts: dict[str, dict] = {"model": {}, "optimizer": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition(".")
+            parts.setdefault(part, {})[key] = value
+        checkpoints.restore_module(self.sam, parts["model"], path)
+        checkpoints.restore_optimizer(self.optimizer, parts["optimizer"], path, step > 0)
+        self.step = step
+        return checkpoints.seconds(meta, path)
+
+
 def fit(s: TrainSettings, run: runs.Run, seed: int, device) -> None:
-    folder = run.folder(seed)
-    first, path = 0, run.out / "checkpoint" / f"seed{seed}.pt"
+    folder, path = run.folder(seed), run.out / "checkpoint" / f"seed{seed}.safetensors"
     if (folder / "record.json").is_file():
         path.unlink(missing_ok=True)  # left by a start that was killed just after its record
         return
-    torch.manual_seed(seed)
-    sam = Sam("tiny").to(device).train()
-    optimizer = torch.optim.AdamW(sam.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+    t = Training(s, seed, device)
     if path.is_file():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)  # load_state_dict moves what belongs there
-            sam.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            first, run.before = saved["step"], max(run.before, saved["seconds"])
-        except (
-            RuntimeError,
-            KeyError,
-            EOFError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            pickle.UnpicklingError,
-        ) as error:
-            kind = type(error).__name__
-            raise UserError(f"{path} is damaged or another model's ({kind}); delete it and start again") from None
-    run.log(seed, [], keep_to=first)
-    for step in progress(range(first, s.steps), f"tiny SAM, seed {seed}", s.steps - first):
-        rng = np.random.default_rng([seed, step])  # a stream a step, so that a resumed run sees the same pictures
-        given = [picture(rng) for _ in range(s.batch)]
-        for group in optimizer.param_groups:
+        run.before = max(run.before, t.load(path))
+    run.log(seed, [], keep_to=t.step)
+    for step in progress(range(t.step, s.steps), f"tiny SAM, seed {seed}", s.steps - t.step):
+        for group in t.optimizer.param_groups:
             group["lr"] = rate(step, s)
-        loss = torch.stack([loss_of(*x) for x in forward(sam, given, device)]).mean()
-        optimizer.zero_grad(set_to_none=True)
+        loss = torch.stack([loss_of(*x) for x in forward(t.sam, t.pictures(step))]).mean()
+        t.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(sam.parameters(), s.clip)
-        optimizer.step()
-        done = step + 1
-        if done % s.log_every == 0 or done == s.steps:
+        norm = torch.nn.utils.clip_grad_norm_(t.sam.parameters(), s.clip)
+        t.optimizer.step()
+        t.step = step + 1
+        if t.step % s.log_every == 0 or t.step == s.steps:
             if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-                raise UserError(f"the loss is not finite at step {done}; the last checkpoint stays, lower --lr")
-            run.log(seed, [{"step": done, "loss": round(loss.item(), 6), "lr": rate(step, s)}])
-        if done % s.checkpoint_every == 0 and done < s.steps:
-            save(path, sam, optimizer, done, run.seconds())
-    runs.write_tensors(folder / "model.safetensors", sam.state_dict(), {"segmenter": "tiny"})
-    metrics, digest = measure(sam.eval(), s, seed, device)
+                raise UserError(f"the loss is not finite at step {t.step}; the last checkpoint stays, lower --lr")
+            run.log(seed, [{"step": t.step, "loss": round(loss.item(), 6), "lr": rate(step, s)}])
+        if t.step % s.checkpoint_every == 0 and t.step < s.steps:
+            t.save(path, run.seconds())
+    runs.write_tensors(folder / "model.safetensors", t.sam.state_dict(), {"segmenter": "tiny"})
+    metrics, digest = measure(t.sam.eval(), s, seed)
     where = {"table": s.table, "dataset": "drawn pictures", "setting": "one prompt", "method": "tiny", "scale": s.scale}
     info = {"name": "drawn", "variant": "generated", "n": s.test, "sha256": digest}
     run.record(seed, seconds=run.seconds(), data=info, metrics=metrics, where=where, device=device)
     path.unlink(missing_ok=True)
 
 
-def save(path: Path, sam: Sam, optimizer, step: int, seconds: float) -> None:
-    """Checkpoint, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    state = {"model": sam.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
 @torch.inference_mode()
-def measure(sam: Sam, s: TrainSettings, seed: int, device) -> tuple[dict, str]:
+def measure(sam: Sam, s: TrainSettings, seed: int) -> tuple[dict, str]:
     """Mean IoU on held-out pictures, by kind of prompt, and the sha256 of these pictures and masks."""
     rng, digest = np.random.default_rng([seed, 2**31]), hashlib.sha256()
     found: dict[str, list[float]] = {}
     for _ in range(s.test):
         given = picture(rng)
         digest.update(given[0].tobytes() + given[1].tobytes())
-        logits, quality, truth = forward(sam, [given], device)[0]
+        logits, quality, truth = forward(sam, [given])[0]
         if not torch.isfinite(logits).all():
             raise UserError("the network's masks are not finite; no record written")
         a, b = logits > 0, truth > 0.5

@@ -5,8 +5,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import crstm
-from prompts import Prompt, box_of, grow, inside
+from features import lite0
+from prompts import Interaction, Prompt, box_of, grow, inside, overlap
+from segmenters import first
 from segmenters.interface import Decoded, Embedding, Geometry
 
 
@@ -15,35 +16,23 @@ class GrabCut:
     prompt and, without one, box or hull of the points say which pixels are probably the object. Predicted IoU stands in
     for SAM's: agreement of the mask with box, dense prompt and points."""
 
-    cells, mask_threshold = 64, 0.0
+    cells, mask_threshold, memory_is_mask = 64, 0.0, True
 
-    def __init__(self, side: int = 144, iterations: int = 2):
-        self.side, self.iterations, self.device = side, iterations, torch.device("cpu")
+    def __init__(self, side: int = 144, iterations: int = 2, device: torch.device | None = None):
+        self.side, self.iterations, self.device = side, iterations, device or torch.device("cpu")
 
     def encode(self, frame: np.ndarray) -> Embedding:
-        g = Geometry(*frame.shape[:2], self.cells)
-        h, w = g.valid
-        lab = cv2.cvtColor(frame.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-        lab = (lab - np.array([50, 0, 0], np.float32)) / np.array([40, 25, 25], np.float32)
-        fine = cv2.resize(lab, (w, h), interpolation=cv2.INTER_AREA)
-        coarse = cv2.GaussianBlur(fine, (0, 0), 2)
-        edges = []
-        for layer in (fine[..., 0], coarse[..., 0]):
-            gx, gy = cv2.Sobel(layer, cv2.CV_32F, 1, 0), cv2.Sobel(layer, cv2.CV_32F, 0, 1)
-            edges.append(np.hypot(gx, gy)[..., None] / 4)
-        features = np.concatenate([fine, coarse, *edges], -1)  # 8 channels
-        return Embedding(g, crstm.unit(torch.from_numpy(features).permute(2, 0, 1)), frame)
+        return Embedding(Geometry(*frame.shape[:2], self.cells), frame)
 
-    def guess(self, e: Embedding, positive: np.ndarray) -> Tensor:
-        """Low-resolution logits for a user's first clicks, which say nothing of the extent: probably the object near
-        the hull of the points, surely not far away. SAM needs no such help and has no such method."""
-        h, w = e.geometry.height, e.geometry.width
-        seed = np.ones((h, w), np.uint8)
-        hull = cv2.convexHull(positive.astype(np.float32)).round().astype(np.int32)
-        cv2.fillConvexPoly(seed, hull, 0)
-        cv2.polylines(seed, [hull], True, 0)
-        away = cv2.distanceTransform(seed, cv2.DIST_L2, 3) / (max(h, w) * (0.09 if len(positive) < 6 else 0.04))
-        return e.geometry.low(np.where(away <= 1, 1.0, np.where(away <= 3, -1.0, -6.0)))
+    def features(self, e: Embedding) -> Tensor:
+        if e.features is None:
+            e.features, e.cell = lite0(str(self.device))(e.data)
+        return e.features
+
+    def first(self, e: Embedding, given: Interaction, before: np.ndarray | None) -> tuple[np.ndarray, float]:
+        """A user's clicks and box on a frame as a mask (H, W). SAM needs no such help and has no such method."""
+        features = self.features(e)
+        return first.answer(e.data, features.cpu(), e.cell, given, before)
 
     def decode(self, e: Embedding, prompts: list[Prompt]) -> list[Decoded]:
         return [self.one(e, p) for p in prompts]
@@ -136,9 +125,7 @@ class GrabCut:
         if found is None:
             return 0.0
         if box is not None:
-            low, high = np.maximum(found[:2], box[:2]), np.minimum(found[2:], box[2:])
-            both = np.maximum(high - low + 1, 0).prod()
-            parts.append(both / ((found[2:] - found[:2] + 1).prod() + (box[2:] - box[:2] + 1).prod() - both))
+            parts.append(overlap(found, box))
         if prior is not None:
             p = 1 / (1 + np.exp(-prior))
             parts.append(float(np.minimum(p, mask).sum() / max(float(np.maximum(p, mask).sum()), 1e-6)))

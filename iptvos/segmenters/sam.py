@@ -15,7 +15,6 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
-import crstm
 from prompts import Prompt
 from segmenters.interface import FILES, Decoded, Embedding, Geometry
 from trackers.points import mismatch
@@ -23,6 +22,27 @@ from trackers.points import mismatch
 VIT = {"vit_b": (768, 12, 12, (2, 5, 8, 11)), "vit_l": (1024, 24, 16, (5, 11, 17, 23))}
 VIT["vit_h"] = (1280, 32, 16, (7, 15, 23, 31))
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def send(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on a device, without waiting for what the device is still doing."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Prompts(PromptEncoder):
+    """SAM's prompt encoder with choices by `where`: indexing with booleans would wait for the device."""
+
+    def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        points = points + 0.5  # middles of pixels
+        if pad:  # where there is no box, a point that is none
+            points = torch.cat([points, points.new_zeros(len(points), 1, 2)], 1)
+            labels = torch.cat([labels, labels.new_full((len(labels), 1), -1)], 1)
+        out, kind = self.pe_layer.forward_with_coords(points, self.input_image_size), labels[..., None]
+        out = torch.where(kind == -1, self.not_a_point_embed.weight, out)
+        for value in (0, 1):
+            out = torch.where(kind == value, out + self.point_embeddings[value].weight, out)
+        return out
 
 
 class HQDecoder(MaskDecoder):
@@ -126,7 +146,9 @@ class Sam(nn.Module):
             )
         self.cells = size // 16
         grid = (self.cells, self.cells)
-        self.prompt_encoder = PromptEncoder(dim, grid, (size, size), mask_in_chans=16)
+        self.prompt_encoder = Prompts(dim, grid, (size, size), mask_in_chans=16)
+        for name_, value in (("mean", MEAN), ("spread", STD)):
+            self.register_buffer(name_, torch.tensor(value)[:, None, None], persistent=False)
         more = {"transformer_dim": dim, "num_multimask_outputs": 3, "iou_head_depth": 3, "iou_head_hidden_dim": dim}
         transformer = TwoWayTransformer(depth=2, embedding_dim=dim, mlp_dim=mlp, num_heads=heads)
         self.mask_decoder = (
@@ -141,14 +163,14 @@ class Sam(nn.Module):
     def keep(self, module, given, out) -> None:
         self.early = out if isinstance(self.image_encoder, TinyViT) else out.permute(0, 3, 1, 2)
 
-    def pixels(self, frame: np.ndarray, device) -> Tensor:
-        """uint8 RGB (H, W, 3) -> (1, 3, size, size): long side resized, normalised, padded with zeros."""
-        h, w = frame.shape[:2]
+    def pixels(self, frames: np.ndarray) -> Tensor:
+        """uint8 RGB (n, H, W, 3) -> (n, 3, size, size): long side resized, normalised, padded with zeros."""
+        h, w = frames.shape[1:3]
         s = self.size / max(h, w)
         new = int(h * s + 0.5), int(w * s + 0.5)
-        x = torch.from_numpy(np.ascontiguousarray(frame)).to(device).permute(2, 0, 1)[None].float()
+        x = send(frames, self.mean.device).permute(0, 3, 1, 2).float()
         x = F.interpolate(x, (max(new[0], 1), max(new[1], 1)), mode="bilinear", antialias=True, align_corners=False)
-        x = (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+        x = (x - self.mean) / self.spread
         return F.pad(x, (0, self.size - x.shape[-1], 0, self.size - x.shape[-2]))
 
     def predict(
@@ -159,11 +181,9 @@ class Sam(nn.Module):
         dev, first = features.device, prompts[0]
         points = None
         if len(first.points):
-            xy = torch.from_numpy(np.stack([p.points for p in prompts])).to(dev) * scale
-            points = xy.float(), torch.from_numpy(np.stack([p.labels for p in prompts])).to(dev)
-        box = (
-            None if first.box is None else torch.from_numpy(np.stack([p.box for p in prompts])).to(dev).float() * scale
-        )
+            xy = send(np.stack([p.points for p in prompts]), dev) * scale
+            points = xy.float(), send(np.stack([p.labels for p in prompts]), dev)
+        box = None if first.box is None else send(np.stack([p.box for p in prompts]), dev).float() * scale
         dense = None if first.dense is None else torch.stack([p.dense for p in prompts])[:, None].to(dev).float()
         sparse, where = self.prompt_encoder(points=points, boxes=box, masks=dense)
         given = {"image_embeddings": features, "image_pe": self.prompt_encoder.get_dense_pe()}
@@ -176,7 +196,7 @@ class Sam(nn.Module):
 class SamSegmenter:
     """Any Sam as a segmenter; float32, on CUDA the encoder under bf16 autocast."""
 
-    mask_threshold = 0.0
+    mask_threshold, memory_is_mask = 0.0, False
 
     def __init__(self, sam: Sam, device: torch.device):
         self.sam, self.device, self.cells = sam.to(device).eval(), device, sam.cells
@@ -185,12 +205,15 @@ class SamSegmenter:
     def encode(self, frame: np.ndarray) -> Embedding:
         g = Geometry(*frame.shape[:2], self.cells)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            features = self.sam.image_encoder(self.sam.pixels(frame, self.device))
+            features = self.sam.image_encoder(self.sam.pixels(frame[None]))
         kept = torch.float16 if self.device.type == "cuda" else torch.float32
         early, self.sam.early = self.sam.early, None
         h, w = g.valid
         data = features.to(kept), None if early is None else early.to(kept)
-        return Embedding(g, crstm.unit(features[0, :, :h, :w]), data)
+        return Embedding(g, data, data[0][0, :, :h, :w], 1 / g.scale)
+
+    def features(self, e: Embedding) -> Tensor:
+        return e.features
 
     @torch.inference_mode()
     def decode(self, e: Embedding, prompts: list[Prompt]) -> list[Decoded]:

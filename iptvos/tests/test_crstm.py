@@ -1,175 +1,206 @@
-"""The memory: its formula against loops, its limit, windows, what is kept."""
+"""The memory: its formulas against loops, its limit, windows, the appearance, what is kept."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import crstm
-from bench import plain_read
-from crstm import Entry, Memory, Options
+from crstm import Basis, Entry, Memory, Options
 
 H, W, C = 7, 9, 5
+ALL = torch.ones(H, W, dtype=torch.bool)
 
 
-def entries(n: int, seed: int = 0, weight: float = 0.9) -> list[Entry]:
-    g = torch.Generator().manual_seed(seed)
-    return [
-        Entry(t, crstm.unit(torch.randn(C, H, W, generator=g)), torch.rand(H, W, generator=g), weight, (3.0 + t, 2.5))
-        for t in range(n)
-    ]
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def query(seed: int = 9) -> torch.Tensor:
-    return crstm.unit(torch.randn(C, H, W, generator=torch.Generator().manual_seed(seed)))
+def unit(seed: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(random(seed, C, H, W), dim=0)
 
 
-def by_loops(key, frame, length, centre, stored, o: Options) -> np.ndarray:
-    """Equations (1) to (3) in float64, a cell at a time."""
-    out = np.zeros((H, W))
-    k = key.double().numpy()
+def entries(n: int) -> list[Entry]:
+    return [Entry(t, unit(t), random(50 + t, H, W).sigmoid(), random(90 + t, C + 1, H, W)) for t in range(n)]
+
+
+def by_loops(key, stored, o: Options) -> np.ndarray:
+    """Equations (1) and (2) in float64, a cell at a time."""
+    out, k = np.zeros((H, W)), key.double().numpy()
     for y in range(H):
         for x in range(W):
+            top, left = y // o.tile * o.tile, x // o.tile * o.tile
             found = []
-            for e in stored:
-                dx, dy = centre[0] - e.centre[0], centre[1] - e.centre[1]
+            for e, around in stored:
                 for v in range(H):
                     for u in range(W):
-                        gx, gy = x - u - dx, y - v - dy
-                        if abs(gx) > o.window or abs(gy) > o.window:
+                        if not top - around <= v < top + o.tile + around:
                             continue
-                        s = float(k[:, y, x] @ e.key[:, v, u].double().numpy()) / o.tau + math.log(e.weight)
-                        s -= (gx * gx + gy * gy) / (2 * o.sigma**2) + o.decay * abs(frame - e.frame) / length
+                        if not left - around <= u < left + o.tile + around:
+                            continue
+                        s = float(k[:, y, x] @ e.key[:, v, u].double().numpy()) / o.tau
                         found.append((s, float(e.value[v, u])))
-            found = sorted(found, key=lambda p: -p[0])[: o.top]
-            if found:
-                a = np.exp(np.array([s for s, _ in found]) - found[0][0])
-                out[y, x] = float(a @ np.array([v for _, v in found]) / a.sum())
+            found = sorted(found, key=lambda p: -p[0])[: o.top or None]
+            a = np.exp(np.array([s for s, _ in found]) - found[0][0])
+            out[y, x] = float(a @ np.array([v for _, v in found]) / a.sum())
     return out
 
 
-@pytest.mark.parametrize("window", [math.inf, 3.0, 0.5])
-@pytest.mark.parametrize("top", [1, 6, 1000])
-def test_formula_equals_loops(window, top):
-    o = Options(sigma=2.0, window=window, top=top, decay=0.7)
-    stored = entries(3)
-    stored[1].weight = 0.3
-    got = crstm.read(query(), 5, 10, (4.2, 3.1), stored, o)
-    assert np.allclose(got.numpy(), by_loops(query(), 5, 10, (4.2, 3.1), stored, o), atol=2e-5)
+@pytest.mark.parametrize("around", [(math.inf, math.inf), (2, 1), (0, 3)])
+@pytest.mark.parametrize("top,tile", [(0, 3), (6, 4), (1000, 8), (1, 1)])
+def test_the_read_out_equals_loops(around, top, tile):
+    o = Options(tau=0.2, top=top, tile=tile)
+    stored = list(zip(entries(3), (*around, 1), strict=True))
+    assert np.allclose(crstm.read(unit(9), stored, ALL, o).numpy(), by_loops(unit(9), stored, o), atol=2e-5)
 
 
-def test_limit_is_plain_top_k_memory_reading():
-    """lambda 0, sigma infinite, w 1: softmax over the top k of K_m^T K_q / tau over all cells, nothing else."""
-    o = Options(tau=0.2, sigma=math.inf, window=math.inf, decay=0.0, top=12)
-    stored = entries(4, weight=1.0)
-    got = crstm.read(query(), 7, 20, (1.0, 1.0), stored, o)
-    affinity = torch.cat([e.key.reshape(C, -1) for e in stored], 1).T @ query().reshape(C, -1) / 0.2
-    values = torch.cat([e.value.reshape(-1) for e in stored])
-    s, i = affinity.topk(12, 0)
-    assert torch.allclose(got.reshape(-1), (s.softmax(0) * values[i]).sum(0), atol=1e-6)
-    away = crstm.read(query(), 0, 20, (50.0, -9.0), stored, o)  # place and age do not count in the limit
-    assert torch.allclose(got, away, atol=1e-6)
-    assert not torch.allclose(got, crstm.read(query(), 7, 20, (1.0, 1.0), stored, Options(top=12)), atol=1e-2)
-
-
-def test_region_windows_and_one_piece_agree():
-    o = Options(sigma=2.0, window=4.0, top=8)
-    region = (2, 1, 8, 6)
-    got = crstm.read(query(), 3, 9, (4.0, 3.0), entries(5), o, region)
-    whole = crstm.read(query(), 3, 9, (4.0, 3.0), entries(5), o)
-    assert torch.allclose(got[1:6, 2:8], whole[1:6, 2:8], atol=1e-6)
-    assert not got[0].any() and not got[:, :2].any() and not got[:, 8:].any()
-    assert torch.allclose(got, plain_read(query(), 3, 9, (4.0, 3.0), entries(5), o, region), atol=1e-6)
-
-
-def test_out_of_reach_and_empty_memory_read_nothing():
-    far = [Entry(0, query(), torch.ones(H, W), 1.0, (500.0, 3.0))]
-    assert not crstm.read(query(), 1, 9, (4.0, 3.0), far, Options(window=4.0)).any()
-    assert not crstm.read(query(), 1, 9, (4.0, 3.0), [], Options()).any()
-
-
-def test_constant_memory_reads_its_constant():
-    stored = [Entry(0, query(1), torch.full((H, W), 0.8), 1.0, (4.0, 3.0))]
-    assert torch.allclose(crstm.read(query(), 1, 9, (4.0, 3.0), stored, Options()), torch.tensor(0.8), atol=1e-6)
-
-
-def test_dense_prompt():
-    r = torch.full((H, W), 0.1)
-    assert crstm.dense_prompt(r, Options()) == (None, 0.0)
-    r[2, 2], r[2, 3] = 0.9, 1.0
-    d, c = crstm.dense_prompt(r, Options())
-    assert c == pytest.approx(0.9) and d[2, 2] == pytest.approx(0.9 * math.log(9), rel=1e-4)
-    assert float(d.max()) == pytest.approx(0.9 * math.log(999), rel=1e-3) and float(d.abs().max()) <= 8
-    weak = torch.full((H, W), 0.55)
-    assert crstm.dense_prompt(weak, Options())[0] is None
-
-
-def test_memory_keeps_what_it_should():
-    m = Memory(Options(rounds=2, recent=2, every=3, spaced=1, trust=0.7))
-    e = entries(12)
-    for k in (0, 4, 8):
-        m.interact(e[k])
-    assert set(m.interacted) == {4, 8}  # the oldest went
-    for k in range(1, 8):
-        e[k].weight = 0.5 if k == 5 else 0.8
-        m.add(e[k])
-    assert [x.frame for x in m.passing] == [6, 7] and [x.frame for x in m.spaced] == [6]
-    assert sorted(x.frame for x in m.entries()) == [4, 6, 7, 8]
-    m.interact(e[4])
-    assert not m.passing and list(m.interacted) == [8, 4]
-    m.forget(8)
-    assert list(m.interacted) == [4]
-
-
-def test_pooled_values_leave_out_padding():
-    low = torch.full((16, 16), -20.0)
-    low[:8, :4] = 20.0
-    v = crstm.pooled(low, (3, 4))
-    assert v.shape == (3, 4) and v[0, 0] == pytest.approx(1) and v[2, 0] == pytest.approx(0, abs=1e-6)
-
-
-def test_the_last_cell_of_a_window_is_in_it():
-    """Whole numbers as centres: cells exactly `window` away in x or y count."""
-    o = Options(sigma=2.0, window=2.0, top=1000)
-    stored = entries(2)
+def test_its_limit_is_the_read_out_of_space_time_memories():
+    """All cells of all frames, the largest of K_m^T K_q / tau, nothing else: written with one matrix of all scores."""
+    o, stored = Options(tau=0.2, top=12, tile=4), entries(4)
+    s = unit(9).reshape(C, -1).T @ torch.cat([e.key.reshape(C, -1) for e in stored], 1) / 0.2
+    s, i = s.topk(12, 1)
+    plain = (s.softmax(1) * torch.cat([e.value.flatten() for e in stored])[i]).sum(1).view(H, W)
+    got = crstm.read(unit(9), [(e, math.inf) for e in stored], ALL, o)
+    assert torch.allclose(got, plain, atol=1e-6)
+    m = Memory(replace(o, near=math.inf, far=math.inf, alpha=0.0, reach=99, nearest=4))
     for e in stored:
-        e.centre = (3.0, 3.0)
-    got = crstm.read(query(), 1, 9, (4.0, 2.0), stored, o)
-    assert np.allclose(got.numpy(), by_loops(query(), 1, 9, (4.0, 2.0), stored, o), atol=2e-5)
-    one = crstm.read(query(), 1, 9, (4.0, 2.0), stored, o, (3, 3, 4, 4))
-    assert np.allclose(one[3, 3], by_loops(query(), 1, 9, (4.0, 2.0), stored, o)[3, 3], atol=2e-5)
+        m.interact(e)
+    m.start(0)
+    assert torch.allclose(m.answer(unit(9), None, 7).sigmoid(), plain, atol=1e-5)
 
 
-def test_bars_themselves_are_passed():
-    r = torch.full((H, W), 0.1)
-    r[2, 2] = 0.875  # c = 0.75, exact in floating point
-    assert crstm.dense_prompt(r, Options(least=0.75))[0] is not None
-    assert crstm.dense_prompt(r, Options(least=0.7501))[0] is None
-    m = Memory(Options(trust=0.5))
-    for k, weight in enumerate((0.5, 0.499)):
-        e = entries(3)[k]
-        e.weight = weight
-        m.add(e)
-    assert [e.frame for e in m.passing] == [0]
+def test_only_tiles_that_are_wanted_are_read():
+    where = torch.zeros(H, W, dtype=torch.bool)
+    where[5, 2] = True
+    o = Options(tile=4)
+    got, whole = (crstm.read(unit(9), [(entries(1)[0], 2)], w, o) for w in (where, ALL))
+    assert torch.equal(got[4:, :4], whole[4:, :4]) and not got[:4].any() and not got[4:, 4:].any()
+    assert not crstm.read(unit(9), [], ALL, o).any()
 
 
-def test_an_interacted_frame_wins_over_its_propagated_copy_and_a_pass_counts_anew():
-    m, (a, b, c) = Memory(Options(every=3, recent=1)), entries(3)
-    m.interact(a)
-    copy = Entry(0, b.key, b.value, 0.9, b.centre)
-    m.add(copy)
-    assert m.entries() == [a]
-    m.add(c)
-    m.start()
-    for _ in range(2):
-        m.add(c)
-    assert not m.spaced  # the third of this pass, not of the last one and this
-    m.add(c)
-    assert m.spaced == [c]
+def test_the_appearance_is_a_weighted_ridge_regression():
+    """Against least squares on rows scaled by the root of their weight, with the ridge as further rows."""
+    stored = entries(2)
+    x = np.concatenate([e.vector.flatten(1).T.double().numpy() for e in stored])
+    y = np.concatenate([e.value.flatten().double().numpy() for e in stored])
+    weight = np.sqrt(0.5 * y / y.sum() + 0.5 * (1 - y) / (1 - y).sum())
+    rows = np.concatenate([x * weight[:, None], np.sqrt(0.3) * np.eye(C + 1)])
+    want = np.linalg.lstsq(rows, np.r_[(2 * y - 1) * weight, np.zeros(C + 1)], rcond=None)[0]
+    assert np.allclose(crstm.fit(stored, 0.3).numpy(), want, atol=1e-5)
 
 
-def test_pooling_is_of_probabilities_not_of_logits():
-    low = torch.full((4, 4), -8.0)
-    low[:, :2] = 30.0
-    assert float(crstm.pooled(low, (1, 1))[0, 0]) == pytest.approx(0.5, abs=1e-3)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_without_object_or_background_there_is_no_appearance(value):
+    e = entries(1)[0]
+    e.value = torch.full((H, W), value)
+    assert crstm.fit([e], 0.1) is None and crstm.fit([], 0.1) is None
+
+
+def test_the_appearance_is_added_to_the_log_odds():
+    m = Memory(Options(tile=4, alpha=0.7, reach=99))
+    m.interact(entries(1)[0])
+    m.start(0)
+    vector = random(3, C + 1, H, W)
+    read = crstm.read(unit(9), m.entries(5), ALL, m.options).clamp(1e-3, 1 - 1e-3)
+    want = torch.log(read / (1 - read)) + 0.7 * (m.weights[:, None, None] * vector).sum(0)
+    assert torch.allclose(m.answer(unit(9), vector, 5), want, atol=1e-5)
+
+
+def test_the_prompts_are_added_too():
+    m = Memory(Options(alpha=0, beta=0.4, reach=99))
+    m.interact(entries(1)[0])
+    m.start(0)
+    told = random(3, H, W)
+    plain, with_prompts = m.answer(unit(9), None, 5), m.answer(unit(9), None, 5, told)
+    assert torch.allclose(with_prompts - plain, 0.4 * told, atol=1e-5)
+
+
+def test_a_basis_centres_turns_and_scales():
+    features = 3 * random(1, 6, 20, 30) + torch.arange(6.0)[:, None, None]
+    features[0] *= 5  # after centring the first channel says most
+    b = Basis.of(features, 3)
+    key, vector = b.key(features), b.vector(features)
+    assert key.shape == (3, 20, 30) and torch.allclose(key.norm(dim=0), torch.ones(20, 30), atol=1e-5)
+    assert torch.allclose(b.axes @ b.axes.T, torch.eye(3), atol=1e-5) and float(b.axes[0, 0].abs()) > 0.95
+    assert vector.shape == (7, 20, 30) and torch.equal(vector[-1], torch.ones(20, 30))
+    assert torch.allclose(vector[:-1].square().mean(0), torch.ones(20, 30), atol=1e-4)
+    u = torch.nn.functional.normalize(features - features.mean((1, 2), keepdim=True), dim=0).flatten(1)
+    values = torch.linalg.svdvals(u)[:3]  # what the best three directions keep
+    assert (b.axes @ u).norm() == pytest.approx(float(values.norm()), rel=1e-4)
+
+
+def test_what_is_kept_and_what_is_read():
+    m = Memory(Options(rounds=3, nearest=2, recent=2, near=1, far=5))
+    for e in entries(5):
+        m.interact(e)
+    assert list(m.interacted) == [2, 3, 4]  # the oldest went first
+    m.interact(entries(5)[2])
+    assert list(m.interacted) == [3, 4, 2]  # a frame that is touched again is the newest
+    m.start(4)
+    for t in (5, 6, 7):
+        m.add(Entry(t, unit(t), torch.full((H, W), 0.9)))
+    assert [(e.frame, a) for e, a in m.entries(8)] == [(4, 5), (3, 5), (6, 1), (7, 1)]
+    m.start(3)
+    assert [e.frame for e, _ in m.entries(2)] == [2, 3]
+    m.forget(2)
+    assert [e.frame for e, _ in m.entries(2)] == [3, 4]
+
+
+def test_the_appearance_is_fitted_anew_after_an_interaction():
+    m = Memory(Options())
+    m.interact(entries(2)[0])
+    m.start(0)
+    first = m.weights
+    m.start(0)
+    assert m.weights is first
+    m.interact(entries(2)[1])
+    m.start(1)
+    assert torch.allclose(m.weights, crstm.fit(entries(2), 0.01), atol=1e-6) and not torch.allclose(m.weights, first)
+
+
+def test_where_the_object_is_looked_for():
+    m = Memory(Options(reach=1, lost=3))
+    value = torch.zeros(H, W)
+    value[3, 4] = 0.5
+    m.interact(Entry(0, unit(0), value, random(0, C + 1, H, W)))
+    m.start(0)
+    assert m.region().nonzero().tolist() == [[y, x] for y in (2, 3, 4) for x in (3, 4, 5)]
+    told = torch.full((H, W), -1.0)
+    told[0, 0] = 1
+    assert m.region(told).sum() == 10 and bool(m.region(told)[0, 0])
+    m.add(Entry(1, unit(1), torch.full((H, W), 0.1)))  # nothing: from now on further around where it was last seen
+    assert m.lost and m.region().sum() == 7 * 7
+    m.add(Entry(2, unit(2), value))
+    assert not m.lost and m.region().sum() == 9
+
+
+def test_outside_of_it_there_is_surely_nothing():
+    m = Memory(Options(reach=0, tile=1, alpha=50.0))
+    value = torch.zeros(H, W)
+    value[3, 4] = 1.0
+    m.interact(Entry(0, unit(0), value, random(0, C + 1, H, W)))
+    m.start(0)
+    answer = m.answer(unit(1), random(2, C + 1, H, W), 1)
+    rest = answer[answer != answer[3, 4]]
+    assert len(rest) == H * W - 1 and torch.allclose(rest, torch.tensor(math.log(1e-3 / 0.999)), atol=1e-4)
+
+
+def test_confidence():
+    assert crstm.confidence(torch.tensor([[-1.0, 0.0], [2.0, 4.0]])) == pytest.approx(
+        np.mean([2 / (1 + np.exp(-v)) - 1 for v in (2, 4)]), abs=1e-6
+    )
+    assert crstm.confidence(torch.full((2, 2), -0.1)) == 0
+
+
+def test_it_follows_what_moves():
+    """Every cell has a key of its own; all of them move two cells to the right."""
+    key = unit(4)
+    value = torch.zeros(H, W)
+    value[2:5, 2:4] = 1
+    m = Memory(Options(alpha=0, near=3, far=3, reach=3, tile=2, tau=0.01))
+    m.interact(Entry(0, key, value, None))
+    m.start(0)
+    found = m.answer(key.roll(2, 2), None, 1) > 0
+    assert torch.equal(found[:, 2:], (value.roll(2, 1) > 0)[:, 2:])  # what came in on the left has no counterpart

@@ -97,6 +97,14 @@ def test_a_missing_picture_in_the_middle_is_no_frame(youtube):
     assert len(v.frames) == 7 and v.truth[4] is None and np.array_equal(v.truth[6], read(youtube, 35))
 
 
+def test_a_missing_mask_in_the_middle_of_a_davis_sequence_is_named(davis):
+    path = sorted((davis / "Annotations/480p/a").glob("*.png"))[2]
+    path.unlink()
+    for dataset in ("davis2016", "davis2017"):
+        with pytest.raises(UserError, match="lacks the mask of frame 2"):
+            data.load(dataset, "a", "val", davis.parent)
+
+
 def read(root, number: int) -> np.ndarray:
     return np.asarray(Image.open(root / f"YouTubeVOS/train/Annotations/0a1b/{number:05d}.png"))
 

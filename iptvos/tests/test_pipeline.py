@@ -158,7 +158,7 @@ def test_filter():
     assert ok.tolist() == [True, True, False, False, False, False, True]
     for _ in range(2):
         f.keep(before, before, seen, np.zeros(7), box, frame)
-    assert f.dead.tolist() == [False, False, True, False, True, False, False]  # error at once, outside after 3
+    assert f.dead.tolist() == [False, False, False, False, True, False, False]  # outside three times in a row
     border = f.keep(np.full((7, 2), 2.0), before, seen, np.zeros(7), None, frame)
     assert not border.any()
 
@@ -198,7 +198,9 @@ def test_grabcut_finds_a_drawn_object_by_box_and_points():
     g = video.truth[0] == 1
     cut = GrabCut()
     e = cut.encode(video.frames[0])
-    assert e.key.shape[0] == 8 and torch.allclose(e.key.norm(dim=0), torch.ones(e.geometry.valid), atol=1e-4)
+    assert e.features is None  # made when the memory asks for them
+    f = cut.features(e)
+    assert f.shape == (112, 36, 60) and e.cell == pytest.approx(8 * 160 / 480) and cut.features(e) is f
     ask = Prompt(prompts.select(g, 8, "kmedoids", np.random.default_rng(0)), np.ones(8, int), prompts.box_of(g))
     low, quality = cut.decode(e, [ask])[0]
     found = e.geometry.full(low) > 0
@@ -246,6 +248,12 @@ def test_loading_is_strict_and_refuses_other_weights(tmp_path):
     torch.save(state, tmp_path / "b.pt")
     with pytest.raises(UserError, match="does not fit"):
         sam_module.load(other, "tiny", tmp_path / "b.pt")
+    for value in (float("nan"), float("inf")):
+        bad = {k: v.clone() for k, v in other.state_dict().items()}
+        bad["mask_decoder.mask_tokens.weight"][0, 0] = value
+        torch.save(bad, tmp_path / "n.pt")
+        with pytest.raises(UserError, match="not finite.*mask_tokens"):
+            sam_module.load(other, "tiny", tmp_path / "n.pt")
     (tmp_path / "c.pt").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="readable"):
         sam_module.load(other, "tiny", tmp_path / "c.pt")
@@ -296,7 +304,7 @@ def test_every_method_keeps_interacted_frames_and_propagates_both_ways(method):
     s.interact(6, masks(video, 6))
     labels = s.labels()
     assert all(np.array_equal(labels[t], video.truth[t]) for t in (3, 6))
-    if METHODS[method].box and METHODS[method].propagate:
+    if METHODS[method].box and METHODS[method].propagate and not METHODS[method].shuffled:
         j = [(labels[t] & video.truth[t]).sum() / (labels[t] | video.truth[t]).sum() for t in (0, 2, 4, 7)]
         assert min(j) > 0.4
 

@@ -29,30 +29,35 @@ def test_box_needs_two_pixels_and_grows_by_its_own_sides():
     assert on.tolist() == [True, True, False, False]
 
 
-def slow_medoids(pixels: np.ndarray, n: int) -> np.ndarray:
-    """Alternating k-medoids in float64, from the n pixels with the smallest sums of distances."""
-    d = np.array([[np.hypot(*(a - b)) for b in pixels.astype(float)] for a in pixels.astype(float)])
-    centres = sorted(range(len(pixels)), key=lambda i: (d[i].sum(), i))[:n]
-    for _ in range(300):
-        nearest = [min(range(n), key=lambda c: d[i, centres[c]]) for i in range(len(pixels))]
-        new = list(centres)
-        for c in range(n):
-            own = [i for i in range(len(pixels)) if nearest[i] == c]
-            best = min(own, key=lambda i: sum(d[i, k] for k in own))
-            if sum(d[best, k] for k in own) < sum(d[centres[c], k] for k in own):
-                new[c] = best
-        if new == centres:
-            break
-        centres = new
-    return pixels[centres]
+def test_what_prompts_say_of_cells():
+    p = prompts.Prompt(np.array([[20, 12], [3, 3]], np.float32), np.array([1, 0]), np.array([8, 8, 28, 20], np.float32))
+    got = prompts.told(p, 4.0, (6, 9))
+    want = np.full((6, 9), -1.0)
+    want[1:6, 1:8] = 0  # the box grown by a tenth: 6 to 30, 6.8 to 21.2
+    want[:2, :2] = -1
+    want[2:5, 4:7] = 1
+    assert np.array_equal(got, want)
+    assert not prompts.told(prompts.Prompt(), 4.0, (6, 9)).any()
+
+
+def cost(pixels: np.ndarray, chosen: np.ndarray) -> float:
+    """Sum of the distances to the nearest chosen pixel, float64."""
+    d = np.linalg.norm(pixels[:, None].astype(float) - chosen[None].astype(float), axis=-1)
+    return float(d.min(1).sum())
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_medoids_equal_a_slow_reference(seed):
-    drawn = np.random.default_rng(seed).random((40, 2)) * [90, 50]  # real numbers, so no ties
-    got = prompts.medoids(drawn.astype(np.float32), 4, rng())
-    want = slow_medoids(drawn.astype(np.float32), 4)
-    assert sorted(map(tuple, got.tolist())) == sorted(map(tuple, want.tolist()))
+def test_no_exchange_makes_the_medoids_better(seed):
+    """FasterPAM ends where no single swap of a medoid for another pixel lowers the objective."""
+    drawn = (np.random.default_rng(seed).random((40, 2)) * [90, 50]).astype(np.float32)
+    got = prompts.medoids(drawn, 4, rng())
+    best = cost(drawn, got)
+    assert len({tuple(p) for p in got.tolist()}) == 4 and all((drawn == p).all(1).any() for p in got)
+    for i in range(4):
+        for other in drawn:
+            swapped = got.copy()
+            swapped[i] = other
+            assert cost(drawn, swapped) >= best - 1e-3
 
 
 def test_a_mixed_selection_is_a_quarter_medoids_a_third_corners_and_the_rest_random(monkeypatch):
@@ -154,8 +159,18 @@ def test_a_ring_is_cut_at_a_heavy_edge():
 def test_bezier_begins_and_ends_at_its_ends_and_halves_a_parabola():
     curve = scribbles.bezier(np.array([[0, 0], [10, 20], [20, 0]], float), 101)
     assert curve[0].tolist() == [0, 0] and np.allclose(curve[-1], [20, 0]) and np.allclose(curve[50], [10, 10])
-    long = scribbles.bezier(np.stack([np.arange(500.0), np.zeros(500)], 1), 50)
-    assert np.isfinite(long).all() and np.allclose(long[[0, -1], 0], [0, 499])
+
+
+def test_bezier_of_a_long_path_is_that_of_all_its_points():
+    """Against de Casteljau's construction, which never forms a binomial; the path bends where thinning would cut it."""
+    angle = np.linspace(0, 9, 800)
+    path = np.stack([200 + 90 * np.cos(angle), 150 + 60 * np.sin(3 * angle)], 1)
+    got = scribbles.bezier(path, 11)
+    for t, place in zip(np.linspace(0, 1, 11), got, strict=True):
+        points = path.copy()
+        while len(points) > 1:
+            points = (1 - t) * points[:-1] + t * points[1:]
+        assert np.allclose(place, points[0], atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -175,6 +190,17 @@ def test_a_round_that_ends_at_the_timeout_counts():
     assert metrics.auc([30, 60], [0.5, 1.0], 60) == pytest.approx((30 * 0.25 + 30 * 0.75) / 60)
     # The same time twice: the later value at that moment, no area in between.
     assert metrics.auc([30, 30], [0.5, 1.0], 60) == pytest.approx((30 * 0.25 + 30 * 1.0) / 60)
+
+
+def test_a_round_past_the_timeout_of_its_own_sample_does_not_count():
+    """The slow sample holds its first value at no cost: its second round is not seen by the pooled curve."""
+    slow = {"jf_1": 0.4, "jf_2": 1.0, "seconds_1": 10.0, "seconds_2": 40.0, "objects": 1}
+    quick = {"jf_1": 0.6, "jf_2": 0.8, "seconds_1": 2.0, "seconds_2": 4.0, "objects": 1}
+    assert metrics.in_time(slow, 2, 40.0) == ([0.4, 0.4], [10.0, 0.0])
+    area, sixty = metrics.summary([slow, quick], 2, 40.0)
+    # (0, 0) (6, 0.5) (8, 0.6) held to 40
+    assert area == pytest.approx((6 * 0.25 + 2 * 0.55 + 32 * 0.6) / 40) and sixty == pytest.approx(0.6)
+    assert metrics.in_time({**slow, "seconds_1": 50.0}, 2, 40.0) == ([0.0, 0.0], [0.0, 0.0])
 
 
 def test_a_disk_that_is_too_large_shrinks_by_tenths():

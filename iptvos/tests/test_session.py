@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import crstm
-from methods import METHODS, PLAIN
+from methods import METHODS
 from prompts import Interaction, box_of
 from segmenters.interface import Embedding, Geometry
 from session import NOTHING, Session
@@ -25,15 +24,18 @@ def disk(x: float, y: float, r: float) -> np.ndarray:
 class Told:
     """A segmenter that answers `answers[frame]` (mask, quality) and notes what it is asked."""
 
-    cells, mask_threshold, device = CELLS, 0.0, torch.device("cpu")
+    cells, mask_threshold, device, memory_is_mask = CELLS, 0.0, torch.device("cpu"), False
 
     def __init__(self, answer):
         self.answer, self.asked = answer, []
 
     def encode(self, frame):
-        g = Geometry(H, W, CELLS)
-        key = torch.randn(64, *g.valid, generator=torch.Generator().manual_seed(0))
-        return Embedding(g, crstm.unit(key), int(frame[0, 0, 0]))
+        return Embedding(Geometry(H, W, CELLS), int(frame[0, 0, 0]))
+
+    def features(self, e):
+        """The same on every frame."""
+        e.features, e.cell = torch.randn(64, 12, 16, generator=torch.Generator().manual_seed(0)), 4.0
+        return e.features
 
     def decode(self, e, prompts):
         out = []
@@ -216,50 +218,116 @@ def test_variant_d_takes_one_frame_for_all_objects():
         assert begun == [0, 0, *want], variant
 
 
-def test_memory_holds_what_was_interacted_and_trusted_and_prompts():
-    seen = []
-    method = replace(METHODS["full"], filter=PLAIN)
-    s, told = make(lambda t, p: (A, 0.9 if t < 4 else 0.5), method)
+def test_memory_holds_what_was_interacted_and_prompts():
+    s, told = make(lambda t, p: (A, 0.9), METHODS["full"])
     s.interact(0, {1: Interaction(mask=A)})
     m = s.states[1].memory
-    assert list(m.interacted) == [0] and [e.frame for e in m.passing] == [2, 3]  # 0.5 is not trusted
+    assert list(m.interacted) == [0] and [e.frame for e in m.passing] == [6, 7, 8]
     e = m.interacted[0]
-    assert e.weight == 1 and e.centre == pytest.approx((20 * CELLS / W, 24 * CELLS / W), abs=0.05)
     assert e.value.shape == (12, 16) and float(e.value[6, 5]) > 0.99 and float(e.value[0, 15]) < 0.01
-    for t, p in told.asked:
+    assert [t for t, _ in told.asked] == list(range(1, 9))
+    for _, p in told.asked:
         dense = Geometry(H, W, CELLS).full(p.dense)
-        seen.append(t)
-        # The same keys on every frame: read out, the mask stays where it was; far from the box surely nothing.
+        # The same features on every frame: read out, the mask stays where it was; far from it surely nothing.
         assert same(dense > 0, A) and dense[2, 60] < -4 and dense[47, 2] < -4
-    assert seen == list(range(1, 9))
     s.interact(0, {1: Interaction(mask=np.zeros((H, W), bool))})  # the object is not there after all
     assert not s.states[1].memory.interacted
 
 
-def test_the_memory_is_read_around_the_box(monkeypatch):
-    """The box is 12, 16 to 28, 32: grown by half its sides 4, 8 to 36, 40 pixels, 4 a cell, with a cell of room."""
-    regions, read = [], crstm.read
-    monkeypatch.setattr(crstm, "read", lambda *a: (regions.append((a[3], a[6])), read(*a))[1])
-    s, _ = make(lambda t, p: (A, 0.9), METHODS["full"], n=2)
+def test_a_segmenter_may_take_the_memory_as_the_mask():
+    s, told = make(lambda t, p: (B, 0.9), METHODS["full"])
+    told.memory_is_mask = True
     s.interact(0, {1: Interaction(mask=A)})
-    assert regions == [((5.0, 6.0), (0, 1, 11, 12))]
+    assert not told.asked and all(same(mask(s, t), A) for t in range(1, 9)) and s.decoded == 8
+    assert 0.5 < s.states[1].iou[8] <= 1  # the memory's own confidence
 
 
-def test_points_alone_read_the_memory_around_them():
-    s, told = make(lambda t, p: (A, 0.9), METHODS["points+memory"], n=3)
+def test_the_memory_is_read_when_neither_point_nor_box_is_left():
+    class Lost(Box):
+        lost = 3
+
+        def start(self, frame, box, mask):
+            if not hasattr(self, "box"):
+                super().start(frame, box, mask)
+
+    s, told = make(lambda t, p: (A, 0.9), replace(METHODS["full"], points=False, few=0), box=Lost)
     s.interact(0, {1: Interaction(mask=A)})
-    assert same(Geometry(H, W, CELLS).full(told.asked[0][1].dense) > 0, A)
+    assert [t for t, p in told.asked if p.box is None and not len(p.points)] == list(range(3, 9))
+    assert same(mask(s, 8), A)
 
 
-def test_seeds_and_rounds_draw_other_points():
-    def points(seed, rounds):
+def test_a_lost_box_and_lost_points_come_back_from_the_mask():
+    begun = []
+
+    class Lost(Box):
+        lost = 3
+
+        def start(self, frame, box, mask):
+            begun.append(int(frame[0, 0, 0]))
+            super().start(frame, box, mask)
+
+    class Gone(Fixed):
+        """Points that are seen for two frames, with a drift that the filter does not forgive."""
+
+        def track(self, frames, order, points):
+            tracks = super().track(frames, order, points)
+            tracks.error[1:] = 99
+            return tracks
+
+    s, told = make(lambda t, p: (A, 0.9), METHODS["full"], box=Lost)
+    s.tracker = Gone()
+    s.interact(0, {1: Interaction(mask=A)})
+    assert begun == [0, 3, 6]  # lost on the third step, begun anew there
+    told_points = [len(p.points) for _, p in told.asked]
+    assert told_points == [0] * 8  # no point passes the test
+    tracked = []
+
+    class Counting(Fixed):
+        def track(self, frames, order, points):
+            tracked.append(order[0])
+            tracks = super().track(frames, order, points)
+            tracks.error[1:4] = 99
+            return tracks
+
+    s, told = make(lambda t, p: (A, 0.9), METHODS["full"])
+    s.tracker = Counting()
+    s.interact(0, {1: Interaction(mask=A)})
+    assert tracked == [0, 4]  # three strikes, then new points as soon as their patience is over
+
+
+def test_the_shuffled_memory_is_stored_under_other_frames():
+    s, _ = make(lambda t, p: (A, 0.9), METHODS["shuffled"])
+
+    def features(e):
+        e.features = torch.randn(64, 12, 16, generator=torch.Generator().manual_seed(e.data))
+        e.cell = 4.0
+        return e.features
+
+    s.segmenter.features = features
+    s.interact(0, {1: Interaction(mask=A)})
+    stored, other = s.states[1].memory.interacted[0], int(s.other[0])
+    assert other != 0 and torch.equal(stored.key, s.keyed(other)[0]) and not torch.equal(stored.key, s.keyed(0)[0])
+
+
+def test_the_same_interaction_twice_changes_nothing():
+    method = replace(METHODS["full"], selection="random", positives=3)
+    s, told = make(lambda t, p: (A, 0.9), method, n=5)
+    click = Interaction(points=np.array([[20, 24], [50, 40]], np.float32), labels=np.array([1, 0]))
+    for given in (Interaction(mask=A), click, Interaction(box=box_of(B))):
+        s.interact(2, {1: given})
+        before = s.labels()
+        told.asked.clear()
+        s.interact(2, {1: given})
+        assert not told.asked and all(np.array_equal(a, b) for a, b in zip(before, s.labels(), strict=True))
+
+
+def test_seeds_draw_other_points():
+    def points(seed):
         s, told = make(lambda t, p: (A, 0.9), replace(POINTS, selection="random"), n=2, seed=seed)
-        for _ in range(rounds):
-            told.asked.clear()
-            s.interact(0, {1: Interaction(mask=A)})
+        s.interact(0, {1: Interaction(mask=A)})
         return told.asked[0][1].points.tolist()
 
-    assert points(0, 1) == points(0, 1) and points(0, 1) != points(1, 1) and points(0, 1) != points(0, 2)
+    assert points(0) == points(0) != points(1)
 
 
 def test_nothing_given_changes_nothing():

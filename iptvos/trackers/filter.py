@@ -16,7 +16,8 @@ class FilterOptions:
     border: float = 0.01
     """Share of the picture's sides in which points are dropped; as SAM-PT."""
     back: float = 1.0
-    """Largest forward-backward error in pixels at 480p, scaled with the diagonal; 0: not tested. Final."""
+    """Largest forward-backward error in pixels at 480p, scaled with the diagonal; after `strikes` frames in a row the
+    point is dropped for good. 0: not tested."""
     box: float = 0.05
     """Positive points further outside the box than this share of its sides are dropped; after `strikes` frames in a
     row for good. Below 0: not tested."""
@@ -39,7 +40,7 @@ class Filter:
 
     def __post_init__(self):
         self.dead = np.zeros(len(self.labels), bool)
-        self.outside = np.zeros(len(self.labels), int)
+        self.outside, self.drifted = np.zeros((2, len(self.labels)), int)
 
     def keep(
         self,
@@ -56,7 +57,10 @@ class Filter:
         edge = np.array([w, h]) * o.border
         ok = visible & (now >= edge).all(1) & (now <= np.array([w - 1, h - 1]) - edge).all(1)
         if o.back:
-            self.dead |= error > o.back * math.hypot(h, w) / math.hypot(480, 854)
+            drifts = error > o.back * math.hypot(h, w) / math.hypot(480, 854)
+            self.drifted = np.where(drifts, self.drifted + 1, 0)
+            self.dead |= self.drifted >= o.strikes
+            ok &= ~drifts
         if o.patch and self.query is not None:
             away = np.linalg.norm(patches(frame, now) - self.query, axis=1)
             self.dead |= np.exp(-away / 18) < o.patch

@@ -30,6 +30,10 @@ class Tracks:
     visible: np.ndarray  # (frames, n) bool
     error: np.ndarray  # (frames, n) forward-backward error in pixels; 0 where the tracker has none
 
+    def at(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Places, visibility and error on the i-th frame of the order."""
+        return self.places[i], self.visible[i], self.error[i]
+
 
 class PointTracker(Protocol):
     def track(self, frames: Sequence[np.ndarray], order: Sequence[int], points: np.ndarray) -> Tracks:
@@ -40,28 +44,45 @@ class LucasKanade:
     """Pyramidal Lucas-Kanade from frame to frame and back again."""
 
     def __init__(self):
-        self.gray: dict[int, np.ndarray] = {}
+        self.gray: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # frame -> its pixels and their gray image
 
     def image(self, frames: Sequence[np.ndarray], t: int) -> np.ndarray:
-        if t not in self.gray:
+        if t not in self.gray or self.gray[t][0] is not frames[t]:  # the tracker may serve another video by now
             self.gray = {k: v for k, v in self.gray.items() if abs(k - t) < 3}
-            self.gray[t] = cv2.cvtColor(frames[t], cv2.COLOR_RGB2GRAY)
-        return self.gray[t]
+            self.gray[t] = frames[t], cv2.cvtColor(frames[t], cv2.COLOR_RGB2GRAY)
+        return self.gray[t][1]
 
     def track(self, frames: Sequence[np.ndarray], order: Sequence[int], points: np.ndarray) -> Tracks:
-        self.gray = {}
-        n = len(points)
+        tracks = self.follow(frames, order, points)
+        tracks.at(len(order) - 1)
+        return tracks
+
+    def follow(self, frames: Sequence[np.ndarray], order: Sequence[int], points: np.ndarray) -> "Following":
+        """The same, frame by frame when it is asked for."""
+        shape = len(order), len(points)
         places = np.repeat(np.asarray(points, np.float32)[None], len(order), 0)
-        visible, error = np.ones((len(order), n), bool), np.zeros((len(order), n), np.float32)
-        if not n:
-            return Tracks(places, visible, error)
-        h, w = frames[order[0]].shape[:2]
-        for k in range(1, len(order)):
-            there, found, miss = flow(self.image(frames, order[k - 1]), self.image(frames, order[k]), places[k - 1])
+        return Following(places, np.ones(shape, bool), np.zeros(shape, np.float32), self, frames, order)
+
+
+@dataclass
+class Following(Tracks):
+    """Tracks that go on when a later frame is asked for."""
+
+    tracker: LucasKanade
+    frames: Sequence[np.ndarray]
+    order: Sequence[int]
+    done: int = 0
+
+    def at(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        while self.done < i and self.places.shape[1]:
+            k = self.done + 1
+            a, b = (self.tracker.image(self.frames, self.order[j]) for j in (k - 1, k))
+            there, found, self.error[k] = flow(a, b, self.places[k - 1])
+            h, w = a.shape
             within = ((there >= 0) & (there <= [w - 1, h - 1])).all(1)
-            places[k], error[k] = there, miss
-            visible[k] = visible[k - 1] & found & within  # a lost point does not come back
-        return Tracks(places, visible, error)
+            self.places[k], self.done = there, k
+            self.visible[k] = self.visible[k - 1] & found & within  # a lost point does not come back
+        return super().at(i)
 
 
 def flow(a: np.ndarray, b: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,7 +170,12 @@ def mismatch(model: torch.nn.Module, state: dict) -> str:
         ("unknown", [k for k in state if k not in own]),
         ("of another shape", [k for k in own if k in state and getattr(state[k], "shape", None) != own[k]]),
     )
+    parts += (("with values that are not finite", [k for k in own if k in state and not finite(state[k])]),)
     return ", ".join(f"{len(keys)} keys {what} (first {keys[0]})" for what, keys in parts if keys)
+
+
+def finite(value) -> bool:
+    return not torch.is_tensor(value) or not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def load_strict(model: torch.nn.Module, path: str) -> None:
