@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lab import runs
@@ -23,6 +23,10 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 
+import conse
+import data
+from scores import normalise
+
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -31,23 +35,30 @@ HALF_STATS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 @dataclass(frozen=True)
 class Known:
     title: str  # as in the settings of paper.csv
-    library: str  # transformers or open_clip
-    id: str  # Hugging Face id, or open_clip architecture
+    library: str  # transformers, open_clip or conse
+    id: str  # Hugging Face id, open_clip architecture, or what decides the features beside the weights
     size: int
     stats: tuple
     tokenizer: str = "clip"  # clip: the vocabulary inside open_clip; own: the one beside the weights
-    vit: tuple[int, int] | None = None  # patch and width of the vision transformer that `title` names
+    # What the configuration of the towers that `title` names says otherwise than the library's default for the family.
+    vision: dict = field(default_factory=dict)
+    text: dict = field(default_factory=dict)
+    width: int = 0  # of the joint space; 0: the default's
 
 
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+LARGE_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+LITE_STATS = ((0.498, 0.498, 0.498), (0.502, 0.502, 0.502))  # of the wheels' networks
 KNOWN = {
     "clip-vit-b16": Known(
-        "CLIP ViT-B/16", "transformers", "openai/clip-vit-base-patch16", 224, CLIP_STATS, vit=(16, 768)
+        "CLIP ViT-B/16", "transformers", "openai/clip-vit-base-patch16", 224, CLIP_STATS, vision={"patch_size": 16}
     ),
-    "clip-vit-b32": Known(
-        "CLIP ViT-B/32", "transformers", "openai/clip-vit-base-patch32", 224, CLIP_STATS, vit=(32, 768)
-    ),
+    "clip-vit-b32": Known("CLIP ViT-B/32", "transformers", "openai/clip-vit-base-patch32", 224, CLIP_STATS),
     "clip-vit-l14": Known(
-        "CLIP ViT-L/14", "transformers", "openai/clip-vit-large-patch14", 224, CLIP_STATS, vit=(14, 1024)
+        *("CLIP ViT-L/14", "transformers", "openai/clip-vit-large-patch14", 224, CLIP_STATS),
+        vision={**LARGE, "patch_size": 14},
+        text=LARGE_TEXT,
+        width=768,
     ),
     # OpenAI's weights need QuickGELU; a plain GELU architecture loads them and silently loses quality.
     "clip-rn50": Known("CLIP RN50", "open_clip", "RN50-quickgelu", 224, CLIP_STATS),
@@ -56,8 +67,27 @@ KNOWN = {
     "clip-rn50x16": Known("CLIP RN50x16", "open_clip", "RN50x16-quickgelu", 384, CLIP_STATS),
     "groupvit": Known("GroupViT", "transformers", "nvidia/groupvit-gcc-yfcc", 224, IMAGENET_STATS),
     "align": Known("ALIGN", "transformers", "kakaobrain/align-base", 289, HALF_STATS, "own"),
-    "altclip": Known("AltCLIP", "transformers", "BAAI/AltCLIP", 224, CLIP_STATS, "own"),
+    "altclip": Known(
+        *("AltCLIP", "transformers", "BAAI/AltCLIP", 224, CLIP_STATS, "own"),
+        vision={**LARGE, "patch_size": 14},
+        width=768,
+    ),
+    # No backbone of the paper: an ImageNet network and a sentence encoder out of packages (conse.py).
+    "conse-lite0": Known("ConSE EfficientNet-Lite0", "conse", f"tau {conse.TAU:g}", 160, LITE_STATS, "own"),
+    "conse-lite2": Known("ConSE EfficientNet-Lite2", "conse", f"tau {conse.TAU:g}", 160, LITE_STATS, "own"),
 }
+# What a tower's configuration says that is not of the network in use: training, generation, names, bookkeeping. The
+# width of the joint space is that of the whole model, whatever a tower says.
+NO_PART = re.compile(
+    r"^_|dropout|drop_|initializer|token_id|dtype|version|output_|return_dict|architectures|name_or_path|label|"
+    r"use_cache|chunk_size|attn_implementation|projection_dim|is_encoder_decoder|add_cross|is_decoder|tie_word|problem_type"
+)
+
+
+def _code() -> str:
+    """Of the library and of the files that make features: what other code made is not taken from the disk."""
+    files = [Path(runs.HERE, f"{m}.py").read_bytes() for m in ("backbones", "conse", "data")]
+    return hashlib.sha256(b"".join([torch.__version__.encode(), *files])).hexdigest()
 
 
 class Backbone:
@@ -66,8 +96,10 @@ class Backbone:
     def __init__(self, name: str, known: Known, model, tokenizer, device, bf16: bool = False):
         self.name, self.known, self.device, self.bf16 = name, known, device, bf16
         self.model, self.tokenizer = model.eval().requires_grad_(False).to(device), tokenizer
-        digest = hashlib.sha256(f"{name} {known} {bf16} bilinear".encode())
+        digest = hashlib.sha256(f"{name} {known} {bf16} bilinear {_code()}".encode())
         for key, value in sorted(self.model.state_dict().items()):
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(f"the weights of {name} hold values that are not finite ({key}); get them again")
             digest.update(key.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         self.fingerprint = digest.hexdigest()
@@ -127,6 +159,10 @@ def load(name: str, device, weights: str = "", data_dir: Path | None = None, dow
     if name not in KNOWN:
         raise UserError(f"no backbone {name}; use one of {', '.join(KNOWN)}")
     known = KNOWN[name]
+    if known.library == "conse":
+        if weights:
+            raise UserError(f"--backbone {name} has its weights in packages of the environment; leave --weights out")
+        return Backbone(name, known, *conse.load(name, data.id_names("imagenet1k")), device, bf16)
     folder = Path(weights) if weights else (data_dir or runs.data_dir("")) / "weights" / name
     if not folder.exists() and not download:
         what = (
@@ -189,19 +225,32 @@ def _transformers(known: Known, folder: Path, download: bool):
     ) if own else _clip_tokenizer()
 
 
+def _other(found, wanted: dict, default) -> list[str]:
+    """What a tower's configuration says otherwise than `wanted`, and than `default` where that says nothing."""
+    have, usual = found.to_dict(), {**default.to_dict(), **wanted}
+    keys = sorted(k for k in {*have, *usual} if not NO_PART.search(k))
+    return [f"{k} {have.get(k)}" for k in keys if have.get(k) != usual.get(k)]
+
+
 def _checked(name: str, known: Known, config) -> Known:
-    """The weights must be of the family that was asked for; another size is named, so that it meets no printed cell."""
+    """The weights must be of the family that was asked for; towers that are not those `title` names, in size or in what
+    they compute (CLIP's quick_gelu), get a title that says so, and their records meet no printed cell."""
     family = name.split("-")[0]
     if config.model_type != family:
         raise UserError(f"--backbone {name} needs weights of {family}, these are of {config.model_type}")
-    if known.vit is None:
-        return known
-    vision = config.vision_config
-    if vision.image_size != known.size:
+    vision, default = config.vision_config, type(config)()
+    if family == "align":  # a convolutional network takes images of any size
+        default.vision_config.image_size = vision.image_size
+    elif vision.image_size != known.size:
         raise UserError(f"{name} takes images of {known.size} pixels, these weights take {vision.image_size}")
-    if (vision.patch_size, vision.hidden_size) == known.vit:
+    other = _other(vision, known.vision, default.vision_config)
+    if config.projection_dim != (known.width or default.projection_dim):
+        other.append(f"projection_dim {config.projection_dim}")
+    other += [f"text {x}" for x in _other(config.text_config, known.text, default.text_config)]
+    if not other:
         return known
-    return replace(known, title=f"{known.title} (patch {vision.patch_size}, width {vision.hidden_size})")
+    more = f", {len(other) - 3} more" if len(other) > 3 else ""
+    return replace(known, title=f"{known.title} ({', '.join(other[:3])}{more})")
 
 
 # ------------------------------------------------------------------------------------------------- features on disk
@@ -222,8 +271,6 @@ def image_features(backbone: Backbone, images, batch: int = 256, workers: int = 
     Several processes of one launch take every so-many-th batch; each batch is the one a single process would make, so
     the features are the same to the last bit. All processes return all features.
     """
-    from scores import normalise
-
     path, state = _file("images", backbone.fingerprint, images.sha256, len(images)), PartialState()
     # One answer for all, as the file may come to be between two looks; the number keeps two launches apart.
     there, launch = broadcast_object_list([path.is_file(), os.getpid()])
@@ -256,11 +303,9 @@ def image_features(backbone: Backbone, images, batch: int = 256, workers: int = 
 
 def _encode(backbone: Backbone, images, batch: int, workers: int, rank: int, world: int) -> dict[int, Tensor]:
     """{number of the batch: its features} of the batches rank, rank + world, ..."""
-    from data import Transformed
-
     numbers = range(rank, -(-len(images) // batch), world)
     loader = torch.utils.data.DataLoader(
-        Transformed(images, backbone.transform()),
+        data.Transformed(images, backbone.transform()),
         batch_sampler=[range(i * batch, min((i + 1) * batch, len(images))) for i in numbers],
         num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=backbone.device.type == "cuda",

@@ -2,6 +2,8 @@
 
 python eval.py --table table3 --labels released             # a table of the paper on its data, weights and names
 python eval.py --id pet37 --ood texture places              # any ID set against any OOD sets
+python eval.py --images my/pictures --classes "cat,dog" --envision near --backbone conse-lite0   # a folder: scores.csv
+python eval.py --study near --backbone conse-lite0          # scale real: what the names are worth beyond their number
 python eval.py --synthetic --seeds 0 1 2                    # tier A: no data, no network
 python eval.py --run runs/demo/drawn                        # a trained stand-in again
 """
@@ -14,8 +16,8 @@ from lab import checkpoints, runs
 from accelerate import PartialState
 
 import evaluation
-import standin
 from settings import EvalSettings, Settings
+from standins import standin
 
 
 def again(s: EvalSettings, device) -> None:
@@ -44,10 +46,13 @@ def main() -> None:
     device = runs.device(s.device)
     if s.run:
         return again(s, device)
-    s.table = s.table or ("demo" if s.synthetic else "own")
-    s.out = s.out or runs.default_out(
-        s.scale, "synthetic" if s.synthetic else s.table if s.table != "own" else Path(s.id).name
-    )
+    if s.images:
+        import folder
+
+        return folder.sort(s, device)
+    s.table = s.table or ("demo" if s.synthetic else "real" if s.study else "own")
+    named = {"own": Path(s.id).name, "real": f"{s.study}-{s.labels}-{s.backbone}"}
+    s.out = s.out or runs.default_out(s.scale, "synthetic" if s.synthetic else named.get(s.table, s.table))
     # Several processes (`accelerate launch`) share out the images to encode; what follows takes seconds, on the first.
     state = PartialState()
     ignore = ("out", "data_dir", "device", "download", "batch", "workers")
@@ -59,6 +64,10 @@ def main() -> None:
         for seed in s.seeds:
             if s.synthetic and state.is_main_process:
                 evaluation.synthetic_seed(s, run, seed, device)
+            elif s.study:
+                from real import study
+
+                study.run_study(s, run, seed, device)
             elif not s.synthetic:
                 import papertables  # here: neither a synthetic space nor a stand-in waits for transformers
 

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import drawn
-import envision
 import metrics
 import scores
-import standin
+from names import asking, reading
 from scores import SCORES, Stats, normalise, reduce
 from settings import EvalSettings, Settings
+from standins import drawn, standin
 
 TEMPLATE = "a photo of a {}"
 ENSEMBLE = (  # Table 19: each feature normalised, summed, normalised
@@ -52,7 +51,7 @@ def drop_similar(names: list[str], out: Tensor, ids: Tensor, most: float = 1.0) 
 def score(stats: Stats, method: str, beta: float = scores.BETA) -> np.ndarray:
     """A score by its name in scores.SCORES."""
     function = SCORES[method][0]
-    value = (function(stats, beta) if function is scores.eoe else function(stats)).cpu().numpy()
+    value = (function(stats, beta) if function is scores.s_eoe else function(stats)).cpu().numpy()
     if not np.isfinite(value).all():
         raise UserError(f"a score of {method} is not a finite number; are the weights broken?")
     return value
@@ -135,12 +134,12 @@ def show(records: Iterable[dict]) -> None:
 def drawn_labels(task: drawn.DrawnTask, seed: int, n: int, variant: str) -> list[str]:
     """Names of the rule-based provider, by the same conversations, parser and cleaning as a language model's."""
     provider, count = drawn.RuleProvider(seed), 3 if task.task == "near" else n
-    turns = envision.envision(provider, list(task.id_names), task.task, count, variant)
+    turns = asking.envision(provider, list(task.id_names), task.task, count, variant)
     answers = [t["answer"] for conversation in turns.values() for t in conversation]
     if task.task != "near":
-        return envision.clean(envision.read_answers(answers).names, list(task.id_names), task.task, variant).names
-    names = [x for a in answers for x in envision.read_answers([a]).names]
-    return envision.clean(names, list(task.id_names), task.task, variant).names
+        return reading.clean(reading.read_answers(answers).names, list(task.id_names), task.task, variant).names
+    names = [x for a in answers for x in reading.read_answers([a]).names]
+    return reading.clean(names, list(task.id_names), task.task, variant).names
 
 
 @torch.inference_mode()

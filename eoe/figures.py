@@ -11,6 +11,8 @@ from lab import runs
 import matplotlib.pyplot as plt
 import numpy as np
 
+from real import pictures
+
 TASKS = {"synthetic": "synthetic space", "far": "far", "near": "near", "fine-grained": "fine-grained"}
 COLOURS = dict(zip(TASKS, ("#555555", "#0072b2", "#e69f00", "#c1272d"), strict=True))
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
@@ -27,6 +29,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
         ("names", numbers(records)),
         ("scores", densities(kept)),
         ("labels", embedding(kept)),
+        *pictures.figures(records, scale),
     ):
         if made:
             figure, caption = made

@@ -11,10 +11,10 @@ from accelerate import PartialState
 
 import backbones
 import data
-import envision
 import evaluation
 import metrics
 import scores
+from names import reading
 from scores import normalise, reduce
 
 FAR = ("inaturalist", "sun", "places", "texture")
@@ -182,10 +182,10 @@ def envisioned(s, case: Case, ids: list[str], variant: str, n: int, seed: int) -
         origin = {"own": "make it with envision.py", "released": "it is in the official repository tmlr-group/EOE"}
         more = f"; {origin[s.labels]}, or choose another --labels" if s.labels in origin else ""
         raise UserError(f"no envisioned names in {path}{more}")
-    found = envision.read_names(path)
+    found = reading.read_names(path)
     task = "far" if case.general else case.task
     names = found.take(task, n) if s.labels != "released" else found.take(task, 10**9)
-    return envision.clean(names, ids, task, variant).names
+    return reading.clean(names, ids, task, variant).names
 
 
 def threshold(s, case: Case) -> float:
@@ -211,7 +211,7 @@ def clipn(s, case: Case, images: torch.Tensor, outside: torch.Tensor, ids: list[
     names; the image features are those of --backbone, so --weights must be CLIPN's own image encoder."""
     path = Path(s.clipn)
     path = path / f"{Path(case.id).name}.safetensors" if path.is_dir() else path
-    tensors, _ = runs.read_tensors(path)
+    tensors, _ = runs.read_weights(path)
     shape = (len(ids), images.shape[1])
     for name in ("yes", "no"):
         found = tuple(tensors[name].shape) if name in tensors else None
@@ -226,91 +226,113 @@ def clipn(s, case: Case, images: torch.Tensor, outside: torch.Tensor, ids: list[
     ]
 
 
+BASELINES = ("MCM", "Energy", "MaxLogit", "Ground Truth")  # rows in which no envisioned name takes part
+
+
+def is_row(s, c: Case, n: int, method: str, beta: str) -> bool:
+    """Whether the paper has a row for a method with n names; `beta` names a weight of the sweep, or is empty."""
+    if method not in BASELINES:
+        return bool(beta) or not c.betas
+    if s.table == "table24" and s.llm != PAPER_LLM:
+        return False  # the same under every language model: once is enough
+    alone = c.mean_only or c.betas  # a sweep, and a mean over it, begins with MCM as L = 0
+    return not alone or (method == "MCM" and n == c.n[0])
+
+
+def setting(c: Case, model: str, method: str, n: int, beta: str, default: float) -> str:
+    """The setting of a row, as paper.csv spells it."""
+    b = float(beta.removeprefix("beta=")) if beta else default
+    shown = f"{b:.2f}" if c.betas and b else f"{b:g}"
+    fields = {"model": model, "n": n, "beta": shown, "x": "xK" if c.task == "near" else ""}
+    if method == "MCM" and c.betas:
+        fields |= {"n": 0, "beta": "0", "x": ""}
+    elif method == "MCM" and c.mean_only:
+        fields |= {"n": 0}
+    return c.setting.format(**fields)
+
+
+class Scorer:
+    """A table under one run of the language model: its image sets, their features, and its prompts."""
+
+    def __init__(self, s, seed: int, device):
+        root = runs.data_dir(s.data_dir)
+        self.s, self.seed, self.device, self.cases = s, seed, device, cases(s)
+        names = [name for c in self.cases for name in (c.id, *c.oods)]
+        self.sets = {name: data.load(name, root, s.download) for name in dict.fromkeys(names)}
+        backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
+        self.model, self.cached = backbone.known.title, backbones.CachedTexts(backbone)
+        self.templates = evaluation.ENSEMBLE if s.ensemble or s.table == "table19" else (evaluation.TEMPLATE,)
+        found = {k: backbones.image_features(backbone, v, s.batch, s.workers) for k, v in self.sets.items()}
+        self.features = {k: v.to(device) for k, v in found.items()}
+
+    def text(self, names: list[str]) -> torch.Tensor:
+        return evaluation.text_features(self.cached, names, self.templates).to(self.device)
+
+    def ids(self, c: Case) -> list[str]:
+        return self.sets[c.id].names or data.id_names(c.id)
+
+    def labels(self, c: Case, n: int) -> list[evaluation.Labels]:
+        """The sets of envisioned names that a case with n names compares."""
+        s, ids, out = self.s, self.ids(c), []
+        asked = [(v, c, n) for v in c.variants]
+        if c.general:  # Table 25 sets the far prompt beside the task's own, at that task's own number of names
+            asked = [("resemble", replace(c, general=False), n), ("resemble", c, 500)]
+        for variant, of, count in asked:
+            names = envisioned(s, of, ids, variant, count, self.seed)
+            names, text = evaluation.drop_similar(names, self.text(names), self.text(ids), threshold(s, of))
+            if not names:
+                file = names_file(s, of, variant, count, self.seed)
+                raise UserError(f"cleaning leaves no envisioned name for {c.id} ({file})")
+            method = "EOE" if len(c.variants) == 1 else f"EOE(prompt={variant})"
+            method = "EOE(far prompt)" if of.general else method
+            method = f"EOE(llm={LLMS[s.llm]})" if s.table == "table24" and s.labels == "released" else method
+            out.append(evaluation.Labels("S_EOE" if c.scores else method, names, text, c.scores, c.betas))
+        return out
+
+    def results(self, c: Case, n: int, labels: list[evaluation.Labels]) -> list["Result"]:
+        """Every row of a case with n names, against each of its OOD sets."""
+        s, out, ids = self.s, [], self.text(self.ids(c))
+        last = n == c.n[-1]
+        for ood in c.oods:
+            images, outside, truth = self.features[c.id], self.features[ood], ood_truth(ood, self.sets)
+            real = truth if last and s.table in WITH_TRUTH else []
+            sets = labels + [evaluation.Labels("Ground Truth", real, self.text(real))] * bool(real)
+            for _, method, beta, m in evaluation.rows(images, {ood: outside}, ids, sets, s.beta, truth):
+                if is_row(s, c, n, method, beta):
+                    name = "Closed-set (MCM)" if s.table == "figure1" and method == "MCM" else method
+                    out.append((c, ood, name, setting(c, self.model, method, n, beta, s.beta), m))
+            for method, m in clipn(s, c, images, outside, self.ids(c)) if s.clipn and last else ():
+                out.append((c, ood, method, setting(c, self.model, method, n, "", s.beta), m))
+        return out
+
+    def dump(self, c: Case, labels: evaluation.Labels, folder: Path) -> None:
+        """A line an image of the first OOD set."""
+        ids, ood = self.ids(c), c.oods[0]
+        stats = [reduce(self.features[k], self.text(ids), labels.text) for k in (c.id, ood)]
+        cut = metrics.threshold95(evaluation.score(stats[0], "EOE", self.s.beta))
+        place = folder / f"scores-{Path(c.id).name}-{Path(ood).name}.csv"
+        images = [x if isinstance(x, Path) else i for i, x in enumerate(self.sets[ood].items)]
+        evaluation.write_scores(place, images, stats[1], ids, labels.names, self.s.beta, cut)
+
+
+Result = tuple[Case, str, str, str, dict]  # case, OOD set, method, setting, metrics
+
+
 def run_table(s, run: runs.Run, seed: int, device) -> None:
     """Records of one table and one run of the language model."""
-    root = runs.data_dir(s.data_dir)
-    todo = cases(s)
     if s.table == "table24" and s.labels == "released" and s.llm not in LLMS:
         raise UserError(f"Table 24 has no row for --llm {s.llm}; use one of {', '.join(LLMS)}")
-    sets = {name: data.load(name, root, s.download) for c in todo for name in (c.id, *c.oods)}
-    backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
-    texts = backbones.CachedTexts(backbone)
-    templates = evaluation.ENSEMBLE if s.ensemble or s.table == "table19" else (evaluation.TEMPLATE,)
-    features = {k: backbones.image_features(backbone, v, s.batch, s.workers).to(device) for k, v in sets.items()}
+    scorer = Scorer(s, seed, device)
     if not PartialState().is_main_process:
         return
-    results: list[tuple[Case, str, str, str, dict]] = []  # case, OOD set, method, setting, metrics
-    for c in todo:
-        ids = sets[c.id].names or data.id_names(c.id)
-        id_text = evaluation.text_features(texts, ids, templates).to(device)
+    found: list[Result] = []
+    for c in scorer.cases:
         for n in c.n:
-            sweep = bool(c.betas)
-            labels = []
-            # Table 25 sets the far prompt beside the task's own, at that task's own number of names.
-            asked = [(v, c, n) for v in c.variants]
-            if c.general:
-                asked = [("resemble", replace(c, general=False), n), ("resemble", c, 500)]
-            for variant, of, count in asked:
-                names = envisioned(s, of, ids, variant, count, seed)
-                out = evaluation.text_features(texts, names, templates).to(device)
-                names, out = evaluation.drop_similar(names, out, id_text, threshold(s, of))
-                if not names:
-                    raise UserError(
-                        f"cleaning leaves no envisioned name for {c.id} ({names_file(s, of, variant, count, seed)})"
-                    )
-                method = "EOE" if len(c.variants) == 1 else f"EOE(prompt={variant})"
-                method = "EOE(far prompt)" if of.general else method
-                method = f"EOE(llm={LLMS[s.llm]})" if s.table == "table24" and s.labels == "released" else method
-                method = "S_EOE" if c.scores else method
-                labels.append(evaluation.Labels(method, names, out, c.scores, c.betas))
-            for ood in c.oods:
-                truth = ood_truth(ood, sets)
-                extra = [
-                    evaluation.Labels(
-                        "Ground Truth", truth, evaluation.text_features(texts, truth, templates).to(device)
-                    )
-                ]
-                found = evaluation.rows(
-                    features[c.id],
-                    {ood: features[ood]},
-                    id_text,
-                    labels + (extra if truth and n == c.n[-1] and s.table in WITH_TRUTH else []),
-                    s.beta,
-                    truth,
-                )
-                for _, method, beta, m in found:
-                    alone = method in ("MCM", "Energy", "MaxLogit", "Ground Truth")
-                    if c.mean_only and (alone and (method != "MCM" or n != c.n[0])):
-                        continue
-                    if alone and s.table == "table24" and s.llm != PAPER_LLM:
-                        continue  # no name takes part in them: once is enough
-                    if sweep and (alone and (method != "MCM" or n != c.n[0]) or not alone and not beta):
-                        continue
-                    b = float(beta.removeprefix("beta=")) if beta else s.beta
-                    shown = "0" if sweep and b == 0 else f"{b:.2f}" if sweep else f"{b:g}"
-                    fields = {
-                        "model": backbone.known.title,
-                        "n": n,
-                        "beta": shown,
-                        "x": "xK" if c.task == "near" else "",
-                    }
-                    if sweep and method == "MCM":
-                        fields |= {"n": 0, "beta": "0", "x": ""}
-                    if c.mean_only and method == "MCM":
-                        fields |= {"n": 0}
-                    if s.table == "figure1" and method == "MCM":
-                        method = "Closed-set (MCM)"
-                    results.append((c, ood, method, c.setting.format(**fields), m))
-                if s.clipn and n == c.n[-1]:
-                    for method, m in clipn(s, c, features[c.id], features[ood], ids):
-                        results.append((c, ood, method, c.setting.format(**{**fields, "n": n}), m))
-            if s.dump and not sweep:
-                stats = [reduce(features[k], id_text, labels[0].text) for k in (c.id, c.oods[0])]
-                cut = metrics.threshold95(evaluation.score(stats[0], "EOE", s.beta))
-                place = run.folder(seed) / f"scores-{Path(c.id).name}-{Path(c.oods[0]).name}.csv"
-                images = [x if isinstance(x, Path) else i for i, x in enumerate(sets[c.oods[0]].items)]
-                evaluation.write_scores(place, images, stats[1], ids, labels[0].names, s.beta, cut)
-    _write(s, run, seed, device, results, sets)
+            labels = scorer.labels(c, n)
+            found += scorer.results(c, n, labels)
+            if s.dump and not c.betas:
+                scorer.dump(c, labels[0], run.folder(seed))
+    _write(s, run, seed, device, found, scorer.sets)
 
 
 def averages(c: Case, ood: str) -> list[str]:

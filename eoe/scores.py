@@ -85,7 +85,19 @@ def reduce(
 # ------------------------------------------------------------------------------------------ scores over K + L names
 
 
-def eoe(s: Stats, beta: float = BETA, t: float = 1.0) -> Tensor:
+def eoe(images: Tensor, id_text: Tensor, out_text: Tensor, beta: float = BETA, t: float = 1.0) -> Tensor:
+    """Eq. 3 from features: images [N, d], ID prompts [K, d], prompts of envisioned names [L, d], of any length ->
+    scores [N], float64, larger is ID. What open_clip's `encode_image` and `encode_text` give, or those of transformers.
+    """
+    for name, x in (("images", images), ("id_text", id_text), ("out_text", out_text)):
+        if x.ndim != 2 or x.shape[1] != images.shape[-1]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; all three are rows of one length")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite")
+    return s_eoe(reduce(normalise(images), normalise(id_text), normalise(out_text), (t,)), beta, t)
+
+
+def s_eoe(s: Stats, beta: float = BETA, t: float = 1.0) -> Tensor:
     """Eq. 3: max over ID of the softmax over all K + L names, minus beta times its max over the envisioned names."""
     every = torch.logaddexp(*s.sums[t])
     return (s.top_id / t - every).exp() - beta * (s.top_out / t - every).exp()
@@ -93,7 +105,7 @@ def eoe(s: Stats, beta: float = BETA, t: float = 1.0) -> Tensor:
 
 def s_msp(s: Stats, t: float = 1.0) -> Tensor:
     """Eq. 3 with beta = 0: the envisioned names only take part in the denominator."""
-    return eoe(s, 0.0, t)
+    return s_eoe(s, 0.0, t)
 
 
 def s_max(s: Stats, t: float = 1.0) -> Tensor:
@@ -164,8 +176,8 @@ SCORES: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "MCM": (mcm, False),
     "Energy": (energy, False),
     "MaxLogit": (maxlogit, False),
-    "EOE": (eoe, True),
-    "S_EOE": (eoe, True),
+    "EOE": (s_eoe, True),
+    "S_EOE": (s_eoe, True),
     "S_MSP": (s_msp, True),
     "S_MAX": (s_max, True),
     "S_Energy": (s_energy, True),

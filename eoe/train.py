@@ -30,8 +30,11 @@ def train(t: Trainer, run: runs.Run, path: Path) -> None:
         print(f"resuming {run.out}, seed {t.seed}, at step {start}")
     lines: list[dict] = []
     t.model.train()
+    ahead: list[torch.Tensor] = []  # batches up to the next checkpoint, which keeps the state of their generator
     for step in progress(range(start, s.steps), f"seed {t.seed}", s.steps, start):
-        index = torch.randint(len(t.pictures), (s.batch,), generator=t.generator).to(t.device)
+        if not ahead:
+            ahead = [*t.batches(min(s.checkpoint_every - step % s.checkpoint_every, s.steps - step))]
+        index = ahead.pop(0)
         for group in t.optimizer.param_groups:
             group["lr"] = t.rate(step)
         loss = t.model.loss(t.pictures[index], t.tokens[index])

@@ -11,7 +11,7 @@ import pytest
 from test_envision import endpoint
 
 import envision
-import providers
+from names import asking, prompts, providers
 
 
 class Odd(http.server.BaseHTTPRequestHandler):
@@ -106,7 +106,7 @@ def command(monkeypatch, tmp_path, *more: str) -> None:
 
 @pytest.mark.parametrize("more", [["--n", "0"], ["--retries", "-1"], ["--timeout", "0"]])
 def test_odd_options_of_envision(more, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="--n is at least 1, --retries at least 0, --timeout above 0"):
+    with pytest.raises(UserError, match="--n is at least 1, --retries at least 0, --timeout at least 0.1"):
         command(monkeypatch, tmp_path, *more)
 
 
@@ -146,7 +146,7 @@ def test_number_of_turns(n, turns):
             asked.append((len(messages), messages[0]["content"], q.n))
             return "- x"
 
-    envision.envision(Count(), ["owl"], "far", n)
+    asking.envision(Count(), ["owl"], "far", n)
     assert [m for m, *_ in asked] == [2 * i + 1 for i in range(turns)]
     assert f"name {min(n, 50)} classes" in asked[0][1]
 
@@ -159,12 +159,12 @@ def test_near_asks_once_for_each_distinct_name():
             self.seen.append(q.id_names)
             return "- x"
 
-    made = envision.envision(Count(), ["missile", "owl", "missile"], "near", 3)
+    made = asking.envision(Count(), ["missile", "owl", "missile"], "near", 3)
     assert Count.seen == [("missile",), ("owl",)] and [*made] == ["missile", "owl"]
 
 
 def test_the_examples_always_show_three_answers():
-    text = envision.prompt(envision.Question("near", "resemble", ("owl",), 10))
+    text = prompts.prompt(prompts.Question("near", "resemble", ("owl",), 10))
     assert text.count("There are 3 such categories:") == 3 and text.endswith("There are 10 such categories:")
 
 
@@ -181,14 +181,14 @@ def test_a_conversation_keeps_its_demand(task, variant):
             seen.append(messages)
             return f"- answer {len(seen)}"
 
-    envision.envision(Count(), ["owl", "bat"], task, 150, variant, "bird")
+    asking.envision(Count(), ["owl", "bat"], task, 150, variant, "bird")
     last = seen[-1]
     assert [m["role"] for m in last] == ["user", "assistant"] * 2 + ["user"]
     assert [m["content"] for m in last[1::2]] == ["- answer 1", "- answer 2"]
     assert "owl, bat" in last[0]["content"] and not any("owl, bat" in m["content"] for m in last[2::2])
-    demand = envision.DEMAND[variant] if task == "far" else envision.FINE_DEMAND.get(variant, "bird species")
+    demand = prompts.DEMAND[variant] if task == "far" else prompts.FINE_DEMAND.get(variant, "bird species")
     assert all(demand in m["content"] for m in last[::2])
-    known, answer = envision.EXAMPLES[task, variant]
+    known, answer = prompts.EXAMPLES[task, variant]
     assert known in last[0]["content"] and all(f"- {x}" in last[0]["content"] for x in answer.split(", "))
-    other = {envision.EXAMPLES[task, v][1] for v in ("resemble", "dissimilar", "irrelevant")}
+    other = {prompts.EXAMPLES[task, v][1] for v in ("resemble", "dissimilar", "irrelevant")}
     assert len(other) == 3 and len(answer.split(", ")) == (5 if task == "far" else 10)

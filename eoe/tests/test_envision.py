@@ -14,23 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import drawn
 import envision
-import providers
-from envision import Question, clean, read_answers
+from names import asking, prompts, providers, reading
+from names.prompts import Question
+from names.reading import clean, read_answers
+from standins import drawn
 
 
 def test_prompts_show_only_id_names():
     q = Question("far", "resemble", ("tabby", "pug"), 50)
-    assert "tabby, pug" in envision.prompt(q) and "50 classes" in envision.prompt(q)
-    near = envision.prompt(Question("near", "resemble", ("aquarium_fish",), 3))
+    assert "tabby, pug" in prompts.prompt(q) and "50 classes" in prompts.prompt(q)
+    near = prompts.prompt(Question("near", "resemble", ("aquarium_fish",), 3))
     assert "aquarium fish" in near and near.endswith("There are 3 such categories:")
-    fine = envision.prompt(Question("fine", "resemble", ("robin",), 50, "bird"))
+    fine = prompts.prompt(Question("fine", "resemble", ("robin",), 50, "bird"))
     assert "species of bird: robin" in fine and "NOT in the data set" in fine
     for task in ("far", "near", "fine"):
-        texts = {envision.prompt(Question(task, v, ("robin",), 3)) for v in ("resemble", "dissimilar", "irrelevant")}
+        texts = {prompts.prompt(Question(task, v, ("robin",), 3)) for v in ("resemble", "dissimilar", "irrelevant")}
         assert len(texts) == 3
-    assert "three words" in envision.follow_up(q)
+    assert "three words" in prompts.follow_up(q)
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,22 @@ def test_prompts_show_only_id_names():
         ("- naïve café\r", "naïve café"),
         ("- T-shirt", "T-shirt"),
         ("- `code`", "code"),
+        ("- 1. Snow leopard", "Snow leopard"),
+        ("* 12) **Red fox**", "Red fox"),
+        ("1. - barn owl", "barn owl"),
+        ("- 3.5 mm jack", "3.5 mm jack"),
+        ("- 747", "747"),
     ],
 )
 def test_ugly_lines(line, name):
     assert read_answers([line]).names == [name]
+
+
+def test_answers_that_are_no_text_are_dropped_and_counted():
+    for faithful in (False, True):
+        read = read_answers([None, "- owl", 7], faithful)
+        assert read.names == ["owl"] and read.dropped == {"no text": 2}
+    assert read_answers([]).names == []
 
 
 def test_dropped_lines_are_counted():
@@ -78,7 +91,7 @@ def test_reading_survives_anything(answers):
         read = read_answers(answers, faithful)
         assert all(isinstance(n, str) for n in read.names)
     names = read_answers(answers).names
-    assert all(n.strip() == n and n and n.isprintable() and len(n) <= envision.LETTERS_MOST for n in names)
+    assert all(n.strip() == n and n and n.isprintable() and len(n) <= reading.LETTERS_MOST for n in names)
 
 
 @settings(max_examples=100, deadline=None)
@@ -106,26 +119,96 @@ def test_conversation_asks_follow_ups_and_goes_on(tmp_path):
     provider = drawn.RuleProvider(0)
     ids = drawn.concepts()[:5]
     saved: list[dict] = []
-    full = envision.envision(provider, ids, "fine", 150, save=lambda a: saved.append(json.loads(json.dumps(a))))
+    full = asking.envision(provider, ids, "fine", 150, save=lambda a: saved.append(json.loads(json.dumps(a))))
     turns = full["all"]
     assert len(turns) == 3 and len(saved) >= 3  # 50 + 2 x 50
     assert all({"model", "time", "prompt", "answer"} <= {*t} for t in turns)
     names = [n for t in turns for n in read_answers([t["answer"]]).names]
     assert len(names) == len({*names}) and not {*names} & {*ids}
-    again = envision.envision(None, ids, "fine", 150, kept=full)  # nothing is asked again
+    again = asking.envision(None, ids, "fine", 150, kept=full)  # nothing is asked again
     assert again == full
 
 
 def test_name_files(tmp_path):
     path = tmp_path / "n.json"
     path.write_text(json.dumps({"a": ["x", "y"], "b": ["z"]}))
-    assert envision.read_names(path).take("near", 1) == ["x", "z"]
+    assert reading.read_names(path).take("near", 1) == ["x", "z"]
     path.write_text(json.dumps({"names": ["p", "q"], "made_by": "me"}))
-    assert envision.read_names(path).take("far", 1) == ["p"] and envision.read_names(path).made_by == "me"
-    for bad in ("[1]", '{"a": 1}', '{"a": [1]}', "{"):
+    assert reading.read_names(path).take("far", 1) == ["p"] and reading.read_names(path).made_by == "me"
+    path.write_text(json.dumps({"names": ["  snow  leopard\n", "owl "]}))
+    assert reading.read_names(path).groups == {"all": ["snow leopard", "owl"]}
+    path.write_text(
+        json.dumps({"owl": ["lizard "]})
+    )  # published lists keep their blanks: the printed numbers have them
+    assert reading.read_names(path).groups == {"owl": ["lizard "]}
+    for bad in ("[1]", '{"a": 1}', '{"a": [1]}', "{", '{"names": ["owl", " "]}', '[""]'):
         path.write_text(bad)
         with pytest.raises(UserError):
-            envision.read_names(path)
+            reading.read_names(path)
+
+
+def test_the_layout_of_name_files_keeps_what_they_say():
+    value = {"n": 3, "names": ["a b", 'say "x"', "ü"] * 40, "by": {"k": ["x"] * 30, "l": []}, "none": [], "d": None}
+    text = reading.layout(value)
+    assert json.loads(text) == value and len(text.splitlines()) < 30
+    assert max(map(len, text.splitlines())) < 150 + 30 * 5
+
+
+class Stubborn:
+    """Answers without a name until it is asked again; `deaf`: then, too."""
+
+    def __init__(self, deaf=(), continues=False):
+        self.name, self.deaf, self.continues, self.seen = "stubborn", deaf, continues, []
+
+    def complete(self, messages, q):
+        self.seen.append(messages)
+        if "form that is shown" not in messages[0]["content"] or q.id_names[0] in self.deaf:
+            return "Sure, what an interesting question!"
+        return " kite\n- leaf" if self.continues else "- kite\n- leaf"
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_an_answer_without_a_name_is_asked_again(continues):
+    provider = Stubborn(continues=continues)
+    made = asking.envision(provider, ["owl"], "near", 3)
+    assert read_answers([made["owl"][0]["answer"]]).names == ["kite", "leaf"]
+    assert made["owl"][0]["refused"] == ["Sure, what an interesting question!"]
+    first, second = provider.seen
+    assert second[0]["content"].endswith(first[0]["content"]) and len(second[0]["content"]) > len(first[0]["content"])
+    last = {"role": "assistant", "content": "There are 3 such categories:\n-"}
+    assert (second[-1] == last) == continues and len(second) == 1 + continues
+    # A turn of an earlier start without a name is asked anew, one with names is not.
+    kept = {"owl": [{"answer": "no names here"}]}
+    assert read_answers([asking.envision(provider, ["owl"], "near", 3, kept=kept)["owl"][0]["answer"]]).names
+    assert asking.envision(None, ["owl"], "near", 3, kept=made) == made
+
+
+def test_a_conversation_ends_with_its_first_turn_without_a_name():
+    answers = iter(["- a", "nothing", "nothing more"])
+
+    class Tired:
+        name = "tired"
+
+        def complete(self, messages, q):
+            return next(answers)
+
+    assert [t["answer"] for t in asking.envision(Tired(), ["owl"], "far", 500)["all"]] == ["- a", "nothing more"]
+
+
+def test_envision_without_a_single_name_stops_and_keeps_the_answers(monkeypatch, tmp_path):
+    ids, out = tmp_path / "ids.txt", tmp_path / "made.json"
+    ids.write_text("owl\nbat\n")
+    argv = ["envision.py", "--id", ids, "--task", "near", "--n", "3", "--model", "m", "--out", out]
+    monkeypatch.setattr("sys.argv", [str(a) for a in argv])
+    monkeypatch.setattr(providers, "Endpoint", lambda *a: Stubborn(deaf=("bat",)))
+    with pytest.raises(UserError, match=r"gave no name for bat \(1 of 2 conversations\), asked twice"):
+        envision.main()
+    assert not out.exists()
+    kept = json.loads(out.with_suffix(".answers.json").read_text())["answers"]
+    assert kept["owl"][0]["answer"] == "- kite\n- leaf" and kept["bat"][0]["refused"]
+    monkeypatch.setattr(providers, "Endpoint", lambda *a: Stubborn())
+    envision.main()  # asks for the one that is missing
+    assert json.loads(out.read_text())["names"] == {"owl": ["kite", "leaf"], "bat": ["kite", "leaf"]}
 
 
 def test_own_names_are_honest():
@@ -136,7 +219,7 @@ def test_own_names_are_honest():
         about = runs.read_json(path)
         assert about["made_by"] and about["prompt"] and about["date"]
         ids = data.id_names(about["id"])
-        found = envision.read_names(path)
+        found = reading.read_names(path)
         left = clean([n for g in found.groups.values() for n in g], ids, about["task"], about["variant"])
         assert left.names, path
         if about["task"] == "near":
@@ -269,7 +352,7 @@ def test_published_lists_clean_to_the_known_counts():
     rows = list(csv.DictReader(open(root / "label_counts.csv")))
     for row in rows:
         path = root / "envisioned_classes" / row["folder"] / f"{row['id_dataset']}_{row['llm']}_{row['run']}.json"
-        found = [n for g in envision.read_names(path).groups.values() for n in g]
+        found = [n for g in reading.read_names(path).groups.values() for n in g]
         ids = data.id_names(names.get(row["id_dataset"], row["id_dataset"]))
         plain = row["after_near_word_overlap"] or row["after_id_string_match"]
         variant = (

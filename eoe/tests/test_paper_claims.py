@@ -5,7 +5,7 @@ from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 import pandas as pd
 import pytest
 
-from claims import CLAIMS, DRAWN
+from claims import CLAIMS, DRAWN, FAR, OWN, PUBLISHED, Bootstrapped, bottom_line
 
 BY_ID = {c.id: c for c in CLAIMS}
 
@@ -70,5 +70,60 @@ def test_seeds_that_disagree_decide_nothing():
     assert BY_ID["B1"].judge(found)[0] == UNDECIDED
 
 
+# ----------------------------------------------------------------------------------------------------------- scale real
+
+NEAR, FINE = OWN["near"], OWN["fine-grained"]
+ALL = tuple((m, d) for d, m in OWN.items())
+REAL = {  # claim: (what, metric, setting, (method, data set) of each of its parts)
+    "R1": ("gain", "FPR95", "lite0, a photo of a", ((OWN[FAR], FAR),)),
+    "R2": ("gain", "FPR95", "lite0, a photo of a", ((PUBLISHED, "near"), (NEAR, "near"))),
+    "R3": ("gain", "FPR95", "lite0, a photo of a", ((FINE, "fine-grained"),)),
+    "R4": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ALL),
+    "R5": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((PUBLISHED, "near"),)),
+    "R6": ("left_to_truth", "FPR95", "lite0, a photo of a", ALL),
+    "R7": ("gain", "FPR95", "lite0, a photo of a", ((f"irrelevant names for {NEAR}", "near"),)),
+    "R8": ("beyond_irrelevant", "AUROC", "lite0, a photo of a", ALL),
+    "R9": ("beyond_nouns", "FPR95", "lite0, a photo of a", ALL),
+    "R10": ("beyond_irrelevant", "FPR95", "lite0, bare", ALL),
+    "R11": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((f"{FINE} without OOD names", "fine-grained"),)),
+    "R12": ("beyond_irrelevant", "FPR95", "lite2, a photo of a", ALL),
+    "R13": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((NEAR, "DAVIS"),)),
+}
+
+
+def told(what, metric, setting, parts, numbers=(1.0, 0.1, 2.0)) -> list[dict]:
+    ends = zip(("", "_low", "_high"), numbers, strict=True)
+    rows = [(f"{what}_{metric}{end}", v) for end, v in ends]
+    if what == "gain":  # R7 asks for both metrics
+        rows += [(f"gain_AUROC{end}", v) for end, v in zip(("", "_low", "_high"), numbers, strict=True)]
+    common = dict(table="real", setting=setting, seed=0)
+    return [dict(metric=m, value=v, method=a, dataset=d, **common) for a, d in parts for m, v in rows]
+
+
+@pytest.mark.parametrize("claim", REAL)
+def test_claims_on_real_images_are_judged_by_their_bootstrap_interval(claim):
+    what, metric, setting, parts = REAL[claim]
+
+    def verdict(rows):
+        return BY_ID[claim].judge(pd.DataFrame(rows))[0]
+
+    good = told(*REAL[claim])
+    assert verdict(good) == HOLDS
+    for k in range(len(parts)):  # every part counts
+        rest = told(what, metric, setting, parts[:k] + parts[k + 1 :])
+        assert verdict(rest + told(what, metric, setting, parts[k : k + 1], (1.0, -0.1, 2.0))) == UNDECIDED
+        assert verdict(rest + told(what, metric, setting, parts[k : k + 1], (-1.0, -2.0, 0.0))) == FAILS
+        assert verdict(rest + told("other", metric, setting, parts[k : k + 1])) == UNKNOWN
+
+
+def test_the_bottom_line_says_what_names_are_worth_beyond_irrelevant_ones():
+    rows = told("gain", "FPR95", "lite0, a photo of a", ((NEAR, "near"),), (4.0, 2.0, 6.0))
+    rows += told("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((NEAR, "near"),), (1.5, -0.5, 3.0))
+    _, text = bottom_line({"real": pd.DataFrame(rows)})
+    assert "Near, own near names: FPR95 +4.0 over MCM, of which +1.5 [-0.5, +3.0] beyond irrelevant names" in text
+    assert bottom_line({}) == [] and bottom_line({"real": pd.DataFrame()}) == []
+    assert Bootstrapped("x", (1.0, 0.5, 2.0)).text() == "x: +1.00 [+0.50, +2.00] points (above 0)"
+
+
 def test_every_claim_is_tested():
-    assert {c for c, *_ in CASES} == {*BY_ID} and len(BY_ID) == len(CLAIMS)
+    assert {c for c, *_ in CASES} | {*REAL} == {*BY_ID} and len(BY_ID) == len(CLAIMS)

@@ -15,10 +15,10 @@ import torch
 
 import backbones
 import data
-import envision
 import metrics
 import papertables
 import scores
+from names import reading
 from settings import EvalSettings
 
 D = 8
@@ -100,7 +100,7 @@ def test_longer_lists_contain_the_shorter_ones(made_up, tmp_path):
     counts = {int(r["setting"].split("L=")[1].split("xK")[0]): r["metrics"]["labels"] for r in found}
     assert [*counts] == [1, 3, 10] and counts[1] < counts[3] < counts[10]
     for k in data.id_names("imagenet10"):
-        names = envision.read_names(runs.HERE / "envisioned" / "imagenet10-near.json").groups[k]
+        names = reading.read_names(runs.HERE / "envisioned" / "imagenet10-near.json").groups[k]
         assert len({n.lower() for n in names}) == 10
 
 

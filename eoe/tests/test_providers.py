@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import envision
-import providers
+from names import providers
 
 
 def words_tokenizer(kind: str = "word"):

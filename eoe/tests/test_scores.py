@@ -58,7 +58,7 @@ def test_scores_equal_the_formulas(n, k, l):
 def test_degenerate_input():
     zero = torch.zeros(2, 4)
     stats = reduce(zero, torch.eye(4)[:3], torch.eye(4)[3:])
-    assert scores.eoe(stats).tolist() == pytest.approx([0.25 - 0.25 * 0.25] * 2)
+    assert scores.s_eoe(stats).tolist() == pytest.approx([0.25 - 0.25 * 0.25] * 2)
     assert scores.s_max(stats).tolist() == pytest.approx([1 / 3] * 2)  # equal similarities are not a rejection
     assert len(reduce(zero[:0], torch.eye(4), torch.zeros(0, 4))) == 0
     with pytest.raises(ValueError):
@@ -69,15 +69,15 @@ def test_limits_of_beta_and_names():
     images, ids, out = world(3, 20, 6, 5)
     stats, alone = reduce(images, ids, out), reduce(images, ids, out[:0])
     p = (images.double() @ torch.cat([ids, out]).double().T).softmax(1)
-    assert torch.allclose(scores.eoe(stats, 0.0), p[:, :6].max(1).values, atol=1e-7)
-    assert torch.allclose(scores.eoe(alone), scores.mcm(stats), atol=1e-12)
+    assert torch.allclose(scores.s_eoe(stats, 0.0), p[:, :6].max(1).values, atol=1e-7)
+    assert torch.allclose(scores.s_eoe(alone), scores.mcm(stats), atol=1e-12)
 
 
 def test_float32_similarities_rank_like_float64_with_many_labels():
     images, ids, out = world(0, 400, 1000, 600, d=64)
     p = (images.double() @ torch.cat([ids, out]).double().T).softmax(1)
     exact = p[:, :1000].max(1).values - 0.25 * p[:, 1000:].max(1).values
-    ours = scores.eoe(reduce(images, ids, out))
+    ours = scores.s_eoe(reduce(images, ids, out))
     assert (ours.argsort() == exact.argsort()).float().mean() > 0.97
     assert (ours - exact).abs().max() < 1e-9
 
@@ -87,11 +87,11 @@ def test_float32_similarities_rank_like_float64_with_many_labels():
 def test_invariants(seed, k, l, beta):
     images, ids, out = world(seed, 8, k, l)
     stats = reduce(images, ids, out)
-    value = scores.eoe(stats, beta)
+    value = scores.s_eoe(stats, beta)
     order = torch.randperm(l, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(value, scores.eoe(reduce(images, ids.flip(0), out[order]), beta), atol=1e-7)
-    assert torch.allclose(value, scores.eoe(reduce(images, ids, out, chunk=3), beta), atol=1e-7)
-    assert (value <= scores.eoe(stats, 0.0) + 1e-12).all()
+    assert torch.allclose(value, scores.s_eoe(reduce(images, ids.flip(0), out[order]), beta), atol=1e-7)
+    assert torch.allclose(value, scores.s_eoe(reduce(images, ids, out, chunk=3), beta), atol=1e-7)
+    assert (value <= scores.s_eoe(stats, 0.0) + 1e-12).all()
     mcm = scores.mcm(stats)
     assert (mcm >= 1 / k - 1e-6).all() and (mcm <= 1 + 1e-12).all()
     assert (scores.s_max(stats) <= mcm + 1e-12).all()
@@ -251,7 +251,7 @@ def test_every_score_on_ties_and_one_class(t):
         stats = reduce(v, ids, out, (t, scores.T_ENERGY))
         for i in range(3):
             want = reference(*(x.double().tolist() for x in (v[i], ids, out)), t=t, cold=t)
-            for name, function in (("EOE", scores.eoe), ("MCM", scores.mcm), ("S_MSP", scores.s_msp),
+            for name, function in (("EOE", scores.s_eoe), ("MCM", scores.mcm), ("S_MSP", scores.s_msp),
                                    ("S_MAX", scores.s_max), ("S_Energy", scores.s_energy)):  # fmt: skip
                 assert function(stats, t=t)[i].item() == pytest.approx(want[name], rel=1e-4, abs=1e-6), (name, i)
             assert scores.s_maxlogit(stats)[i].item() == pytest.approx(want["S_MaxLogit"], abs=1e-6)

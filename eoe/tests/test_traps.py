@@ -14,12 +14,12 @@ from test_papertables import D, FakeBackbone, made_up, vector  # noqa: F401 (a f
 
 import backbones
 import data
-import envision
 import evaluation
 import metrics
 import papertables
 import scores
 from evaluation import drop_similar, rows, text_features
+from names import prompts, reading
 from scores import normalise, reduce
 from settings import EvalSettings
 
@@ -57,7 +57,7 @@ def test_the_main_score_is_eoe_and_not_s_max():
     g = torch.Generator().manual_seed(0)
     images, other, ids, out = (normalise(torch.randn(n, D, generator=g)) for n in (40, 30, 4, 3))
     found = {m: v for _, m, _, v in rows(images, {"o": other}, ids, [evaluation.Labels("EOE", [*"abc"], out)], 0.25)}
-    want = [scores.eoe(reduce(x, ids, out), 0.25) for x in (images, other)]
+    want = [scores.s_eoe(reduce(x, ids, out), 0.25) for x in (images, other)]
     assert found["EOE"]["FPR95"] == metrics.measure(*want)["FPR95"]
     assert found["EOE"]["AUROC"] == metrics.measure(*want)["AUROC"] != found["MCM"]["AUROC"]
 
@@ -101,9 +101,16 @@ def test_sizes_statistics_and_quickgelu():
 
     imagenet, half = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5,) * 3, (0.5,) * 3)
     sizes = {"clip-rn50": 224, "clip-rn101": 224, "clip-rn50x4": 288, "clip-rn50x16": 384, "align": 289}
+    sizes |= {"conse-lite0": 160, "conse-lite2": 160}
+    means = {
+        "groupvit": imagenet,
+        "align": half,
+        "conse-lite0": backbones.LITE_STATS,
+        "conse-lite2": backbones.LITE_STATS,
+    }
     for name, known in backbones.KNOWN.items():
         assert known.size == sizes.get(name, 224)
-        assert known.stats == {"groupvit": imagenet, "align": half}.get(name, backbones.CLIP_STATS)
+        assert known.stats == means.get(name, backbones.CLIP_STATS)
         if known.library == "open_clip":  # OpenAI's weights load into a plain GELU model too, and lose quality
             config = open_clip.get_model_config(known.id)
             assert config["quick_gelu"] and config["vision_cfg"]["image_size"] == known.size
@@ -215,16 +222,14 @@ def test_scores_that_are_no_numbers_are_told():
 
 
 def test_kinds_of_the_fine_grained_prompt():
-    assert {*envision.KINDS} == {*data.HALVES}
-    assert [
-        envision.KINDS[k].split()[0] for k in ("cub100", "cars98", "food50", "pet18")
-    ] == "bird car food pet".split()
+    assert {*prompts.KINDS} == {*data.HALVES, "cifar10-animals"}
+    assert [prompts.KINDS[k].split()[0] for k in ("cub100", "cars98", "food50", "pet18")] == "bird car food pet".split()
 
 
 def test_table_25_takes_all_far_names_and_three_near_ones(made_up, tmp_path):  # noqa: F811
     records = [r for r in made("table25", tmp_path) if r["dataset"].startswith("ImageNet-10")]
     found = {r["method"]: r["metrics"]["labels"] for r in records}
     for method, task, n in (("EOE(far prompt)", "far", 500), ("EOE", "near", 3)):
-        names = envision.read_names(runs.HERE / "envisioned" / f"imagenet10-{task}.json").take(task, n)
-        assert found[method] == len(envision.clean(names, data.id_names("imagenet10"), task).names)
+        names = reading.read_names(runs.HERE / "envisioned" / f"imagenet10-{task}.json").take(task, n)
+        assert found[method] == len(reading.clean(names, data.id_names("imagenet10"), task).names)
     assert found["EOE(far prompt)"] > 100 > found["EOE"]

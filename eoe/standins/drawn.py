@@ -203,7 +203,7 @@ class RuleProvider:
         self.patterns = [n for n in known if n.split()[-1] in PATTERNS]
 
     def complete(self, messages: list[dict], question) -> str:
-        """The proposed names as a hyphen list; `question` is envision.Question."""
+        """The proposed names as a hyphen list; `question` is names.prompts.Question."""
         said = {line[2:] for m in messages if m["role"] == "assistant" for line in m["content"].splitlines()}
         names = [n for n in self.propose(question) if n not in said and n not in question.id_names]
         return "\n".join(f"- {n}" for n in names[: question.n])

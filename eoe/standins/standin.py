@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import drawn
 from scores import normalise
+from standins import drawn
 
 WORDS = ("a", "photo", "of", *drawn.COLOURS, *drawn.TEXTURES, *drawn.SHAPES, *drawn.PATTERNS)
 INDEX = {word: i + 1 for i, word in enumerate(WORDS)}  # 0 is every unknown word

