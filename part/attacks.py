@@ -1,4 +1,5 @@
-"""Attacks in a box on images in [0, 1]. `forward` maps images [B, C, H, W] to float32 logits [B, K], in eval mode.
+"""Attacks in a box on images in [0, 1]; others are refused. `forward` maps [B, C, H, W] to float32 logits [B, K], in
+eval mode.
 
 The box is `e`: a number, a budget per pixel that broadcasts to the images, or (pgd, mma) a function that makes one out
 of the images as they are before a step, for an attacker who knows the masks. Gradients are taken with respect to the
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixel_reweighting import project
+from pixel_reweighting import check_images, project
 
 Forward = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor], Tensor]
@@ -34,6 +35,7 @@ def pgd(forward: Forward, x: Tensor, y: Tensor, start: Tensor, step: float, e: B
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(z, y, reduction="sum")
 
+    check_images(x)
     delta = start
     for _ in range(steps):
         box = e(x + delta) if callable(e) else e
@@ -43,6 +45,7 @@ def pgd(forward: Forward, x: Tensor, y: Tensor, start: Tensor, step: float, e: B
 
 def trades(forward: Forward, x: Tensor, start: Tensor, step: float, e: Tensor | float, steps: int) -> Tensor:
     """delta after `steps` sign steps up KL(softmax f(x) || softmax f(x + delta)); f(x) is taken once."""
+    check_images(x)
     with torch.no_grad():
         p = forward(x).softmax(1)
 
@@ -68,6 +71,7 @@ def fat(
 ) -> Tensor:
     """Friendly attack: PGD (`kl`: the attack of TRADES) in which a sample stops at the (tau + 1)-th point at which it
     is misclassified and keeps that point; tau = steps never stops. The start is clamped into the box and the image."""
+    check_images(x)
     p = None
     if kl:
         with torch.no_grad():
@@ -115,6 +119,7 @@ def mma(
     `steps` sign steps down sum max(f_y - f_t + 50, 0); the 50 keeps the hinge active. Targets are stacked in the batch,
     [k B, C, H, W]: samples do not meet in eval mode.
     """
+    check_images(x)
     with torch.no_grad():
         targets = rivals(forward(x), y, k)
     k = targets.shape[1]

@@ -23,8 +23,8 @@ class Arm:
     base: str
     """at, trades, mart, fat or fat-trades: attack and loss."""
     region: str
-    """Where the budget is eps: everywhere, cam (PART), a control of it (shuffled, inverted, mean), or all but a
-    quadrant."""
+    """Where the budget is eps: everywhere, cam (PART), a control of it (shuffled, inverted, mean, low: nowhere), or
+    all but a quadrant."""
     label: str
     """Row of the tables."""
 
@@ -37,6 +37,7 @@ def _arms() -> dict[str, Arm]:
         for control in ("shuffled", "inverted"):
             out[f"{ours}-{control}"] = Arm(base, control, f"{title} {control}")
         out[f"{base}-mean"] = Arm(base, "mean", f"{base.upper()} mean budget")
+        out[f"{base}-low"] = Arm(base, "low", f"{base.upper()} at eps_low")
     for q in QUADRANTS:
         out[f"at-{q}"] = Arm("at", q, f"AT low {q}")
     out["fat"] = Arm("fat", "everywhere", "FAT")

@@ -41,6 +41,22 @@ CORRUPTIONS = (
 )
 
 
+def balanced(y: Tensor, limit: int) -> Tensor:
+    """Indices of `limit` of the labels y [N], always the same: of a fixed random order the first of each class, as many
+    of each as of any other (one more or less where that does not come out even, all of a class that has fewer)."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    turn = torch.empty_like(order)  # the how-manieth of its class an image of this order is
+    for k in y.unique():
+        mine = (y[order] == k).nonzero().squeeze(1)
+        turn[mine] = torch.arange(len(mine))
+    return order[turn.argsort(stable=True)[:limit].sort().values]
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device; a GPU fetches it out of pinned memory while the host goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass
 class Images:
     """A split: x uint8 [N, H, W, C], y int64 [N]; inside bool [N, H, W] are the object's pixels where they are
@@ -57,10 +73,10 @@ class Images:
         return Images(self.x.to(device), self.y.to(device), self.inside.to(device))
 
     def subset(self, limit: int) -> "Images":
-        """A fixed random subset of `limit` images (0: all)."""
+        """A fixed random subset of `limit` images, class-balanced (0: all)."""
         if not limit:
             return self
-        keep = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:limit]
+        keep = balanced(self.y, limit)
         return Images(self.x[keep], self.y[keep], self.inside[keep] if len(self.inside) else self.inside)
 
 
@@ -90,7 +106,7 @@ class Data:
 
 
 def load(name: str, folder: Path, download: bool = False, train_limit: int = 0) -> Data:
-    """Read a data set; `train_limit` keeps a fixed random subset of the training images (0: all)."""
+    """Read a data set; `train_limit` keeps a fixed, class-balanced subset of the training images (0: all)."""
     box = ()
     if name == "glyphs":
         *parts, a, b = glyphs.make()
@@ -170,6 +186,7 @@ class Batches:
 
     def __init__(self, part: Images, kind: Kind, batch: int, device: torch.device):
         self.part, self.kind, self.batch, self.device = part.to(device), kind, batch, device
+        self._kept: tuple[int, tuple[Tensor, ...]] = (-1, ())  # the order that `one` asked for last
 
     def __len__(self) -> int:
         return -(-len(self.part) // self.batch)
@@ -182,12 +199,13 @@ class Batches:
 
     def one(self, key: int, number: int, generator: torch.Generator) -> Tensor:
         """The images of one batch of that epoch."""
-        x = crop_and_flip(self.part.x[self._order(key)[number]], self.kind.pad, self.kind.flip, generator)
-        return to_input(x)
+        if self._kept[0] != key:
+            self._kept = key, self._order(key)
+        return to_input(crop_and_flip(self.part.x[self._kept[1][number]], self.kind.pad, self.kind.flip, generator))
 
     def _order(self, key: int) -> tuple[Tensor, ...]:
         order = torch.randperm(len(self.part), generator=torch.Generator().manual_seed(key))
-        return order.to(self.device).split(self.batch)
+        return sent(order, self.device).split(self.batch)
 
     def in_order(self, index: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the samples `index` (None: all), not augmented."""

@@ -132,17 +132,19 @@ class Small(Staged):
         self.stages, self.linear = nn.ModuleList(layers), nn.Linear(inputs, classes)
 
 
-NAMES = ("resnet18", "wrn-34-10", "small", "resnet18-tiny", "wrn-10-1")
+# ResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs.
+WIDTHS = {"resnet18": 64, "resnet18-w32": 32, "resnet18-w16": 16, "resnet18-tiny": 4}
+NAMES = (*WIDTHS, "wrn-34-10", "small", "wrn-10-1")
 
 
 def build(name: str, classes: int, channels: int) -> Staged:
     """The network `name`; resnet18-tiny and wrn-10-1 are the same architectures at the smallest size, for trials."""
     shape = {"classes": classes, "channels": channels}
+    widths = tuple(WIDTHS.get(name, 64) * k for k in (1, 2, 4, 8))
     return {
-        "resnet18": lambda: ResNet18(**shape),
+        **dict.fromkeys(WIDTHS, lambda: ResNet18(**shape, widths=widths)),
         "wrn-34-10": lambda: WideResNet(**shape),
         "small": lambda: Small(**shape),
-        "resnet18-tiny": lambda: ResNet18(**shape, widths=(4, 8, 16, 32)),
         "wrn-10-1": lambda: WideResNet(**shape, depth=10, widen=1),
     }[name]()
 

@@ -22,11 +22,14 @@ for any of them. Samples do not meet in a network in eval mode, so a batch is tr
 """
 
 import functools
-from typing import Literal
+import math
+import warnings
+import weakref
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Cam = Literal["gradcam", "xgradcam", "layercam", "cam"]
 Rule = Literal["zscore", "jet-rgb", "topfrac"]
@@ -35,26 +38,63 @@ Rule = Literal["zscore", "jet-rgb", "topfrac"]
 # ------------------------------------------------------------------------------------------------------------ the map
 
 
+def wide(t: Tensor) -> Tensor:
+    """t in float32, or in float64 if it is that already."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def gradient(net, x: Tensor, layer: int, closed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(A [B, C, h, w], G of the same shape or [B, C, 1, 1], predicted class [B]) of the activations after stage
     `layer`.
 
     `net` has `features(x, layer) -> A`, `rest(A, layer) -> logits` and `linear`; `closed` uses G = W[c]/(h w), which is
-    exact when rest(A) is linear(mean of A). float32, nothing of the network's gradients is touched.
+    exact when rest(A) is linear(mean of A). At least float32, nothing of the network's gradients is touched.
     """
     with torch.no_grad():
-        a = net.features(x, layer).float()
+        a = net.features(x, layer)
         if closed:
-            w = net.linear.weight
+            a, w, b = (wide(t) for t in (a, net.linear.weight, net.linear.bias))
             with torch.autocast(x.device.type, enabled=False):  # the features may be bf16, the argmax is of float32
-                c = net.linear(a.mean((2, 3))).argmax(1)
+                c = F.linear(a.mean((2, 3)).to(w.dtype), w, b).argmax(1)
             return a, (w[c] / (a.shape[2] * a.shape[3]))[:, :, None, None], c
     with torch.enable_grad():
         a = a.detach().requires_grad_(True)
-        z = net.rest(a, layer).float()
+        z = wide(net.rest(a, layer))
         c = z.argmax(1)
         (g,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), a)
-    return a.detach(), g, c
+    return wide(a.detach()), wide(g), c
+
+
+def gradient_at(net: nn.Module, x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for any network and one of its modules: activations [B, C, h, w], or tokens [B, n, C] of a transformer.
+    Of n tokens the last h w = floor(sqrt(n))^2 are the picture's grid; those before them (class token, registers) have
+    no place in it and are left out."""
+    kept: list[Tensor] = []
+
+    def keep(module, given, out):
+        if not isinstance(out, Tensor) or out.ndim not in (3, 4):
+            raise TypeError(
+                "the layer of a map gives activations [B, C, h, w] or tokens [B, n, C], not "
+                f"{list(out.shape) if isinstance(out, Tensor) else type(out).__name__}; choose another layer"
+            )
+        kept.append(out.detach().requires_grad_(True))
+        return kept[-1]
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            z = wide(net(x))
+            if len(kept) != 1:
+                raise ValueError(f"the layer of a map ran {len(kept)} times in the network; choose one that runs once")
+            c = z.argmax(1)
+            (g,) = torch.autograd.grad(z.gather(1, c[:, None]).sum(), kept[0])
+    finally:
+        handle.remove()
+    a, g = wide(kept[0].detach()), wide(g)
+    if a.ndim == 3:
+        side = math.isqrt(a.shape[1])
+        a, g = (t[:, -side * side :].transpose(1, 2).unflatten(2, (side, side)) for t in (a, g))
+    return a, g, c
 
 
 def combine(a: Tensor, g: Tensor, method: Cam) -> Tensor:
@@ -76,19 +116,53 @@ def scale(l: Tensor) -> Tensor:
     return (l - low) / (high - low)
 
 
-def activation_map(net, x: Tensor, method: Cam = "gradcam", layer: int = -1) -> Tensor:
-    """Class activation maps [B, h, w] in [0, 1] of images x [B, C, H, W] for the predicted class; `net` in eval mode.
+_looked: weakref.WeakSet = weakref.WeakSet()  # networks whose maps were seen to be alive
 
-    `layer` numbers the network's stages; -1 is the last. Raises ValueError for `cam` at a layer without closed form.
+
+def activation_map(net, x: Tensor, method: Cam = "gradcam", layer: int | nn.Module = -1) -> Tensor:
+    """Class activation maps [B, h, w] in [0, 1] of images x [B, C, H, W] for the predicted class.
+
+    `layer`: the number of a stage, -1 the last, of a network that has `stages`, `features`, `rest` and `linear`; or, of
+    any network, one of its modules. The network is looked at in eval mode and put back, so its batch statistics stay.
+    Raises ValueError for a map or layer that is not known and for `cam` at a layer without closed form, TypeError for a
+    layer without a place for each activation. Warns if the first maps of a network are all dead (not one positive
+    value): PART would be training at eps_low.
     """
-    layer = layer % len(net.stages)
-    closed = net.pooled and layer == len(net.stages) - 1
-    if method == "cam" and not closed:
-        raise ValueError("cam needs the layer that is averaged and followed by the linear layer; use gradcam")
-    a, g, _ = gradient(net, x, layer, closed)
-    if closed and method == "xgradcam":
-        method = "gradcam"  # equal as derived above, without the division
-    return scale(combine(a, g, method))
+    if method not in get_args(Cam):
+        raise ValueError(f"no map {method!r}; use one of {', '.join(get_args(Cam))}")
+    if isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        net = net.module
+    modes = [(m, m.training) for m in net.modules() if m.training]
+    net.eval()
+    try:
+        if isinstance(layer, nn.Module):
+            if method == "cam":
+                raise ValueError("cam is known in closed form for networks with stages; use gradcam, which is the same")
+            a, g, _ = gradient_at(net, x, layer)
+        else:
+            if not hasattr(net, "stages"):
+                raise ValueError(f"{type(net).__name__} has no stages; give the module to look at, e.g. net.layer4")
+            layer = layer % len(net.stages)
+            closed = net.pooled and layer == len(net.stages) - 1
+            if method == "cam" and not closed:
+                raise ValueError("cam needs the layer that is averaged and followed by the linear layer; use gradcam")
+            a, g, _ = gradient(net, x, layer, closed)
+            if closed and method == "xgradcam":
+                method = "gradcam"  # equal as derived above, without the division
+    finally:
+        for m, was in modes:
+            m.training = was
+    found = scale(combine(a, g, method))
+    if net not in _looked:  # reads the device once in a network's life
+        if bool(found.isnan().all()):
+            warnings.warn(
+                f"all {len(found)} {method} maps are dead: nothing positive at this layer. PART would train at eps_low "
+                "everywhere; choose another layer or layercam, and for a transformer tokens before its last block",
+                stacklevel=2,
+            )
+        else:
+            _looked.add(net)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- the mask
@@ -115,6 +189,8 @@ def mask(l: Tensor, size: tuple[int, int], rule: Rule = "zscore", fraction: floa
     jet-rgb   the released code: the squared map coloured by jet, standard score over pixels and channels above 1
     topfrac   the `fraction` of the pixels with the highest values, exactly so many
     """
+    if rule not in get_args(Rule):
+        raise ValueError(f"no rule {rule!r}; use one of {', '.join(get_args(Rule))}")
     big = resize(l.float(), size)
     if rule == "zscore":
         mean, std = big.mean((1, 2), keepdim=True), big.std((1, 2), unbiased=False, keepdim=True)
@@ -150,6 +226,22 @@ def quadrant(which: str, size: tuple[int, int], device: torch.device) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------- the ball
+
+
+OUTSIDE = (
+    "images must lie in [0, 1], where eps is measured: leave the normalisation out of the loader and make it the "
+    "network's first layer, nn.Sequential(transforms.Normalize(mean, std), network)"
+)
+
+
+def check_images(x: Tensor) -> None:
+    """ValueError for images outside [0, 1]: normalised ones would be clamped into it, a move of many eps. On a GPU the
+    check does not wait for the device: it stops the program there, with the same sentence."""
+    inside = ((x >= -1e-3) & (x <= 1 + 1e-3)).all()  # resizing may overshoot by rounding; NaN is not inside
+    if x.device.type == "cuda":
+        torch._assert_async(inside, OUTSIDE)
+    elif not inside:
+        raise ValueError(OUTSIDE)
 
 
 def project(x: Tensor, delta: Tensor, e: Tensor | float) -> Tensor:

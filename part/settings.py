@@ -26,7 +26,8 @@ def check_attack(version: str) -> None:
 class Settings:
     method: tuple[Literal[tuple(ARMS)], ...] = ("at", "part")
     """Arms: a method, or a control of it. *-shuffled, *-inverted: masks permuted in the batch, turned round; *-mean:
-    one budget everywhere, the mean of the mask's; at-<quadrant>: eps_low in that quadrant (figure 1)."""
+    one budget everywhere, the mean of the mask's; *-low: eps_low everywhere; at-<quadrant>: eps_low in that quadrant
+    (figure 1)."""
     dataset: Literal[tuple(data.KINDS)] = "glyphs"
     """Data set; glyphs, patches and digits need no download."""
     model: Literal[("auto", *models.NAMES)] = "auto"
@@ -99,7 +100,7 @@ class Settings:
     """Batch statistics over all processes (CUDA only); off: each process its own (as in the released code)."""
 
     train_limit: int = 0
-    """Keep a fixed random subset of the training images; 0: all."""
+    """Keep a fixed, class-balanced subset of the training images; 0: all."""
     eval_limit: int = 0
     """Test images of the final evaluation; 0: all (paper)."""
     test_eps: Number = 0.0

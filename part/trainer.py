@@ -151,6 +151,8 @@ class Trainer:
         s, rows, total = self.s, self.rows(len(x)), len(x)
         if region == "everywhere":
             return s.eps * self.ramp()
+        if region == "low":
+            return s.eps_low * self.ramp()
         if region in QUADRANTS:
             return pr.budget(pr.quadrant(region, x.shape[2:], x.device), s.eps, s.eps_low)
         if s.mask_order == "released":
@@ -161,7 +163,7 @@ class Trainer:
             x = self.train.one(key, number, crops)
         if region == "shuffled":
             order = torch.Generator().manual_seed(of_batch(self.key(SHUFFLE), number))
-            m = self.mask(x)[torch.randperm(total, generator=order).to(x.device)[rows]]
+            m = self.mask(x)[data.sent(torch.randperm(total, generator=order), x.device)[rows]]
         else:
             m = self.mask(x[rows])
         e = pr.budget(~m if region == "inverted" else m, s.eps, s.eps_low)

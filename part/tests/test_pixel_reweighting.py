@@ -2,14 +2,18 @@
 
 import math
 
+from lab.cli import HERE
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import attacks
 import models
 import pixel_reweighting as pr
 
@@ -254,3 +258,115 @@ def test_the_papers_networks_have_their_size(name, count):
     with torch.device("meta"):
         net = models.build(name, 10, 3)
     assert sum(p.numel() for p in net.parameters()) == count
+
+
+# ------------------------------------------------------------------------------------------------- in a stranger's loop
+
+
+@pytest.mark.filterwarnings("ignore:all 4")  # some of them are
+@pytest.mark.parametrize("name", ["resnet18-tiny", "wrn-10-1"])
+@pytest.mark.parametrize("method", ["gradcam", "xgradcam", "layercam"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_a_module_of_any_network_gives_the_map_of_the_stage(name, method, layer):
+    net, x = network(name), torch.rand(4, 3, 32, 32)
+    ours = pr.activation_map(net, x, method, layer)
+    theirs = pr.activation_map(net, x, method, net.stages[layer])
+    assert torch.allclose(ours, theirs, atol=1e-4, equal_nan=True)
+    assert all(p.grad is None for p in net.parameters()) and not net.stages[layer]._forward_hooks
+
+
+def test_a_network_in_train_mode_keeps_its_statistics_and_its_mode():
+    net, x = network(), torch.rand(4, 3, 32, 32)
+    expected = pr.activation_map(net, x)
+    net.train()
+    net.stages[1].eval()  # frozen by its user
+    before = {k: v.clone() for k, v in net.named_buffers()}
+    for layer in (-1, net.stages[-1]):
+        assert torch.allclose(pr.activation_map(net, x, layer=layer), expected, atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in net.named_buffers())
+    assert net.training and net.stages[2].training and not net.stages[1].training
+
+
+class Tokens(torch.nn.Module):
+    """A small transformer's way of working: tokens [B, 1 + 16, C], the class token read at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.mix = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.Identity()
+        self.token, self.head = torch.nn.Parameter(torch.randn(1, 1, 8)), torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        t = torch.cat([self.token.expand(len(x), -1, -1), self.patch(x).flatten(2).transpose(1, 2)], 1)
+        t = self.mix(t)
+        return self.head(t[:, 0] + (t[:, 1:] ** 2).mean(1))
+
+
+def test_tokens_of_a_transformer_are_its_grid():
+    torch.manual_seed(0)
+    net, x = Tokens().eval(), torch.rand(3, 3, 32, 32)
+    found = pr.activation_map(net, x, "gradcam", net.mix)
+    t = net.patch(x).detach().requires_grad_(True)  # [3, 8, 4, 4], by hand
+    z = net.head(net.token[:, 0] + (t**2).mean((2, 3)))
+    (g,) = torch.autograd.grad(z.max(1).values.sum(), t)
+    assert torch.allclose(found, pr.scale(pr.combine(t.detach(), g, "gradcam")), atol=1e-5, equal_nan=True)
+    assert found.shape == (3, 4, 4) and not found.isnan().any()
+
+
+def test_a_layer_whose_maps_are_all_dead_is_told():
+    net, x = network(), torch.rand(4, 3, 32, 32)
+    flat = torch.nn.Sequential(net, torch.nn.Unflatten(1, (5, 1, 1)), torch.nn.Identity(), torch.nn.Flatten())
+    with pytest.warns(UserWarning, match="all 4 gradcam maps are dead"):
+        pr.activation_map(flat, x, "gradcam", flat[2])
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_networks_of_other_precision(kind):
+    net, x = network(), torch.rand(4, 3, 32, 32)
+    expected = pr.activation_map(net, x)
+    net = net.to(kind)
+    for layer in (-1, net.stages[-1]):
+        found = pr.activation_map(net, x.to(kind), layer=layer)
+        assert torch.allclose(found.float(), expected, atol=1e-5 if kind == torch.float64 else 0.2)
+
+
+def test_data_parallel_is_looked_through():
+    net, x = network(), torch.rand(2, 3, 32, 32)
+    assert torch.equal(pr.activation_map(torch.nn.DataParallel(net), x), pr.activation_map(net, x))
+
+
+def test_what_is_not_known_is_refused():
+    net, x = network(), torch.rand(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="no map 'gradcam\\+\\+'"):
+        pr.activation_map(net, x, "gradcam++")
+    with pytest.raises(ValueError, match="no rule 'zscor'"):
+        pr.mask(torch.rand(2, 4, 4), (32, 32), "zscor")
+    with pytest.raises(ValueError, match="has no stages; give the module"):
+        pr.activation_map(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 5)), x)
+    with pytest.raises(TypeError, match="activations"):
+        pr.activation_map(net, x, layer=net.linear)
+    with pytest.raises(ValueError, match="ran 0 times"):
+        pr.activation_map(net, x, layer=torch.nn.Identity())
+
+
+def test_images_outside_the_unit_interval_are_refused():
+    net, y = network(), torch.zeros(2, dtype=torch.long)
+    x = torch.randn(2, 3, 32, 32)  # normalised
+    e = torch.full((2, 1, 32, 32), 8 / 255)
+    for attack in (
+        lambda: attacks.pgd(net, x, y, x * 0, 2 / 255, e, 1),
+        lambda: attacks.trades(net, x, x * 0, 2 / 255, e, 1),
+        lambda: attacks.mma(net, x, y, x * 0, 2 / 255, e, 1),
+        lambda: attacks.fat(net, x, y, x * 0, 2 / 255, e, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="Normalize"):
+            attack()
+
+
+def test_the_readmes_snippet():
+    text = (HERE / "README.md").read_text().split("## In your own code")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 15
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 64, 64)
+    space = {"torchvision": torchvision, "torch": torch, "F": F, "pr": pr, "attacks": attacks}
+    exec(code.replace("steps=10", "steps=1"), {**space, "loader": [(images, torch.tensor([0, 1, 2, 3]))] * 2})

@@ -73,7 +73,7 @@ def test_every_known_printed_number_is_shown():
         for view in PLAN["tables"]:
             where = view.get("printed", view.get("where", {}))
             axis = {view["rows"]: "rows", view["columns"]: "columns"}
-            metrics = view.get("order", {}).get(axis["metric"])
+            metrics = view.get("order", {}).get(axis.get("metric"))
             found = found or (metrics is None or row["metric"] in metrics) and shown(view, where, row)
         hidden += [] if found else [(row["table"], row["dataset"], row["setting"], row["method"], row["metric"])]
     assert not hidden, f"{len(hidden)} printed numbers in no table, the first {hidden[0]}"
@@ -124,14 +124,48 @@ def test_claims_on_both_sides_of_the_bar(claim, holds, fails):
 
 
 @pytest.mark.parametrize(("claim", "base"), [("4", "PART shuffled"), ("5", "AT mean budget")])
-def test_controls_need_both_accuracies(claim, base):
-    cells = {("PART", "natural"): [90.0, 91.0], (base, "natural"): [89.0, 90.0]}
-    cells |= {("PART", "pgd"): [70.0, 71.0], (base, "pgd"): [70.4, 71.4]}
+def test_controls_ask_for_robustness_at_like_natural_accuracy(claim, base):
+    cells = {("PART", "natural"): [90.0, 91.0], (base, "natural"): [90.4, 91.4]}
+    cells |= {("PART", "pgd"): [70.0, 71.0], (base, "pgd"): [69.8, 70.8]}
     assert verdict(claim, cells) == HOLDS
-    assert verdict(claim, {**cells, (base, "pgd"): [70.6, 71.6]}) == FAILS
-    assert verdict(claim, {**cells, (base, "natural"): [89.6, 90.6]}) == FAILS
+    assert verdict(claim, {**cells, (base, "pgd"): [70.2, 71.2]}) == FAILS
+    assert verdict(claim, {**cells, (base, "natural"): [90.6, 91.6]}) == FAILS
     cells.pop((base, "pgd"))
     assert verdict(claim, cells) == UNKNOWN
+
+
+def real(**above):
+    """Records of scale real: AT on the line PGD = 60 - natural / 2 at five budgets, and others above it by so much."""
+    out = []
+    for k, budget in enumerate((4, 5, 6, 7, 8)):
+        m, setting = ("AT", "eps_low=4/255") if budget == 8 else ("AT at eps_low", f"eps_low={budget}/255")
+        v = [60.0 - 2 * k, 61.0 - 2 * k]
+        cells = {(m, "natural"): v, (m, "pgd"): [60 - x / 2 for x in v]}
+        out.append(frame(cells, "tradeoff", "CIFAR-10", setting))
+    for b in ("4", "7"):
+        for m, gap in above.items():
+            cells = {(m, "natural"): [57.0, 58.0], (m, "pgd"): [60 - 28.5 + gap, 60 - 29 + gap]}
+            out.append(
+                frame(
+                    {(k[0].replace("_", " "), k[1]): v for k, v in cells.items()},
+                    "tradeoff",
+                    "CIFAR-10",
+                    f"eps_low={b}/255",
+                )
+            )
+    return pd.concat(out)
+
+
+def test_a_method_is_judged_by_its_height_above_the_line_of_smaller_budgets():
+    of = {c.id: c for c in claims.CLAIMS}
+    f = real(PART=1.0, PART_shuffled=1.0, AT_mean_budget=0.0, PART_inverted=2.0)
+    assert claims.above_curve(f, "PART", "4").round(9).tolist() == [1.0, 1.0]
+    assert of["R1"].judge(f)[0] == HOLDS and of["R1"].judge(real(PART=-1.0))[0] == FAILS
+    assert of["R2"].judge(f)[0] != HOLDS and of["R3"].judge(f)[0] == HOLDS and of["R4"].judge(f)[0] == FAILS
+    assert of["R1"].judge(f[f["method"] != "AT"])[0] == UNKNOWN  # without the end of the line there is none
+    assert of["R5"].judge(real(PART=4.0))[0] == HOLDS and of["R5"].judge(real(PART=-3.0))[0] == FAILS
+    lines = claims.bottom_line({"real": f})
+    assert len(lines) == 2 and "PART +1.00 ± 0.00, PART shuffled +1.00 ± 0.00, AT" in lines[0]
 
 
 def test_a_claim_over_nine_cells_holds_only_when_all_are_measured():
