@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
     )
     claims = [
         Claim("A", "f1 is above 40", "Table 1", "paper", fifty),
-        Claim("d", "a | b", "Table 1", "demo", fifty, control=True),
+        Claim("d", "a | b", "Table 1", "demo", fifty, control=True, explanation="because of d"),
     ]
     monkeypatch.setattr(tables.claims, "CLAIMS", claims)
     monkeypatch.setattr(tables.claims, "bottom_line", lambda frames: ["First of all."], raising=False)
