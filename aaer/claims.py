@@ -124,11 +124,10 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     out = []
     f = frames.get("real")
     if f is not None:
-        found = {
-            (s, r): compared(f, f"{s}-FGSM", f"{s}-AAER", r) for r in (8, 12, 16, 24, 32) for s in ("V", "RS", "N")
-        }
-        said = [f"{s} at {r}/255: {text}" for (s, r), text in found.items() if text]
-        out += ["On CIFAR-10 at width 16, by start and radius: " + "; ".join(said) + "."] if said else []
+        cells = [(s, r) for r in (12, 16, 24, 32, 8) for s in ("V", "RS", "N")]  # what decides stands first
+        said = [f"{s} at {r}/255: {text}" for s, r in cells if (text := compared(f, f"{s}-FGSM", f"{s}-AAER", r))]
+        out += [f"On CIFAR-10 at width 16, {said[0]}."] if said else []
+        out += [f"Other starts and radii: {'; '.join(said[1:])}."] if said[1:] else []
         parts = {k: of(f, "pgd", f"V-AAER, {k}", 12) for k in ("difference alone", "count alone", "random examples")}
         told = [f"{v.mean():.1f} % with {k}" for k, v in parts.items() if len(v)]
         out += [f"The controls at V, 12/255: {', '.join(told)}."] if told else []
@@ -173,11 +172,13 @@ CLAIMS = [
         *("R4", "Without the count the regulariser loses 2 points of PGD accuracy (V, 12/255)", "ours", "real"),
         lambda f: part_costs(f, "V-AAER", "V-AAER, difference alone", 12),
         control=True,
+        explanation="The number of abnormal examples and their variation are both needed",
     ),
     Claim(
         *("R5", "With the count but without - V_N it loses 2 points (V, 12/255)", "ours", "real"),
         lambda f: part_costs(f, "V-AAER", "V-AAER, count alone", 12),
         control=True,
+        explanation="Only variation beyond that of normal examples is to be pulled",
     ),
     Claim(
         *(
@@ -188,6 +189,7 @@ CLAIMS = [
         ),
         lambda f: part_costs(f, "V-AAER, count alone", "V-AAER, random examples", 12),
         control=True,
+        explanation="It is the abnormal examples that have to be pulled",
     ),
     Claim(
         *("R7", "Where nothing collapses the regulariser costs at most a point: RS, 8/255", "Section 4", "real"),
@@ -209,6 +211,7 @@ CLAIMS = [
             *(-SMALL, None, "points"),
         ),
         control=True,
+        explanation="One step with the regulariser does what several steps do",
     ),
     Claim("R12", "Collapse as R1, at 16/255", "Section 1", "real", lambda f: real_collapse(f, "V-FGSM", 16)),
     Claim("R13", "Rescue as R2, at 16/255", "Section 4", "real", lambda f: real_rescue(f, "V-AAER", "V-FGSM", 16)),

@@ -117,9 +117,10 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     out = []
     f = frames.get("real")
     if f is not None:
-        found = {(s, r): compared(f, f"{s}-FGSM", f"{s}-LAP", r) for r in (8, 16, 24, 32) for s in "VRN"}
-        said = [f"{s} at {r}/255: {text}" for (s, r), text in found.items() if text]
-        out += ["On CIFAR-10 at width 16, by start and radius: " + "; ".join(said) + "."] if said else []
+        cells = [(s, r) for r in (16, 24, 32, 8) for s in "VRN"]  # what decides stands first
+        said = [f"{s} at {r}/255: {text}" for s, r in cells if (text := compared(f, f"{s}-FGSM", f"{s}-LAP", r))]
+        out += [f"On CIFAR-10 at width 16, {said[0]}."] if said else []
+        out += [f"Other starts and radii: {'; '.join(said[1:])}."] if said[1:] else []
         for start, at in (("V", 16), ("R", 24), ("R", 32)):
             parts = {k: of(f, "pgd", f"{start}-LAP-{k}", at) for k in CONTROLS}
             told = [f"{v.mean():.1f} % with {CONTROLS[k]}" for k, v in parts.items() if len(v)]
