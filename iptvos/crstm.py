@@ -55,8 +55,6 @@ class Options:
     """Its regularisation, for vectors of mean square 1 and weights of sum 1."""
     reach: int = 8
     """Cells around the last answer in which the object is looked for."""
-    lost: int = 24
-    """The same around where it was last seen, once it is lost."""
     seen: float = 0.15
     """Probability from which a cell belongs to an answer."""
     tile: int = 8
@@ -114,9 +112,9 @@ class Memory:
     interacted: dict[int, Entry] = field(default_factory=dict)  # by frame, oldest interaction first
     passing: list[Entry] = field(default_factory=list)
     last: Tensor | None = None
-    """(h, w) the last answer in which the object was seen."""
-    lost: bool = False
-    """Whether the newest answer was empty."""
+    """(h, w) the last answer in which the object was seen, or the interacted mask."""
+    seen: Entry | None = None
+    """The last propagated frame on which the object was seen."""
     weights: Tensor | None = None
     """w of equation (3)."""
 
@@ -134,7 +132,7 @@ class Memory:
 
     def start(self, frame: int) -> None:
         """A pass begins at an interacted frame: propagated frames of the last one go."""
-        self.passing, self.lost = [], False
+        self.passing, self.seen = [], None
         self.last = self.interacted[frame].value
         if self.options.alpha and self.weights is None:
             self.weights = fit(list(self.interacted.values()), self.options.ridge)
@@ -142,9 +140,8 @@ class Memory:
     def add(self, entry: Entry) -> None:
         """A propagated frame."""
         self.passing = [*self.passing, entry][-self.options.recent :] if self.options.recent else []
-        self.lost = not bool((entry.value > self.options.seen).any())
-        if not self.lost:
-            self.last = entry.value
+        if bool((entry.value > self.options.seen).any()):
+            self.last, self.seen = entry.value, entry
 
     def entries(self, frame: int) -> list[tuple[Entry, float]]:
         """What is read for a frame: stored frames and how many cells around a tile."""
@@ -155,17 +152,29 @@ class Memory:
     def region(self, told: Tensor | None = None) -> Tensor:
         """(h, w) boolean: where the object is looked for, also where the prompts `told` (h, w) that it is."""
         o = self.options
-        around = o.lost if self.lost else o.reach
-        seen = self.last > o.seen
-        seen = F.max_pool2d(seen[None, None].float(), 2 * around + 1, 1, around)[0, 0] > 0
+        seen = (self.last > o.seen)[None, None].float()
+        seen = F.max_pool2d(seen, 2 * o.reach + 1, 1, o.reach)[0, 0] > 0
         return seen if told is None else seen | (told > 0)
+
+    def everywhere(self, frame: int) -> list[tuple[Entry, float]]:
+        """What is read once the object is lost: the nearest interacted frame and the last on which it was seen, all
+        cells of them."""
+        return [(e, math.inf) for e in (self.entries(frame)[0][0], self.seen) if e is not None]
 
     def answer(self, key: Tensor, vector: Tensor | None, frame: int, told: Tensor | None = None) -> Tensor:
         """Equation (4): logits (h, w) of a frame with key (dim, h, w), vector (C + 1, h, w) and prompts P (h, w);
-        surely nothing, the smallest logit, where the object is not looked for."""
+        surely nothing, the smallest logit, where the object is not looked for. It is looked for near the last answer,
+        and over the whole frame where no cell there is rather object than not."""
         where = self.region(told)
-        r = read(key, self.entries(frame), where, self.options)
-        out = logit(r)
+        out = self.sure(key, vector, told, where, self.entries(frame))
+        if not bool((out > 0).any()):
+            again = self.sure(key, vector, told, torch.ones_like(where), self.everywhere(frame))
+            out = again if bool((again > 0).any()) else out
+        return out
+
+    def sure(self, key: Tensor, vector: Tensor | None, told: Tensor | None, where: Tensor, entries: list) -> Tensor:
+        """Equation (4) in the cells of `where` (h, w), out of some entries."""
+        out = logit(read(key, entries, where, self.options))
         if self.weights is not None and vector is not None:
             out = out + self.options.alpha * torch.einsum("c,chw->hw", self.weights, vector)
         if told is not None:

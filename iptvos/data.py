@@ -42,6 +42,11 @@ class Video:
     variant: str = "paper"
     sha256: str = ""
     """Of the files that were read: of the hex digests of picture and mask, frame by frame; drawn: of the pixels."""
+    names: list[str] = field(default_factory=list)
+    """Of the frames' files without their ending; else their numbers, five digits."""
+
+    def __post_init__(self):
+        self.names = self.names or [f"{t:05d}" for t in range(len(self.frames))]
 
     @property
     def scored(self) -> bool:
@@ -95,7 +100,9 @@ def read_folder(name: str, images: Path, masks: Path | None, longest: int = 0, l
     if odd:
         raise UserError(f"{odd[0]} has another size than the first frame of {name}")
     digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return finished(Video(name, frames, truth, (), variant=variant(longest, frames, len(paths)), sha256=digest))
+    names = [path.stem for path in paths[: limit or None]]
+    what = variant(longest, frames, len(paths))
+    return finished(Video(name, frames, truth, (), variant=what, sha256=digest, names=names))
 
 
 def file_digest(path: Path) -> str:
@@ -239,10 +246,12 @@ def read_video(path: Path, longest: int = 0, limit: int = 0) -> Video:
         if not ok:
             break
         frames.append(shrunk(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), longest))
+    more = bool(limit) and len(frames) == limit and reader.read()[0]
     reader.release()
     if not frames:
         raise UserError(f"{path} holds no frames that OpenCV can read; convert it to H.264 mp4")
-    return Video(path.stem, frames, [None] * len(frames), ())
+    what = variant(longest, frames, len(frames) + more)
+    return Video(path.stem, frames, [None] * len(frames), (), variant=what)
 
 
 # ------------------------------------------------------------------------------------------------ procedural videos

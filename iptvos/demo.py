@@ -1,8 +1,10 @@
-"""A page on which a person segments a video: click, propagate, correct a frame, export. No weights needed.
+"""A page on which a person segments a video: click, propagate, correct a frame, export. No weights to fetch.
 
     python demo.py --video clip.mp4                       # opens on http://127.0.0.1:7860
     python demo.py                                        # a procedural video
-    python demo.py --video frames/ --segmenter mobile --weights mobile_sam.pt
+    python demo.py --video frames/ --workspace work       # kept in work/ after each round, and taken up again
+    python demo.py --video frames/ --masks masks/         # begins with masks that are there: PNGs named as the frames
+    python demo.py --video clip.mp4 --segmenter mobile --weights mobile_sam.pt
     python demo.py --video clip.mp4 --interactions given.json --export out   # no page: masks and video to out/
 
 An interaction file is a list of rounds, in pixels of the frame, scribbles as in the DAVIS files:
@@ -11,6 +13,7 @@ An interaction file is a list of rounds, in pixels of the frame, scribbles as in
       "scribbles": [{"path": [[x, y] in 0..1], "object_id": 1}]}]
 """
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -23,93 +26,83 @@ import numpy as np
 
 import data
 import export
+import page
 import pipeline
 import prompts
+import workspace
 from prompts import Interaction
 from session import Session
-from settings import PageSettings
+from settings import PageSettings, Pipeline
 
-WAYS = ("add", "remove", "box (two corners)")
-# Gradio tells of clicks in a picture, not of drags. This writes the two corners of a drag, in pixels of the frame, and
-# the time into the hidden text box #drag, shows a dashed frame meanwhile, and keeps the click at its end from counting.
-DRAG = """<style>#drag {display: none} #frame img {touch-action: none; -webkit-user-drag: none}</style>
-<script>
-(() => {
-  let start = null, dragged = false, band = null;
-  const picture = e => e.target.closest && e.target.closest("#frame") && document.querySelector("#frame img");
-  const place = (image, x, y) => {
-    const r = image.getBoundingClientRect(), w = image.naturalWidth, h = image.naturalHeight;
-    let s = Math.min(r.width / w, r.height / h);
-    if (getComputedStyle(image).objectFit === "scale-down") s = Math.min(s, 1);
-    const fit = (v, low, size, most) => Math.min(Math.max((v - low - size / 2) / s + most / 2, 0), most - 1);
-    return [fit(x, r.left, r.width, w), fit(y, r.top, r.height, h)];
-  };
-  const clear = () => { if (band) band.remove(); band = start = null; };
-  document.addEventListener("dragstart", e => { if (picture(e)) e.preventDefault(); }, true);
-  document.addEventListener("pointerdown", e => {
-    const image = picture(e);
-    dragged = false;
-    if (image && e.target === image && e.button === 0) start = {image, x: e.clientX, y: e.clientY};
-  }, true);
-  document.addEventListener("pointermove", e => {
-    if (!start || Math.hypot(e.clientX - start.x, e.clientY - start.y) < 6) return;
-    if (!band) {
-      band = document.body.appendChild(document.createElement("div"));
-      band.style.cssText = "position:fixed;border:2px dashed #fff;outline:1px dashed #000;z-index:999";
-      band.style.pointerEvents = "none";
-    }
-    band.style.left = Math.min(e.clientX, start.x) + "px"; band.style.top = Math.min(e.clientY, start.y) + "px";
-    band.style.width = Math.abs(e.clientX - start.x) + "px"; band.style.height = Math.abs(e.clientY - start.y) + "px";
-  }, true);
-  document.addEventListener("pointerup", e => {
-    if (start && band) {
-      dragged = true;
-      const box = [...place(start.image, start.x, start.y), ...place(start.image, e.clientX, e.clientY)];
-      const field = document.querySelector("#drag textarea, #drag input");
-      const kind = field.tagName === "TEXTAREA" ? HTMLTextAreaElement : HTMLInputElement;
-      const text = [...box.map(v => v.toFixed(1)), Date.now()].join(" ");
-      Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(field, text);
-      field.dispatchEvent(new Event("input", {bubbles: true}));
-    }
-    clear();
-  }, true);
-  document.addEventListener("pointercancel", clear, true);
-  document.addEventListener("click", e => {
-    if (dragged && picture(e)) { e.stopPropagation(); e.preventDefault(); }
-    dragged = false;
-  }, true);
-})();
-</script>"""
+SURE, BAD = (60, 170, 60), (220, 40, 40)  # colours of a confidence of 1 and of 0
+
+
+class Stopped(Exception):
+    """A propagation that the user has cancelled."""
+
+
+class Project:
+    """A video and the parts that all sessions on it share."""
+
+    def __init__(self, s: PageSettings, video: data.Video):
+        self.s, self.video, self.lock, self.cache = s, video, threading.Lock(), {}
+        self.method, self.segmenter, self.tracker, self.boxes = pipeline.build(s)
+        self.sha = workspace.checksum(video.frames) if s.workspace else ""
+        own = {f.name for f in dataclasses.fields(Pipeline)} - {"device", "longest"}
+        self.settings = {k: getattr(s, k) for k in sorted(own)}
+
+    def session(self, ids: tuple[int, ...]) -> Session:
+        parts = self.segmenter, self.tracker, self.boxes, self.method
+        return Session(self.video.frames, ids, *parts, cache=self.cache)
+
+    def told(self) -> str:
+        """What the page says at its top."""
+        s, n = self.s, len(self.video.frames)
+        parts = "GrabCut and the features of EfficientNet-Lite0 (in the environment, no weights to fetch)"
+        if s.segmenter != "grabcut":
+            parts = f"{s.segmenter} with the weights of {s.weights}"
+        cut = f" **Only the first {n} frames were read** (`--limit`)." if self.video.variant.startswith("first") else ""
+        return (
+            f"**{self.video.name}**, {n} frames, {parts}.{cut} Click on the object or drag a box around it; one more "
+            "click inside or outside says how large it is. Propagate, go to a frame that is wrong, correct it, again."
+        )
 
 
 class App:
-    """The state behind the page: one video, one session, the clicks that wait for the next round."""
+    """The state behind a tab of the page: one session, the clicks that wait for the next round, what can be undone."""
 
-    def __init__(self, s: PageSettings, video: data.Video):
-        self.s, self.video, self.lock = s, video, threading.Lock()
-        method, segmenter, tracker, boxes = pipeline.build(s)
-        self.make = lambda ids: Session(video.frames, ids, segmenter, tracker, boxes, method)
-        self.ids = tuple(range(1, s.objects + 1))
+    def __init__(self, project: Project, ids: tuple[int, ...] = ()):
+        self.project, self.video, self.lock = project, project.video, project.lock
+        self.ids = ids or tuple(range(1, project.s.objects + 1))
+        self.folder = Path(project.s.workspace).expanduser() if project.s.workspace else None
         self.reset()
 
     def reset(self) -> None:
-        self.session = self.make(self.ids)
-        self.waiting: dict[int, dict[int, dict]] = {}  # frame -> object -> points, labels, box
+        self.session = self.project.session(self.ids)
+        self.waiting: dict[int, dict[int, dict]] = {}  # frame -> object -> points, labels, box, marks in their order
         self.corner: tuple[float, float] | None = None
         self.labels: list[np.ndarray] | None = None
+        self.rounds: list[tuple] = []  # the session before each round
+        self.stopping = False
 
-    def mark(self, t: int, o: int, way: str, x: float, y: float) -> None:
-        """A click of the user, in pixels of the frame."""
-        one = self.waiting.setdefault(t, {}).setdefault(o, {"points": [], "labels": [], "box": None})
-        if way == WAYS[2]:
+    # ------------------------------------------------------------------------------------------------------- marks
+
+    def mark(self, t: int, o: int, way: int, x: float, y: float) -> str:
+        """A click of the user, in pixels of the frame; `way` is the place of its meaning in page.WAYS."""
+        one = self.waiting.setdefault(t, {}).setdefault(o, {"points": [], "labels": [], "box": None, "marks": []})
+        if way == 2:
             if self.corner is None:
                 self.corner = (x, y)
-            else:
-                a, b = np.minimum(self.corner, (x, y)), np.maximum(self.corner, (x, y))
-                one["box"], self.corner = [*a, *b], None
-            return
-        one["points"].append([x, y])
-        one["labels"].append(int(way == WAYS[0]))
+                return f"Frame {t}: first corner of a box, object {o}. Click on the opposite one."
+            a, b = np.minimum(self.corner, (x, y)), np.maximum(self.corner, (x, y))
+            one["box"], self.corner = [*a, *b], None
+            one["marks"].append("box")
+        else:
+            one["points"].append([x, y])
+            one["labels"].append(int(way == 0))
+            one["marks"].append("point")
+        self.waiting[t] = {o: one} | self.waiting[t]  # the object marked last comes first
+        return f"Frame {t}: {page.WAYS[way]}, object {o}. Propagate when all is marked."
 
     def drag(self, t: int, o: int, text: str) -> str:
         """A drag on the page, "x y x y time" in pixels of the frame, marks a box; what the status says of it."""
@@ -118,40 +111,133 @@ class App:
             x1, y1, x2, y2 = (float(v) for v in text.split()[:4])
         except ValueError:
             return "That was no box."
-        xs, ys = (
-            sorted((min(max(v, 0.0), w - 1.0)) for v in (x1, x2)),
-            sorted(min(max(v, 0.0), h - 1.0) for v in (y1, y2)),
-        )
+        xs = sorted(min(max(v, 0.0), w - 1.0) for v in (x1, x2))
+        ys = sorted(min(max(v, 0.0), h - 1.0) for v in (y1, y2))
         if not all(a < b for a, b in (xs, ys)):
             return "That box has no area."
         self.corner = None
-        self.mark(t, o, WAYS[2], xs[0], ys[0])
-        self.mark(t, o, WAYS[2], xs[1], ys[1])
+        self.mark(t, o, 2, xs[0], ys[0])
+        self.mark(t, o, 2, xs[1], ys[1])
         told = f"box {xs[0]:.0f} {ys[0]:.0f} to {xs[1]:.0f} {ys[1]:.0f}, object {o}"
         return f"Frame {t}: {told}. Propagate when all is marked."
 
-    def ready(self, t: int) -> dict[int, Interaction]:
-        out = {}
-        for o, one in self.waiting.get(t, {}).items():
-            if one["points"] or one["box"]:
-                out[o] = interaction(one)
-        return out
+    def undo(self, t: int) -> str:
+        """Take back the last mark of a frame."""
+        if self.corner is not None:
+            self.corner = None
+            return "The first corner is taken back."
+        for one in self.waiting.get(t, {}).values():
+            if one["marks"]:
+                if one["marks"].pop() == "box":
+                    one["box"] = None
+                else:
+                    one["points"].pop()
+                    one["labels"].pop()
+                return f"The last mark of frame {t} is taken back."
+        return f"Nothing is marked on frame {t}."
 
-    def propagate(self, t: int, progress=None) -> str:
-        """One round from frame t."""
+    def ready(self, t: int) -> dict[int, Interaction]:
+        given = self.waiting.get(t, {})
+        return {o: interaction(one) for o, one in given.items() if one["points"] or one["box"]}
+
+    # ------------------------------------------------------------------------------------------------------ rounds
+
+    def propagate(self, t: int, progress=None, span: tuple[int, int] | None = None) -> str:
+        """One round from frame t, which changes the frames of `span` alone."""
+        if span is not None and not span[0] <= t <= span[1]:
+            return f"Frame {t} lies outside of frames {span[0]} to {span[1]}."
         with self.lock:
             given = self.ready(t)
             if not given:
                 return f"Click on frame {t} first: nothing is marked there."
-            self.session.progress = progress
+            before, self.stopping = self.session.kept(), False
+
+            def step(k: int, n: int) -> None:
+                if self.stopping:
+                    raise Stopped
+                if progress:
+                    progress(k, n)
+
+            self.session.progress, self.session.span = step, span
             try:
                 seconds = self.session.interact(t, given)
+            except Stopped:
+                self.session.restore(before)
+                return "Cancelled; the marks are still there."
             finally:
-                self.session.progress = None
+                self.session.progress = self.session.span = None
+            self.rounds.append(before)
             self.waiting.pop(t, None)
-            self.labels = self.session.labels()
+            self.kept()
         found = [o for o in self.ids if any((g == o).any() for g in self.labels)]
         return f"Round {self.session.round}: {seconds:.1f} s, objects {', '.join(map(str, found)) or 'none'}."
+
+    def kept(self) -> None:
+        """Masks of all frames as they are now; the workspace keeps them."""
+        self.labels = self.session.labels()
+        if self.folder is not None:
+            workspace.save(self.folder, self.session, self.project.sha, self.project.settings)
+
+    def cancel(self) -> str:
+        self.stopping = True
+        return "Cancelling ..." if self.lock.locked() else "Nothing is running."
+
+    def back(self) -> str:
+        """Take back the last round."""
+        with self.lock:
+            if not self.rounds:
+                return "There is no round to take back."
+            self.session.restore(self.rounds.pop())
+            self.kept()
+        return f"Taken back: {self.session.round} rounds are left."
+
+    def begin(self, masks: dict[int, np.ndarray] | None) -> str:
+        """Take up the workspace; else begin with masks that are there (frame -> label map)."""
+        if self.folder is not None and workspace.load(
+            self.folder, self.session, self.project.sha, self.project.settings
+        ):
+            self.labels = self.session.labels()
+            return f"The work in {self.folder} goes on after round {self.session.round}."
+        if masks:
+            for t, label in progress(sorted(masks.items()), "masks"):
+                self.session.interact(t, {o: Interaction(mask=label == o) for o in self.ids if (label == o).any()})
+            self.kept()
+            return f"Began with masks of {len(masks)} frames."
+        return ""
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    def confidence(self) -> np.ndarray:
+        """(frames,) the lowest confidence of an object that was marked; 1 on frames that were touched, NaN where
+        nothing was answered."""
+        states = [s for s in self.session.states.values() if s.exact]
+        if not states:
+            return np.full(len(self.video.frames), np.nan)
+        out = np.min([s.iou for s in states], 0)
+        for s in states:
+            for t in s.exact:
+                if all(t in other.exact for other in states):
+                    out[t] = 1.0
+        return np.clip(out, 0, 1)
+
+    def worst(self) -> tuple[int | None, str]:
+        """The frame that needs a correction most."""
+        sure = self.confidence()
+        if not np.isfinite(sure).any():
+            return None, "Nothing is segmented yet."
+        t = int(np.nanargmin(sure))
+        return t, f"Frame {t}: confidence {sure[t]:.2f}, the lowest."
+
+    def strip(self) -> np.ndarray:
+        """A picture of the confidences, a column a frame; grey where there is none, blue where the user was."""
+        (h, w), sure = page.STRIP, self.confidence()
+        colours = np.where(np.isnan(sure)[:, None], 128, np.nan_to_num(sure)[:, None] * SURE)
+        colours = np.where(np.isnan(sure)[:, None], 128, colours + (1 - np.nan_to_num(sure))[:, None] * BAD)
+        for s in self.session.states.values():
+            for t in s.exact:
+                colours[t] = (40, 90, 220)
+        columns = np.arange(w) * len(sure) // w
+        return np.repeat(colours[columns][None], h, 0).astype(np.uint8)
 
     def picture(self, t: int) -> np.ndarray:
         """Frame t with masks and waiting clicks."""
@@ -176,7 +262,7 @@ class App:
             raise UserError("nothing is segmented yet; mark an object and propagate first")
         export.png(folder / "masks", self.labels)
         export.rle(folder / "masks.json", self.labels, self.ids, self.video.name)
-        export.film(folder / "overlay.mp4", self.video.frames, self.labels, self.s.fps)
+        export.film(folder / "overlay.mp4", self.video.frames, self.labels, self.project.s.fps)
         return [folder / "overlay.mp4", folder / "masks.json"]
 
 
@@ -220,67 +306,38 @@ def read_rounds(path: Path, video: data.Video, positives: int = 16) -> list[tupl
     return out
 
 
-def page(app: App):
-    """The Gradio page."""
-    import gradio as gr
+def read_masks(folder: Path, video: data.Video, ids: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Label maps by frame, out of a folder of PNGs named as the frames; UserError where none fits."""
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}")
+    out = {}
+    for t, name in enumerate(video.names):
+        if (folder / f"{name}.png").is_file():
+            out[t] = data.read_mask(folder / f"{name}.png")
+            if out[t].shape != video.frames[t].shape[:2]:
+                raise UserError(
+                    f"{folder / name}.png is {out[t].shape[::-1]}, its frame {video.frames[t].shape[1::-1]} (width, "
+                    "height); give masks of the frames' size"
+                )
+            odd = sorted(set(np.unique(out[t]).tolist()) - {0, data.VOID, *ids})
+            if odd:
+                raise UserError(
+                    f"{folder / name}.png has object {odd[0]}; --objects is {len(ids)}, give at least {odd[0]}"
+                )
+    if not out:
+        raise UserError(f"{folder} has no mask with the name of a frame ({video.names[0]}.png ...)")
+    return out
 
-    last = len(app.video.frames) - 1
 
-    def click(t, o, way, event: gr.SelectData):
-        app.mark(int(t), int(o), way, *(float(v) for v in event.index))
-        return app.picture(int(t)), f"Frame {int(t)}: {way}, object {int(o)}. Propagate when all is marked."
-
-    def drag(text, t, o):
-        told = app.drag(int(t), int(o), text)
-        return app.picture(int(t)), told
-
-    def go(t, progress=gr.Progress()):  # noqa: B008 (Gradio finds its progress bar by the default)
-        said = app.propagate(int(t), lambda k, n: progress((k, n), desc="frames"))
-        return app.picture(int(t)), said
-
-    def again(t):
-        app.reset()
-        return app.picture(int(t)), "Everything is cleared."
-
-    def undo(t):
-        app.waiting.pop(int(t), None)
-        app.corner = None
-        return app.picture(int(t)), f"Marks of frame {int(t)} are removed."
-
-    def save():
-        folder = runs.HERE / "runs" / "page" / app.video.name
-        try:
-            film, masks = app.write(folder)
-        except UserError as error:
-            return None, None, f"{error}"
-        return str(film), str(masks), f"Masks (PNG), masks.json and overlay.mp4 are in {folder}."
-
-    with gr.Blocks(title="I-PT") as blocks:
-        gr.Markdown(
-            f"**{app.video.name}**: click on the object or drag a box around it, propagate, go to a frame that is "
-            "wrong, correct it, again."
-        )
-        with gr.Row():
-            with gr.Column(scale=3):
-                image = gr.Image(app.picture(0), interactive=False, show_label=False, elem_id="frame", format="png")
-                frame = gr.Slider(0, max(last, 1), 0, step=1, label="Frame", elem_id="slider")
-                box = gr.Textbox(elem_id="drag", show_label=False)
-                said = gr.Textbox(label="Status", value="Mark an object.", interactive=False, elem_id="status")
-            with gr.Column(scale=1):
-                way = gr.Radio(list(WAYS), value=WAYS[0], label="A click means")
-                which = gr.Radio(list(app.ids), value=1, label="Object")
-                run = gr.Button("Propagate", variant="primary", elem_id="propagate")
-                clear, reset = gr.Button("Remove marks of this frame"), gr.Button("Start over")
-                out = gr.Button("Export", elem_id="export")
-                film, masks = gr.Video(label="Overlay", elem_id="film"), gr.File(label="COCO RLE")
-        frame.change(lambda t: app.picture(int(min(t, last))), frame, image, show_progress="hidden")
-        image.select(click, [frame, which, way], [image, said], show_progress="hidden")
-        box.change(drag, [box, frame, which], [image, said], show_progress="hidden")
-        run.click(go, frame, [image, said])
-        clear.click(undo, frame, [image, said])
-        reset.click(again, frame, [image, said])
-        out.click(save, None, [film, masks, said])
-    return blocks
+def export_rounds(s: PageSettings, project: Project) -> None:
+    """The rounds of a file without a page."""
+    rounds = read_rounds(Path(s.interactions), project.video)
+    app = App(project, tuple(sorted({o for _, given in rounds for o in given})))
+    for t, given in progress(rounds, "rounds"):
+        app.session.interact(t, given)
+    app.kept()
+    for path in app.write(Path(s.export)):
+        print(path)
 
 
 def main() -> None:
@@ -289,20 +346,25 @@ def main() -> None:
     pipeline.find_weights(s, s.data_dir)
     video = data.read_video(Path(s.video).expanduser(), s.longest, s.limit) if s.video else None
     video = video or data.load("drawn", "pair", "", Path(), s.longest)
+    project = Project(s, video)
     if s.interactions:
-        rounds = read_rounds(Path(s.interactions), video)
-        app = App(s, video)
-        app.ids = tuple(sorted({o for _, given in rounds for o in given}))
-        app.reset()
-        for t, given in progress(rounds, "rounds"):
-            app.session.interact(t, given)
-        app.labels = app.session.labels()
-        for path in app.write(Path(s.export)):
-            print(path)
-        return
+        return export_rounds(s, project)
+    ids = tuple(range(1, s.objects + 1))
+    masks = read_masks(Path(s.masks).expanduser(), video, ids) if s.masks else None
+    shared = App(project) if s.workspace else None
+    if shared is not None:
+        print(shared.begin(masks) or f"The work is kept in {shared.folder}.")
+
+    def tab() -> App:
+        app = App(project)
+        app.begin(masks)
+        return app
+
+    folder = (shared.folder if shared else runs.HERE / "runs" / "page" / video.name) / "export"
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = page.build(page.Tabs(tab, shared), video, ids, folder, project.told())
     try:
-        files = [str(runs.HERE / "runs")]
-        page(App(s, video)).launch(server_name=s.host, server_port=s.port, allowed_paths=files, head=DRAG)
+        blocks.launch(server_name=s.host, server_port=s.port, allowed_paths=[str(folder)], head=page.DRAG)
     except OSError as error:
         raise UserError(f"the page cannot use port {s.port} ({error}); choose another --port") from None
 

@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
+from lab import runs
+
+import cv2
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+
+import data
+import export
 
 COLOURS = {"copy": "#aaaaaa", "points": "#0072b2", "box": "#56b4e9", "points+box": "#009e73", "newest": "#e69f00"}
 COLOURS["full"] = "#c1272d"
@@ -25,7 +32,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
             figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
             plt.close(figure)
             out.append((path, caption))
-    return out
+    return out + pictures(records, folder, scale)
 
 
 def main_rows(records: list[dict]) -> list[dict]:
@@ -99,3 +106,64 @@ def frames(records: list[dict]):
     figure.tight_layout()
     legend(figure, axes, 3)
     return figure, "J of each frame after the first round (first seed), where full gains most over points only."
+
+
+# ------------------------------------------------------------------------- frames with masks, where the run's masks are
+
+STRIP = ("points", "points+box", "full")
+WIDE, COLUMNS = 200, 5  # pixels of a frame, frames of a sequence
+
+
+def saved(records: list[dict], scale: str) -> dict[str, dict[str, Path]]:
+    """Folders of saved masks of the first round, {sequence: {method: folder}}, of sequences that have all of STRIP."""
+    found: dict[str, dict[str, Path]] = {}
+    for r in records:
+        folder = runs.HERE / "runs" / scale / r.get("run", "") / f"seed{r['seed']}" / "masks" / r["dataset"]
+        if r["table"] == "real-first" and folder.is_dir():
+            found.setdefault(r["dataset"], {})[r["method"]] = folder
+    return {d: by for d, by in sorted(found.items()) if all(m in by for m in STRIP)}
+
+
+def tinted(video: data.Video, folder: Path, t: int) -> np.ndarray:
+    """Frame t with the mask of a folder, WIDE pixels wide."""
+    image = export.overlay(video.frames[t], data.read_mask(folder / f"{t:05d}.png"))
+    return cv2.resize(image, (WIDE, round(WIDE * image.shape[0] / image.shape[1])), interpolation=cv2.INTER_AREA)
+
+
+def pictures(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
+    """A strip a sequence with three methods, and a film of all sequences with the whole method: only on a machine that
+    has the runs' masks and the data."""
+    found = saved(records, scale)
+    try:
+        videos = {d: data.load("davis2016", d, "val", runs.data_dir("")) for d in found}
+    except runs.UserError:
+        return []
+    if not videos:
+        return []
+    rows = []
+    for d, video in videos.items():
+        frames = np.linspace(0, len(video.frames) - 1, COLUMNS + 1).round().astype(int)[1:]  # the first was given
+        for m in STRIP:
+            row = np.hstack([tinted(video, found[d][m], t) for t in frames])
+            text = f"{d}, {NAMES.get(m, m)}, frames {', '.join(map(str, frames))}" if m == STRIP[0] else NAMES.get(m, m)
+            for colour, thick in (((0, 0, 0), 3), ((255, 255, 255), 1)):
+                cv2.putText(row, text, (6, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thick, cv2.LINE_AA)
+            rows.append(row)
+        rows.append(np.full((6, rows[-1].shape[1], 3), 255, np.uint8))
+    strips = folder / f"{scale}-strips.jpg"
+    Image.fromarray(np.vstack(rows)).save(strips, quality=72)
+    film, moments = folder / f"{scale}-film.webp", 24
+    order = list(videos)
+    shots = []
+    for k in range(moments):
+        tiles = [
+            tinted(videos[d], found[d]["full"], round(k * (len(videos[d].frames) - 1) / (moments - 1))) for d in order
+        ]
+        tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % 4)
+        shots.append(Image.fromarray(np.vstack([np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])))
+    shots[0].save(film, save_all=True, append_images=shots[1:], duration=160, loop=0, quality=45)
+    given = "A mask on the first frame, nothing else"
+    return [
+        (strips, f"{given}: points alone, points + box with the filter, and the whole method."),
+        (film, f"{given}, the whole method: {', '.join(order)}."),
+    ]

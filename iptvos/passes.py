@@ -1,13 +1,39 @@
-"""A pass of one object over the frames of a video, and from which of its masks points are sampled anew."""
+"""What is known of an object, its pass over the frames of a video, and from which masks points are sampled anew."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from torch import Tensor
 
+import crstm
 from methods import Method
+from prompts import Interaction
 from trackers.boxes import BoxTracker
 from trackers.filter import Filter
 from trackers.points import Tracks
+
+
+@dataclass
+class State:
+    """One object."""
+
+    low: list[Tensor | None]
+    """Low-resolution logits of each frame, float16; None: absent."""
+    iou: np.ndarray
+    """Predicted IoU of each frame: the confidence shown to the user."""
+    memory: crstm.Memory | None
+    exact: dict[int, np.ndarray] = field(default_factory=dict)
+    """Masks of interacted frames, as they were given or decoded."""
+    clicks: dict[int, Interaction] = field(default_factory=dict)
+    """All clicks and boxes of a frame so far."""
+    begun: dict[int, np.ndarray | None] = field(default_factory=dict)
+    """What stood on a frame before the first of them."""
+
+    def copy(self) -> "State":
+        """As it is now: what is replaced later stays here."""
+        memory = self.memory and replace(self.memory, interacted=dict(self.memory.interacted))
+        kept = {k: dict(getattr(self, k)) for k in ("exact", "clicks", "begun")}
+        return State(list(self.low), self.iou.copy(), memory, **kept)
 
 
 @dataclass

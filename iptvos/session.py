@@ -11,7 +11,7 @@ decoded from points, box and what the memory reads; objects are merged.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 import crstm
 import prompts as P
 from methods import PLAIN, Method
-from passes import Pass, renewals
+from passes import Pass, State, renewals
 from prompts import Interaction, Prompt
 from segmenters.interface import Embedding, merge, resample, share
 from trackers.boxes import BoxTracker
@@ -28,23 +28,6 @@ from trackers.filter import Filter, patches
 from trackers.points import PointTracker
 
 NOTHING = -8.0  # logit of "surely not the object"
-
-
-@dataclass
-class State:
-    """One object."""
-
-    low: list[Tensor | None]
-    """Low-resolution logits of each frame, float16; None: absent."""
-    iou: np.ndarray
-    """Predicted IoU of each frame: the confidence shown to the user."""
-    memory: crstm.Memory | None
-    exact: dict[int, np.ndarray] = field(default_factory=dict)
-    """Masks of interacted frames, as they were given or decoded."""
-    clicks: dict[int, Interaction] = field(default_factory=dict)
-    """All clicks and boxes of a frame so far."""
-    begun: dict[int, np.ndarray | None] = field(default_factory=dict)
-    """What stood on a frame before the first of them."""
 
 
 class Session:
@@ -69,8 +52,10 @@ class Session:
         self.states = {
             o: State([None] * n, np.zeros(n), None if memory is None else crstm.Memory(memory)) for o in self.objects
         }
-        self.basis: crstm.Basis | None = None  # of the first interacted frame
+        self.basis: crstm.Basis | None = None
+        self.begun_at: int | None = None  # the first interacted frame, whose statistics the basis holds
         self.other = np.random.default_rng([seed, 2**30]).permutation(n)
+        self.span: tuple[int, int] | None = None  # first and last frame that a round may change; None: all
         self.told: dict[int, tuple[list, np.ndarray]] = {}  # label maps, and of what they were made
         self.seconds: list[float] = []
         self.encoding = 0.0
@@ -84,6 +69,14 @@ class Session:
             self.cache[t] = self.segmenter.encode(self.frames[t])
             self.encoding += time.perf_counter() - began
         return self.cache[t]
+
+    def kept(self) -> tuple:
+        """All that the rounds so far have made; `restore` goes back to it."""
+        return self.round, list(self.seconds), {o: s.copy() for o, s in self.states.items()}
+
+    def restore(self, kept: tuple) -> None:
+        self.round, seconds, states = kept
+        self.seconds, self.states = list(seconds), {o: s.copy() for o, s in states.items()}
 
     def interact(self, t: int, given: dict[int, Interaction]) -> float:
         """A round: what the user gave on frame t, by object; returns the seconds it took. Objects that are not named
@@ -124,8 +117,7 @@ class Session:
         if s.memory is not None:
             s.memory.forget(t)
             if box is not None:
-                if self.basis is None:
-                    self.basis = crstm.Basis.of(self.features(t), s.memory.options.dim)
+                self.remember_basis(t)
                 self.features(t)
                 s.memory.interact(self.entry(t, e, mask, self.keyed(t)))
         return True
@@ -178,6 +170,11 @@ class Session:
             self.encoding += time.perf_counter() - began
         return e.features
 
+    def remember_basis(self, t: int) -> None:
+        """The statistics of keys and vectors are those of the first interacted frame."""
+        if self.basis is None:
+            self.begun_at, self.basis = t, crstm.Basis.of(self.features(t), self.method.memory.dim)
+
     def stored(self, t: int, keyed) -> tuple[Tensor, Tensor]:
         """Key and vector under which a frame is stored: its own; in the control another frame's."""
         return self.keyed(int(self.other[t])) if self.method.shuffled else keyed
@@ -190,8 +187,8 @@ class Session:
 
     def reach(self, o: int, t: int, direction: int) -> tuple[list[int], int | None]:
         """Frames of an object's pass from t, t first, and the frame interacted for that object which ends it."""
-        n = len(self.frames)
-        stop = n if direction > 0 else -1
+        first, last = self.span or (0, len(self.frames) - 1)
+        stop = last + 1 if direction > 0 else first - 1
         ahead = [k for k in self.states[o].exact if (k - t) * direction > 0]
         neighbour = min(ahead, key=lambda k: abs(k - t)) if ahead else None
         order = list(range(t, stop, direction))

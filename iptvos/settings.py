@@ -177,7 +177,11 @@ class PageSettings(Pipeline):
     limit: int = 300
     """Frames that are read; 0: all. Frames and embeddings of the whole video are kept in memory."""
     objects: int = 3
-    """Objects that can be marked, 1 to 8."""
+    """Objects that can be marked, 1 to 9."""
+    masks: str = ""
+    """Folder of PNG masks to begin with, each named as its frame (00000.png ... of a video file)."""
+    workspace: str = ""
+    """Folder in which the work is kept after each round, and taken up again."""
     fps: float = 24.0
     """Frames a second of the exported video."""
     interactions: str = ""
@@ -193,7 +197,7 @@ class PageSettings(Pipeline):
 
     def check(self) -> None:
         self.check_pipeline()
-        if not 1 <= self.objects <= 8 or not 1 <= self.port <= 65535 or self.fps < 0.1 or self.limit < 0:
-            raise UserError("--objects is 1 to 8, --port 1 to 65535, --fps at least 0.1, --limit not negative")
+        if not 1 <= self.objects <= 9 or not 1 <= self.port <= 65535 or self.fps < 0.1 or self.limit < 0:
+            raise UserError("--objects is 1 to 9, --port 1 to 65535, --fps at least 0.1, --limit not negative")
         if bool(self.interactions) != bool(self.export):
             raise UserError("--interactions and --export belong together: without them a page is opened")

@@ -18,7 +18,7 @@ from prompts import Interaction, box_of
 from segmenters.interface import resample, share
 
 SCALES = (0.05, 0.1, 0.19)  # of the long side: how far around a click the object may reach
-FEW, MANY = (2, 1, 0), (0, 1, 2)  # which of them is meant, unless a click says otherwise: up to 5 clicks; a scribble
+FEW, MANY = (1, 2, 0), (0, 1, 2)  # which of them is meant, unless a click says otherwise: up to 5 clicks; a scribble
 SURE = 1e-3
 
 

@@ -22,7 +22,6 @@ import claims
 import demo
 import eval
 import pipeline
-import settings
 import train
 
 TINY = ["--videos", "plain", "pair", "--frames", "5", "--rounds", "2", "--seeds", "0", "1"]
@@ -147,103 +146,6 @@ def test_demo_without_a_page_writes_everything(monkeypatch, tmp_path):
     film = tmp_path / "out" / "overlay.mp4"
     again = demo.data.read_video(film)
     assert len(again.frames) == 40 and again.frames[0].shape == (96, 160, 3)
-
-
-def test_page_state():
-    s = settings.PageSettings(objects=2)
-    video = demo.data.draw("plain", 1)
-    video.frames, video.truth = video.frames[:6], video.truth[:6]
-    app = demo.App(s, video)
-    assert "Click on frame 2 first" in app.propagate(2)
-    with pytest.raises(UserError, match="nothing is segmented"):
-        app.write(runs.HERE)
-    box = demo.prompts.box_of(app.video.truth[0] == 1)
-    app.mark(0, 1, demo.WAYS[2], box[2], box[3])
-    assert app.corner is not None
-    app.mark(0, 1, demo.WAYS[2], box[0], box[1])
-    app.mark(0, 1, demo.WAYS[0], *(box[:2] + box[2:]) / 2)
-    assert app.waiting[0][1]["box"] == [*box] and app.picture(0).shape == (96, 160, 3)
-    assert app.propagate(0).startswith("Round 1") and app.waiting == {}
-    g = app.video.truth[5] == 1
-    assert (app.labels[5][g] == 1).mean() > 0.7
-    app.reset()
-    assert app.labels is None and app.session.round == 0
-    assert app.drag(0, 2, "50.2 60 10 20.4 1790000000000").startswith("Frame 0: box 10 20 to 50 60, object 2")
-    assert app.waiting[0][2]["box"] == [10, 20.4, 50.2, 60] and app.corner is None
-    assert app.drag(0, 2, "-5 -5 900 900").startswith("Frame 0: box 0 0 to 159 95")
-    assert (
-        "no area" in app.drag(0, 2, "9 9 9 30") and "no box" in app.drag(0, 2, "9 9") and "no box" in app.drag(0, 1, "")
-    )
-
-
-def expect(field, start: str) -> None:
-    for _ in range(120):
-        if field.get_attribute("value").startswith(start):
-            return
-        time.sleep(1)
-    raise AssertionError(f"{field.get_attribute('value')!r} does not begin with {start!r}")
-
-
-@pytest.mark.slow
-def test_page_in_a_browser(tmp_path):
-    """Needs Chromium and its driver: clicks, drags a box, propagates, reads the status."""
-    import shutil
-    import urllib.request
-
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.actions.action_builder import ActionBuilder
-    from selenium.webdriver.common.by import By
-
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("no chromium and chromedriver on this machine")
-    server = subprocess.Popen([sys.executable, "demo.py", "--port", "7917"], cwd=runs.HERE)
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen("http://127.0.0.1:7917")
-                break
-            except OSError:
-                time.sleep(1)
-        options = webdriver.ChromeOptions()
-        for a in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"):
-            options.add_argument(a)
-        options.binary_location = shutil.which("chromium")
-        browser = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        try:
-            browser.implicitly_wait(60)
-            browser.get("http://127.0.0.1:7917")
-            image = browser.find_element(By.CSS_SELECTOR, "#frame img")
-            time.sleep(2)
-            ActionChains(browser).move_to_element_with_offset(image, -40, -10).click().perform()
-            time.sleep(2)
-            status = browser.find_element(By.CSS_SELECTOR, "#status textarea")
-            assert status.get_attribute("value").startswith("Frame 0: add")
-            # A drag from (20, 30) to (60, 70) of the frame is a box, and its last click is none.
-            corners = browser.execute_script(
-                """const i = document.querySelector("#frame img"), r = i.getBoundingClientRect();
-                let s = Math.min(r.width / i.naturalWidth, r.height / i.naturalHeight);
-                if (getComputedStyle(i).objectFit === "scale-down") s = Math.min(s, 1);
-                return [20, 60].map(x => r.left + r.width / 2 + (x - i.naturalWidth / 2) * s).concat(
-                    [30, 70].map(y => r.top + r.height / 2 + (y - i.naturalHeight / 2) * s));"""
-            )
-            x1, x2, y1, y2 = (round(v) for v in corners)
-            actions = ActionBuilder(browser)
-            actions.pointer_action.move_to_location(x1, y1).pointer_down().move_to_location(x2, y2).pointer_up()
-            actions.perform()
-            expect(status, "Frame 0: box")
-            time.sleep(2)
-            told = status.get_attribute("value")
-            found = [int(v) for v in told.split("box ")[1].split(",")[0].replace("to ", "").split()]
-            assert np.abs(np.subtract(found, [20, 30, 60, 70])).max() <= 1, told
-            browser.find_element(By.ID, "propagate").click()
-            expect(status, "Round 1")
-        finally:
-            browser.quit()
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_the_appearance_is_fitted_anew_after_an_interaction():
 
 
 def test_where_the_object_is_looked_for():
-    m = Memory(Options(reach=1, lost=3))
+    m = Memory(Options(reach=1))
     value = torch.zeros(H, W)
     value[3, 4] = 0.5
     m.interact(Entry(0, unit(0), value, random(0, C + 1, H, W)))
@@ -170,19 +170,37 @@ def test_where_the_object_is_looked_for():
     told = torch.full((H, W), -1.0)
     told[0, 0] = 1
     assert m.region(told).sum() == 10 and bool(m.region(told)[0, 0])
-    m.add(Entry(1, unit(1), torch.full((H, W), 0.1)))  # nothing: from now on further around where it was last seen
-    assert m.lost and m.region().sum() == 7 * 7
-    m.add(Entry(2, unit(2), value))
-    assert not m.lost and m.region().sum() == 9
+    m.add(Entry(1, unit(1), torch.full((H, W), 0.1)))  # nothing: it is looked for where it was last seen
+    assert m.region().sum() == 9 and m.seen is None
+    m.add(Entry(2, unit(2), value.roll(2, 0)))
+    assert m.region().nonzero()[0].tolist() == [4, 3] and m.seen.frame == 2
+
+
+def test_what_is_not_near_is_found_anywhere():
+    """Two kinds of keys; the object jumps out of reach, hides for a frame, and comes back elsewhere."""
+    value = torch.zeros(H, W)
+    value[1:3, 1:3] = 1
+
+    def keys(mask: torch.Tensor) -> torch.Tensor:
+        return torch.stack([mask, 1 - mask])
+
+    m = Memory(Options(alpha=0, near=1, far=1, reach=1, tile=2))
+    m.interact(Entry(0, keys(value), value, None))
+    m.start(0)
+    for t, now in ((1, value.roll((4, 5), (0, 1))), (2, 0 * value), (3, value.roll(6, 1))):
+        found = m.answer(keys(now), None, t)
+        m.add(Entry(t, keys(now), found.sigmoid()))
+        assert torch.equal(found > 0, now > 0)
+    assert m.seen.frame == 3
 
 
 def test_outside_of_it_there_is_surely_nothing():
-    m = Memory(Options(reach=0, tile=1, alpha=50.0))
+    m = Memory(Options(reach=0, tile=1, alpha=0.0))
     value = torch.zeros(H, W)
     value[3, 4] = 1.0
     m.interact(Entry(0, unit(0), value, random(0, C + 1, H, W)))
     m.start(0)
-    answer = m.answer(unit(1), random(2, C + 1, H, W), 1)
+    answer = m.answer(unit(0), None, 1)
     rest = answer[answer != answer[3, 4]]
     assert len(rest) == H * W - 1 and torch.allclose(rest, torch.tensor(math.log(1e-3 / 0.999)), atol=1e-4)
 

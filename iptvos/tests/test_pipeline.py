@@ -1,5 +1,6 @@
 """Prompts, trackers, filter, session, segmenters, robot and readers; degenerate videos."""
 
+from lab import runs
 from lab.runs import UserError
 
 import cv2
@@ -18,7 +19,7 @@ from methods import METHODS
 from prompts import Interaction, Prompt
 from segmenters import sam as sam_module
 from segmenters.grabcut import GrabCut
-from segmenters.interface import Geometry
+from segmenters.interface import Geometry, share
 from segmenters.sam import Sam, SamSegmenter
 from session import Session, merge
 from trackers.boxes import FlowBox, NetworkBox
@@ -509,3 +510,61 @@ def test_copy_of_the_first_mask_on_a_real_sequence():
     copies = [v.truth[0]] * len(v.truth)  # method `copy` goes through low-resolution logits, this does not
     j, f = metrics.score(copies, v.truth, (1,))[1:, 0].mean(0)
     assert (round(j, 4), round(f, 4)) == (0.4040, 0.2525)
+
+
+# -------------------------------------------------------------------------------------------------- in your own code
+
+
+def test_segment_gives_label_maps_of_all_frames():
+    video = data.draw("pair", 2)
+    frames = video.frames[:5]
+    got = pipeline.segment(frames, video.truth[0])
+    assert len(got) == 5 and np.array_equal(got[0], video.truth[0])
+    for o in (1, 2):
+        both = (got[4] == o) & (video.truth[4] == o)
+        assert both.sum() > 0.5 * ((got[4] == o) | (video.truth[4] == o)).sum()
+    one = pipeline.segment(frames[:2], video.truth[0] == 1, method="memory")
+    assert set(np.unique(one[1])) == {0, 1}
+    for pictures, mask in (
+        (frames, np.zeros((96, 160), bool)),
+        (frames, video.truth[0][:50]),
+        ([frames[0], frames[1][:50]], video.truth[0]),
+    ):
+        with pytest.raises(ValueError, match="are asked for"):
+            pipeline.segment(pictures, mask)
+    with pytest.raises(UserError, match="--method"):
+        pipeline.segment(frames, video.truth[0], method="magic")
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5])
+def test_an_object_that_moves_by_its_own_size_each_frame_is_not_lost(seed):
+    """28 pixels a frame, an object of radius 15: its masks become worse, but they stay on it."""
+    video = data.draw("plain", seed, 5)
+    got = pipeline.segment(video.frames, video.truth[0])
+    j = [(a & b).sum() / (a | b).sum() for a, b in zip(got, video.truth, strict=True)]
+    assert min(j) > 0.1, np.round(j, 2)
+
+
+def test_the_snippet_of_the_readme_runs_as_it_stands():
+    """Its first part segments a video; its second reads the memory over features of any network: here torchvision's."""
+    import torchvision
+
+    readme = (runs.HERE / "README.md").read_text().split("## In your own code")[1]
+    code = readme.split("```python")[1].split("```")[0].strip()
+    assert len(code.splitlines()) <= 15
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*list(torchvision.models.resnet18().children())[:6]).eval()  # 128 channels, stride 8
+    video = data.draw("plain", 1)
+    video.frames, video.truth = video.frames[:4], video.truth[:4]
+
+    def network(frame):
+        with torch.inference_mode():
+            x = torch.from_numpy(frame).permute(2, 0, 1)[None].float() / 255
+            return net(torch.nn.functional.interpolate(x, scale_factor=3))[0]
+
+    value = share(video.truth[0] == 1, 8 / 3, (36, 60))
+    names = {"frames": video.frames, "mask": video.truth[0], "network": network, "value": value}
+    exec(code, names)
+    assert len(names["masks"]) == 4 and names["masks"][3].any()
+    there, truth = names["logits"] > 0, share(video.truth[3] == 1, 8 / 3, (36, 60)) > 0.5
+    assert (there & truth).sum() > 0.4 * (there | truth).sum()
