@@ -101,10 +101,12 @@ REAL = [
     ],
     ("R11", two("pgd", 20.0, 21.5, names=("V-AAER", "PGD-2")), HOLDS),
     ("R11", two("pgd", 20.0, 22.5, names=("V-AAER", "PGD-2")), FAILS),
-    ("R12", [("V-FGSM", 16, "pgd", 0.3), ("V-FGSM", 16, "fgsm", 60.0)], HOLDS),
-    ("R12", [("V-FGSM", 16, "pgd", 5.1), ("V-FGSM", 16, "fgsm", 60.0)], FAILS),
-    ("R13", [*two("pgd", 12.0, 1.0, 16), ("V-AAER", 16, "clean", 40.0)], HOLDS),
-    ("R13", [*two("pgd", 10.5, 1.0, 16), ("V-AAER", 16, "clean", 40.0)], FAILS),
+    ("R12", two("abnormal_final", 0.1, 0.2), HOLDS),
+    ("R12", two("abnormal_final", 0.2, 0.1), FAILS),
+    ("R13", [("V-FGSM", 16, "pgd", 0.3), ("V-FGSM", 16, "fgsm", 60.0)], HOLDS),
+    ("R13", [("V-FGSM", 16, "pgd", 5.1), ("V-FGSM", 16, "fgsm", 60.0)], FAILS),
+    ("R14", [*two("pgd", 12.0, 1.0, 16), ("V-AAER", 16, "clean", 40.0)], HOLDS),
+    ("R14", [*two("pgd", 10.5, 1.0, 16), ("V-AAER", 16, "clean", 40.0)], FAILS),
 ]
 
 
