@@ -200,7 +200,8 @@ $(HERE:%=reproduce-%): reproduce-%: env-%
 
 ## record-X                  takes finished planned runs at SCALE over into X/results, makes X/RESULTS.md and its figures
 $(HERE:%=record-%): record-%: env-%
-	cd $* && .venv/bin/python -m lab.tables --record --scale $(SCALE)
+	(cd $* && .venv/bin/python -m lab.tables --record --scale $(SCALE))
+	$(HELPER) findings write README.md $(TEN)
 
 ## smoke-X      smoke        every command of a folder once at the tiniest settings, from nothing; over all JOBS at a time
 $(HERE:%=smoke-%): smoke-%: env-%
@@ -288,6 +289,7 @@ lint: .tools/ruff-$(RUFF_VERSION)
 	for f in $(HERE); do ruff check $$f; ruff format --check $$f; done
 	ruff check --select E,F,I,UP,B,W --line-length 120 .ci; ruff format --line-length 120 --check .ci
 	$(HELPER) lint "$(HERE)" "$(FOLDERS)" $(TWINS) || status=1
+	$(HELPER) findings check README.md $(TEN) || status=1
 	$(SET_CACHE)
 	$(HELPER) wheels "$(UV)" $(HERE) || status=1
 	bash -n .ci/run || status=1
@@ -300,6 +302,7 @@ sync: python-ok
 
 ## report                    site/index.html: results, figures, claims, every run and its command, as pages
 report: .tools/site/.stamp
+	$(HELPER) findings write README.md $(TEN)
 	.tools/site/bin/python .ci/site/build.py site $(FOLDERS)
 	.tools/site/bin/python .ci/site/links.py site
 	echo "report: site/index.html"

@@ -254,6 +254,48 @@ def lacking(folder, run):
     return sorted(n["path"] for n in run["needs"] if not (place / n["path"]).exists())
 
 
+BEGIN, END = "<!-- findings: made by make record-X and make report -->", "<!-- end of findings -->"
+
+
+def table_of_findings(folders):
+    """A line a paper out of its committed report: the first sentence of its finding, the verdicts of its claims."""
+    names = {"holds": "hold", "does not hold": "do not hold"}
+    lines = ["| paper | what its records show | its claims |", "|---|---|---|"]
+    for folder in folders:
+        path = Path(folder, "results", "report.json")
+        if not path.is_file():
+            lines.append(f"| `{folder}` | no committed records | |")
+            continue
+        report = json.loads(path.read_text(encoding="utf-8"))
+        cells = [f"[`{folder}`]({folder}/RESULTS.md)", (report.get("finding") or ["see its claims"])[0]]
+        told = []
+        for scale in ("real", "paper", "demo"):
+            mine = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
+            counts = {w: mine.count(w) for w in ("holds", "does not hold", "undecided", "not measured") if w in mine}
+            if set(counts) - {"not measured"}:
+                words = ", ".join(f"{n} {names.get(w, w) if n > 1 else w}" for w, n in counts.items())
+                told.append(f"{scale}: {words}")
+        cells.append("; ".join(told))
+        lines.append("| " + " | ".join(x.replace("|", "\\|") for x in cells) + " |")
+    return "\n".join(lines)
+
+
+def findings(what, readme, *folders):
+    """`write`: puts the table of findings between its marks in README.md. `check`: says when it is stale."""
+    path = Path(readme)
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        return f"{readme}: its two marks {BEGIN} and {END} are not there once each"
+    before, rest = text.split(BEGIN)
+    new = f"{before}{BEGIN}\n{table_of_findings(folders)}\n{END}{rest.split(END)[1]}"
+    if new == text:
+        return ""
+    if what == "check":
+        return f"{readme}: its table of findings is not that of the committed records: make report"
+    path.write_text(new, encoding="utf-8")
+    return f"{readme}: table of findings made anew"
+
+
 def audit(*folders):
     """The runs of scale paper that have no records yet: commands, hours, data that is missing; then where paper and
     released code differ, with the switch that chooses and its effect."""
@@ -280,13 +322,12 @@ def audit(*folders):
 
 
 if __name__ == "__main__":
-    command = {f.__name__: f for f in (stamp, cache, wait, closing, count, together, lint, wheels, sync, audit)}[
-        sys.argv[1]
-    ]
+    known = stamp, cache, wait, closing, count, together, lint, wheels, sync, audit, findings
+    command = {f.__name__: f for f in known}[sys.argv[1]]
     answer = command(*sys.argv[2:])
     if answer:
         try:
             print(answer, flush=True)
         except BrokenPipeError:  # the reader left (`make audit | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(command in (lint, wheels) and bool(answer))
+    sys.exit((command in (lint, wheels) or sys.argv[1:3] == ["findings", "check"]) and bool(answer))

@@ -119,6 +119,7 @@ def part_and_at(f: pd.DataFrame) -> list[Difference]:
 
 CIFAR = {"dataset": "CIFAR-10", "setting": "eps=8/255"}
 FIGURE1 = {"table": "figure1", "ours": "AT low upper-left", "base": "AT low lower-right"}
+WHY = "a network that keeps eps only where it looks trades accuracy for robustness better"
 CLAIMS = [
     Claim(
         *("R1", "PART lies above AT's own trade-off of budgets: more PGD-20 at equal natural accuracy"),
@@ -128,15 +129,18 @@ CLAIMS = [
         *("R2", "With the map of another image PART lies lower above that trade-off: the map matters"),
         *("ours", "real", on_curve("PART", "PART shuffled")),
         control=True,
+        explanation=WHY,
     ),
     Claim(
         *("R3", "With its mean budget at every pixel it lies lower, too: where the budget lies matters"),
         *("ours", "real", on_curve("PART", "AT mean budget")),
         control=True,
+        explanation=WHY,
     ),
     Claim(
         *("R4", "With the map turned round it lies lower, too", "ours", "real", on_curve("PART", "PART inverted")),
         control=True,
+        explanation=WHY,
     ),
     Claim(
         *("R5", "At the published budgets natural accuracy rises and PGD-20 falls by at most 0.5 points", "main table"),
@@ -149,11 +153,13 @@ CLAIMS = [
         *("4", "PART keeps more PGD-20 than PART shuffled, natural within 0.5: the map matters", "ours", "demo"),
         beyond("PART shuffled"),
         control=True,
+        explanation=WHY,
     ),
     Claim(
         *("5", "PART keeps more PGD-20 than AT mean budget, natural within 0.5: where matters", "ours", "demo"),
         beyond("AT mean budget"),
         control=True,
+        explanation=WHY,
     ),
     Claim(
         *("6", "An epoch of PART takes at most 1.15 x the CPU time of AT's", "ours", "demo", cost),

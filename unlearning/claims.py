@@ -207,3 +207,19 @@ CLAIMS = [
     ),
     Claim("P6", "Llama-2-7B: the same", "reply tables", "paper", smaller_bar("Llama-2-7B-chat")),
 ]
+
+
+def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """What gradient ascent leaves of the rest before and after calibration, and of what it should forget."""
+    f = frames.get("demo", pd.DataFrame())
+    if not len(f):
+        return []
+    kept = raw(f, "GA", "retain"), calibrated(f, "GA", "retain")
+    left = raw(f, "GA", "unlearn"), calibrated(f, "GA", "unlearn")
+    if not all(map(len, (*kept, *left))):
+        return []
+    return [
+        f"On a small language model gradient ascent lowers the extraction strength of what it shall forget to "
+        f"{left[0].mean():.2f} and of all the rest to {kept[0].mean():.2f}; calibrated to keep nine tenths of the rest "
+        f"({kept[1].mean():.2f}) it leaves {left[1].mean():.2f} of what it shall forget."
+    ]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import front
 import yaml
 from cells import KEY, Makers, counts, e, place, table_html
 
@@ -98,6 +99,7 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
     lines = ["---", f"title: Results of {folder}", "---", "", f"# {report['title']}", ""]
     lines += ["[How it was built](readme.md) · [every run and its command](runs.md) · "]
     lines += ["[where paper and released code differ](../differences.md)", "", *reproduced(Path(folder)), ""]
+    lines += [f"**{' '.join(map(e, report['finding']))}**", ""] if report.get("finding") else []
     lines += ["## Claims", "", "| | claim | source | scale | numbers | verdict |", "|---|---|---|---|---|---|"]
     for c in report["claims"]:
         look = {"holds": "held", "does not hold": "failed", "undecided": "open"}.get(c["verdict"], "")
@@ -118,13 +120,13 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
             ]
             lines += [f"{n['agree']} within, {n['outside']} outside, {n['alone']} without a printed number.", ""]
         lines += [provenance(report, scale), ""]
+        for f in (f for f in report["figures"] if f["scale"] == scale):
+            lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
         makers = Makers(report, scale)
         for t in tables:
             own = f" Tolerance {t['tolerance']:g}." if t["tolerance"] is not None else ""
             lines += [f"### {t['title']}", "", t["note"] + own, ""]
             lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t, makers), ""]
-        for f in (f for f in report["figures"] if f["scale"] == scale):
-            lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
     return "\n".join(lines)
 
 
@@ -186,85 +188,14 @@ def record_file(folder: str, scale: str, name: str, docs: Path) -> str:
     return f"records/{target.name}"
 
 
-def claims_held(report: dict, scale: str) -> str:
-    verdicts = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
-    if not verdicts:
-        return "none stated"
-    counts = {v: verdicts.count(v) for v in ("holds", "does not hold", "undecided", "not measured")}
-    return ", ".join(f"{n} {v}" for v, n in counts.items() if n)
-
-
-def front_row(folder: str, title: str, report: dict) -> str:
-    n = counts(report)
-    paper = report["runs"].get("paper", {}).values()
-    ready = sum(not r["records"] and not lacking(folder, r) for r in paper)
-    cells = [f"[**{folder}**]({folder}/index.md): {title}", *(claims_held(report, s) for s in SCALES)]
-    cells += [n["cells"], n["printed"], n["cells"] - n["missing"], n["agree"], n["outside"]]
-    cells += [f"{sum(r['records'] > 0 for r in paper)} / {ready} / {len(paper)}"]
-    told = []
-    for scale in SCALES:
-        runs = [r for r in report["runs"].get(scale, {}).values() if r["records"]]
-        variants = sorted({d.rpartition("(")[2].rstrip(")") for r in runs for d in r["data"]})
-        machines = sorted({d for r in runs for d in r["devices"]})
-        told += (
-            [f"{scale}: data {e(', '.join(variants))}; {e(', '.join(machines))}; {commits(runs)[0]}"] if runs else []
-        )
-    return "| " + " | ".join(map(str, [*cells, "<br>".join(told)])) + " |"
-
-
-FRONT = """\
----
-hide: [navigation, toc]
----
-
-# Ten papers, reproduced
-
-Printed numbers beside measured ones, and the run behind each. A paper's page has its claims and tables, its page of
-runs the command, cost, missing data and records of each. [Differences](differences.md) says where paper and released
-code differ, by which switch one chooses, and what that is worth.
-
-{table}
-
-* **Claims**: differences that the paper states or implies, each with a threshold, judged by their 95 % interval; the
-  paper's page has the numbers. Scale real: public data and small real networks. Scale demo is small and needs no data:
-  its numbers are not the paper's.
-* **Cells**: those of the paper's tables, and of tables of other sources that are quoted beside them. **Printed**: the
-  printed number is known. **Measured**: there are records of scale paper; they are **within** or **outside** the
-  tolerance that the paper's page states.
-* **Runs** behind the paper's tables: with records / ready, that is with all their data and weights here, but without
-  records / in all.
-* **Records**: variant of the data (`paper`: the paper's; `generated`: made here; `wheel`: real data out of a Python
-  package), machine, day and commit of the newest code that made some; `+changes`: not all of that was committed.
-
-## A printed number that is missing
-
-Fill in the value of the cell's line in `X/paper.csv`, or add a line if it has none:
-
-```csv
-table,dataset,setting,method,metric,value,std,unit,source
-```
-
-`source` says where it is printed. Then `make record-X report`; nothing is run again.
-A malformed line is named by its number.
-"""
-
-
-def front(folders: list[str], reports: dict[str, dict | None]) -> str:
+def front_page(folders: list[str], reports: dict[str, dict | None]) -> str:
     readme = Path("README.md").read_text(encoding="utf-8")
     titles = dict(re.findall(r"^\| \[?`(\w+)`\]?(?:\(\w+\))? \| (.*?) \|", readme, re.M))
-    head = ["paper", *(f"claims, {s}" for s in SCALES), "cells", "printed", "measured", "within"]
-    head += ["outside", "runs: recorded / ready / all", "records"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for folder in folders:
-        title, report = titles.get(folder, ""), reports.get(folder)
-        if not Path(folder, "requirements.in").is_file():
-            lines.append(f"| **{folder}**: {title} | not here yet |" + " |" * 9)
-        elif report is None:
-            told = f"no committed records: `make reproduce-{folder} record-{folder}`"
-            lines.append(f"| [**{folder}**]({folder}/index.md): {title} | {told} |" + " |" * 9)
-        else:
-            lines.append(front_row(folder, title, report))
-    return FRONT.replace("{table}", "\n".join(lines))
+    there = [f for f in folders if Path(f, "requirements.in").is_file()]
+    plain = {f: re.sub(r"[*_]", "", titles.get(f, "")) for f in there}
+    cards = "\n".join(front.card(f, plain[f], reports[f], date) for f in there)
+    out = front.FRONT.replace("{cards}", cards).replace("{controls}", front.controls(there, reports))
+    return out.replace("{measured}", front.measured(there, reports, lacking))
 
 
 def section(folder: str, heading: str) -> str:
@@ -319,7 +250,11 @@ def main() -> None:
         nav.append({folder: pages})
     (docs / "differences.md").write_text(differences(folders, reports), encoding="utf-8")
     nav.insert(1, {"Differences": "differences.md"})
-    (docs / "index.md").write_text(front(folders, reports), encoding="utf-8")
+    if Path("CONTRIBUTING.md").is_file():
+        text = Path("CONTRIBUTING.md").read_text(encoding="utf-8")
+        (docs / "contributing.md").write_text(without_links(text), encoding="utf-8")
+        nav.append({"Contributing": "contributing.md"})
+    (docs / "index.md").write_text(front_page(folders, reports), encoding="utf-8")
     shutil.copy(HERE / "style.css", docs / "style.css")
     # From the file system the theme would fetch a stand-in for Worker from a CDN, unless there is one of this name.
     shutil.copy(HERE / "iframe-worker.js", docs / "iframe-worker.js")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import build
+import front
 import links
 import pytest
 from test_cells import cell, measured, run, table
@@ -80,17 +81,37 @@ def text(path: Path) -> str:
     return " ".join(words.replace("¶", "").split())
 
 
-def test_front_page_counts(place):
+def test_front_page(place):
     page = text(place / "index.html")
-    row = re.search(r"one : First paper (.*?) two :", page)[1]
-    verdicts = "1 undecided 1 holds, 1 does not hold, 1 not measured 1 not measured"
-    assert row.startswith(f"{verdicts} 2 2 1 1 0 1 / 1 / 3 ")
-    assert "demo: data generated; &lt;script&gt;y&lt;/script&gt;; date not known ffffffffff" in row
-    assert "paper: data half; CPU; date not known 0000000000+changes" in row
-    assert (
-        "two : Second no committed records: make reproduce-two record-two" in page and "three : 3 not here yet" in page
+    assert "one First paper" in page and "two Second No committed records." in page
+    assert "1 holds, 1 does not hold, 1 not measured" in page  # the bar of scale demo
+    assert "paper: d (half); day not known" in page and not (place / "three").exists()
+    row = re.search(r"outside runs: recorded / ready / all (one .*?) two", page)[1]
+    assert row == "one 2 2 1 1 0 1 / 1 / 3"
+    assert 'src="one/figures/' in (place / "index.html").read_text()
+
+
+def test_controls_stand_beside_the_explanation_that_they_could_break():
+    def claim(**changes):
+        base = {
+            "id": "1",
+            "text": "with <other> maps",
+            "source": "ours",
+            "scale": "demo",
+            "numbers": "+1",
+            "control": True,
+        }
+        return {**base, "verdict": "holds", "explanation": "maps matter", **changes}
+
+    def told(*claims):
+        return front.controls(["one"], {"one": {"claims": list(claims)}})
+
+    page = told(
+        claim(), claim(scale="real", text="real one", verdict="undecided"), claim(control=False, text="no control")
     )
-    assert not (place / "three").exists()
+    assert "real one" in page and "with" not in page and "no control" not in page  # of the best scale alone
+    assert "with &lt;other&gt; maps" in told(claim(), claim(scale="real", verdict="not measured"))
+    assert told(claim(explanation="")) == told() == "No control was measured yet."
 
 
 def test_a_papers_page(place):
@@ -168,3 +189,33 @@ def test_the_newest_commit_is_named_with_its_own_day(monkeypatch):
     monkeypatch.setattr(build, "date", days.get)
     told = build.commits([run(commits=["f" * 40]), run(commits=["a" * 40 + "+changes"])])
     assert told == ["2026-01-02 `aaaaaaaaaa+changes`", "2026-01-01 `ffffffffff`"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
+@pytest.mark.parametrize("page", ["index.html", "one/index.html", "one/runs.html", "differences.html"])
+@pytest.mark.parametrize("scheme", [0, 1])  # dark, light
+def test_pages_fit_a_phone_and_follow_the_systems_colours(place, tmp_path, page, scheme):
+    shutil.copytree(place, tmp_path / "site")
+    path = tmp_path / "site" / page
+    look = "<script>onload = () => { const d = document; d.title = [d.documentElement.scrollWidth - innerWidth, "
+    look += "d.body.dataset.mdColorScheme, innerWidth].join(' ') }</script></body>"
+    path.write_text(path.read_text().replace("</body>", look))
+    words = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--blink-settings=preferredColorScheme={scheme}",
+    ]
+    words += [
+        "--window-size=500,900",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    dom = subprocess.run([*words, path.as_uri()], capture_output=True, text=True, timeout=180).stdout
+    wider, found, _ = re.search(r"<title>(\S+ \S+ \S+)</title>", dom)[1].split()
+    assert int(wider) <= 0 and found == ("default" if scheme else "slate")

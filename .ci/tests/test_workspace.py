@@ -266,3 +266,28 @@ def test_a_cluster_is_not_limited_by_the_machine_that_submits():
 @pytest.mark.parametrize("script", ["run", "test-slurm"])
 def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / script]).returncode == 0
+
+
+def test_the_readmes_table_of_findings_is_that_of_the_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "one" / "results"
+    results.mkdir(parents=True)
+    claims = [{"scale": "demo", "verdict": v} for v in ("holds", "holds", "undecided")]
+    claims += [{"scale": "real", "verdict": "not measured"}, {"scale": "paper", "verdict": "does not hold"}]
+    (results / "report.json").write_text(json.dumps({"claims": claims, "finding": ["A | B.", "More."]}))
+    (tmp_path / "README.md").write_text(f"a\n{workspace.BEGIN}\nold\n{workspace.END}\nb\n")
+    assert "is not that of the committed records" in workspace.findings("check", "README.md", "one", "two")
+    assert "old" in (tmp_path / "README.md").read_text()
+    assert workspace.findings("write", "README.md", "one", "two")
+    text = (tmp_path / "README.md").read_text()
+    line = "| [`one`](one/RESULTS.md) | A \\| B. | paper: 1 does not hold; demo: 2 hold, 1 undecided |"
+    assert (
+        line in text
+        and "| `two` | no committed records | |" in text
+        and text.startswith("a\n")
+        and text.endswith("b\n")
+    )
+    assert workspace.findings("check", "README.md", "one", "two") == ""
+    assert workspace.findings("write", "README.md", "one", "two") == ""
+    (tmp_path / "README.md").write_text("no marks")
+    assert "not there once each" in workspace.findings("check", "README.md", "one")

@@ -67,9 +67,14 @@ def provenance(found: list[dict]) -> list[str]:
     ]
 
 
+def finding(frames: dict) -> list[str]:
+    """The folder's own sentences on what its records show; the first has to stand alone, on the report's front page."""
+    return list(claims.bottom_line(frames)) if hasattr(claims, "bottom_line") else []
+
+
 def bottom_line(said: list[dict], found: dict[str, list[dict]], frames: dict, measured: int, total: int) -> str:
     """What was shown, on which data, over how many seeds, and what of the paper's tables was measured."""
-    sentences = list(claims.bottom_line(frames)) if hasattr(claims, "bottom_line") else []
+    sentences = finding(frames)
     for scale, mine in found.items():
         if mine:
             sets = sorted({r["data"]["name"] for r in mine})
@@ -135,6 +140,7 @@ def page(root: Path, found: dict[str, list[dict]], pictures: list[dict], target:
     report = {"folder": root.name, "title": description["title"], "claims": said, "tables": [], "figures": pictures}
     report["runs"] = {s: described_runs(description, s, found[s]) for s in found}
     report["differences"] = differences.described(description, frames)
+    report["finding"] = finding(frames)
 
     body, measured, total = [], 0, 0
     for s in found:

@@ -121,6 +121,9 @@ class Claim:
     """Not in the paper: what could break its explanation."""
     timed: bool = False
     """Of times or memory: another machine may judge otherwise, so a rerun's verdict is not compared."""
+    explanation: str = ""
+    """Of a control: the paper's explanation that it could break, in a few words. The report's front page sets both
+    side by side."""
 
     def judge(self, frame: pd.DataFrame) -> tuple[str, str]:
         """(verdict, the numbers as text)."""
@@ -157,7 +160,7 @@ def judged(claims: list[Claim], frames: dict[str, pd.DataFrame]) -> list[dict]:
     for claim in claims:
         verdict, numbers = claim.judge(frames[claim.scale]) if claim.scale in frames else (UNKNOWN, "")
         said = {"id": claim.id, "text": claim.text, "source": claim.source, "scale": claim.scale}
-        said |= {"control": claim.control, "timed": claim.timed}
+        said |= {"control": claim.control, "timed": claim.timed, "explanation": claim.explanation}
         out.append({**said, "numbers": numbers, "verdict": verdict})
     return out
 

@@ -64,6 +64,9 @@ def test_recording_makes_the_page_of_all_committed_records_and_the_same_one_twic
     finished(root, "demo", "small-m1", *two("demo", "small"))
     tables.record(root, "demo")
     assert "2 runs" not in tables.record(root, "paper")
+    report = json.loads((root / "results" / "report.json").read_text())
+    assert report["finding"] == ["First of all."]
+    assert [c["explanation"] for c in report["claims"]] == ["", "because of d"]
     text = (root / "RESULTS.md").read_text()
     order = ("First of all.", "## Claims", "## Scale demo", "## Scale paper")
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)

@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
     )
     claims = [
         Claim("A", "f1 is above 40", "Table 1", "paper", fifty),
-        Claim("d", "a | b", "Table 1", "demo", fifty, control=True),
+        Claim("d", "a | b", "Table 1", "demo", fifty, control=True, explanation="because of d"),
     ]
     monkeypatch.setattr(tables.claims, "CLAIMS", claims)
     monkeypatch.setattr(tables.claims, "bottom_line", lambda frames: ["First of all."], raising=False)
@@ -64,6 +64,9 @@ def test_recording_makes_the_page_of_all_committed_records_and_the_same_one_twic
     finished(root, "demo", "small-m1", *two("demo", "small"))
     tables.record(root, "demo")
     assert "2 runs" not in tables.record(root, "paper")
+    report = json.loads((root / "results" / "report.json").read_text())
+    assert report["finding"] == ["First of all."]
+    assert [c["explanation"] for c in report["claims"]] == ["", "because of d"]
     text = (root / "RESULTS.md").read_text()
     order = ("First of all.", "## Claims", "## Scale demo", "## Scale paper")
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
