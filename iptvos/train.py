@@ -122,7 +122,8 @@ class Training:
             part, _, key = name.partition(".")
             parts.setdefault(part, {})[key] = value
         checkpoints.restore_module(self.sam, parts["model"], path)
-        checkpoints.restore_optimizer(self.optimizer, parts["optimizer"], path, step > 0)
+        # Weights of prompts that no picture has had so far have no gradient yet, and so no state.
+        checkpoints.restore_optimizer(self.optimizer, parts["optimizer"], path, began=False)
         self.step = step
         return checkpoints.seconds(meta, path)
 

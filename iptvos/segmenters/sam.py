@@ -10,7 +10,7 @@ from lab.runs import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer, image_encoder
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
@@ -28,6 +28,18 @@ def send(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on a device, without waiting for what the device is still doing."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def relative_positions(q: int, k: int, table: Tensor) -> Tensor:
+    """The library's table of relative positions (q, k, C), looked up where the table lies: its own indices are made on
+    the CPU, and each look-up would wait for the device."""
+    if q != k or len(table) != 2 * q - 1:
+        return library_positions(q, k, table)
+    i = torch.arange(q, device=table.device)
+    return table[i[:, None] - i[None, :] + q - 1]
+
+
+library_positions, image_encoder.get_rel_pos = image_encoder.get_rel_pos, relative_positions
 
 
 class Prompts(PromptEncoder):

@@ -22,6 +22,7 @@ import claims
 import demo
 import eval
 import pipeline
+import settings
 import train
 
 TINY = ["--videos", "plain", "pair", "--frames", "5", "--rounds", "2", "--seeds", "0", "1"]
@@ -117,6 +118,34 @@ def test_training_resumes_to_the_same_bits_and_its_weights_segment(monkeypatch, 
     weights = tmp_path / "a" / "seed0" / "model.safetensors"
     call(eval, monkeypatch, *TINY, "--segmenter", "tiny", "--weights", weights, "--out", tmp_path / "c")
     assert len(records(tmp_path / "c")) == 4
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path, monkeypatch):
+    given = settings.TrainSettings(steps=4, batch=1)
+    t, path = train.Training(given, 0, torch.device("cpu")), tmp_path / "c.safetensors"
+    t.step = 2
+    t.save(path, 1.5)
+    assert train.Training(given, 0, torch.device("cpu")).load(path) == 1.5
+
+    def refused(match: str, s=given, seed: int = 0) -> None:
+        with pytest.raises(UserError, match=match):
+            train.Training(s, seed, torch.device("cpu")).load(path)
+
+    refused("other settings", settings.TrainSettings(steps=4, batch=1, lr=2e-3))
+    refused("other settings", seed=1)
+    drawn = train.picture
+    monkeypatch.setattr(train, "picture", lambda rng: (255 - drawn(rng)[0], *drawn(rng)[1:]))
+    refused("other pictures")
+    monkeypatch.setattr(train, "picture", drawn)
+    tensors, meta = runs.read_tensors(path)
+    for step in ("-1", "4", "x"):
+        runs.write_tensors(path, tensors, {**meta, "step": step})
+        refused("step is")
+    name = "model.mask_decoder.iou_token.weight"
+    runs.write_tensors(path, {**tensors, name: tensors[name] * float("nan")}, meta)
+    refused("not finite")
+    runs.write_tensors(path, {k: v for k, v in tensors.items() if k != name}, meta)
+    refused("is missing")
 
 
 def again(args, out) -> None:

@@ -283,6 +283,24 @@ def test_sam_decodes_objects_together_as_one_by_one():
         assert torch.allclose(low, alone[0], atol=1e-4) and quality == pytest.approx(alone[1], abs=1e-5)
 
 
+def test_choices_that_do_not_wait_are_those_of_the_library():
+    """The prompt encoder by `where` and the table of relative positions on the device, against segment-anything's."""
+    from segment_anything.modeling import PromptEncoder
+
+    torch.manual_seed(0)
+    sam = Sam("tiny")
+    own, theirs = sam.prompt_encoder, PromptEncoder(64, (16, 16), (256, 256), mask_in_chans=16)
+    theirs.load_state_dict(own.state_dict())
+    points, labels = torch.rand(3, 5, 2) * 256, torch.tensor([[1, 0, -1, 1, 0]] * 3)
+    box = torch.tensor([[10.0, 20, 90, 80]] * 3)
+    for given in ({"points": (points, labels), "boxes": None}, {"points": (points, labels), "boxes": box}):
+        a, b = (encoder(**given, masks=None)[0] for encoder in (own, theirs))
+        assert torch.equal(a, b)
+    table = torch.randn(27, 8)
+    assert torch.equal(sam_module.relative_positions(14, 14, table), sam_module.library_positions(14, 14, table))
+    assert sam_module.relative_positions(14, 7, table).shape == (14, 7, 8)
+
+
 def test_hq_decoder_is_sam_plus_its_token():
     torch.manual_seed(0)
     sam = Sam("hq_vit_b", 64).eval()  # the published architecture on a small picture
