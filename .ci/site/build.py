@@ -84,6 +84,13 @@ def without_links(text: str, images: str = "") -> str:
     return re.sub(r"!\[([^\]]*)\]\((?!https?:)([^)]*/)?([^)/]+)\)", rf"![\1]({images}\3)", text)
 
 
+def figures(report: dict, scale: str | None) -> list[str]:
+    lines = []
+    for f in (f for f in report["figures"] if f["scale"] == scale):
+        lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
+    return lines
+
+
 def results_page(folder: str, report: dict | None, docs: Path) -> str:
     here = docs / folder
     pictures = sorted(Path(folder, "results", "figures").glob("*.png"))
@@ -100,13 +107,9 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
     lines += ["[How it was built](readme.md) · [every run and its command](runs.md) · "]
     lines += ["[where paper and released code differ](../differences.md)", "", *reproduced(Path(folder)), ""]
     lines += [f"**{' '.join(map(e, report['finding']))}**", ""] if report.get("finding") else []
-    lines += ["## Claims", "", "| | claim | source | scale | numbers | verdict |", "|---|---|---|---|---|---|"]
-    for c in report["claims"]:
-        look = {"holds": "held", "does not hold": "failed", "undecided": "open"}.get(c["verdict"], "")
-        said = f"Control: {c['text']}" if c.get("control") else c["text"]
-        cells = [c["id"], said, c["source"], c["scale"], c["numbers"]]
-        shown = " | ".join(e(x).replace("|", "\\|") for x in cells)
-        lines.append(f'| {shown} | <span class="{look}">{c["verdict"]}</span> |')
+    first = next((x for x in front.SCALES if any(f["scale"] == x for f in report["figures"])), None)
+    lines += figures(report, first)
+    lines += ["## Claims", "", front.claims(report["claims"]), ""]
     for scale, title in SCALES.items():
         tables = [t for t in report["tables"] if t["scale"] == scale]
         if not tables:
@@ -120,8 +123,7 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
             ]
             lines += [f"{n['agree']} within, {n['outside']} outside, {n['alone']} without a printed number.", ""]
         lines += [provenance(report, scale), ""]
-        for f in (f for f in report["figures"] if f["scale"] == scale):
-            lines += [f"![{f['caption']}](figures/{Path(f['path']).name})", "", f"*{f['caption']}*", ""]
+        lines += figures(report, scale) if scale != first else []
         makers = Makers(report, scale)
         for t in tables:
             own = f" Tolerance {t['tolerance']:g}." if t["tolerance"] is not None else ""

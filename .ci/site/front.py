@@ -86,8 +86,24 @@ def controls(folders: list[str], reports: dict[str, dict | None]) -> str:
             )
     if not rows:
         return "No control was measured yet."
-    head = "".join(f"<th>{x}</th>" for x in ("paper", "its explanation", "control", "measured", "verdict"))
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    return table(("paper", "its explanation", "control", "measured", "verdict"), rows)
+
+
+def claims(said: list[dict]) -> str:
+    """The claims and controls of a paper, those of the scale that tells most first."""
+    rows = []
+    for c in sorted(said, key=lambda c: SCALES.index(c["scale"]) if c["scale"] in SCALES else len(SCALES)):
+        what = f"Control: {c['text']}" if c.get("control") else c["text"]
+        where = f"<small>{e(c['scale'])}; {e(c['source'])}</small>"
+        look = f'<span class="{WORDS[c["verdict"]]}">{e(c["verdict"])}</span>'
+        rows.append(
+            f"<tr><td>{e(c['id'])}</td><td>{e(what)}<br>{where}</td><td>{e(c['numbers'])}</td><td>{look}</td></tr>"
+        )
+    return table(("", "claim", "mean ± 95 % interval", "verdict"), rows)
+
+
+def table(head: tuple[str, ...], rows: list[str]) -> str:
+    body = f"<thead><tr>{''.join(f'<th>{x}</th>' for x in head)}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="wide"><table class="cells words">{body}</table></div>'
 
 
