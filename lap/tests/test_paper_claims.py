@@ -77,6 +77,23 @@ CASES = [
         )
         for after in (2.65, 0.9)
     ],
+    *[
+        (
+            *(claim, CIFAR),
+            [
+                *pair("clean", eps, (f"{k}-LAP", clean), (f"{k}-FGSM", 50.0)),
+                *pair("pgd", eps, (f"{k}-LAP", 29.5), (f"{k}-FGSM", 30.0)),
+            ],
+            ok,
+        )
+        for claim, k, eps in (("R9", "R", E8), ("R10", "R", E16), ("R11", "N", E16))
+        for clean, ok in ((49.5, True), (48.5, False))
+    ],
+    *[
+        (claim, CIFAR, pair("pgd", E16, ("R-LAP", 20.0), (f"R-LAP-{other}", pgd)), ok)
+        for claim, other in (("R12", "uniform"), ("R13", "reversed"))
+        for pgd, ok in ((17.5, True), (18.5, False))
+    ],
     ("A", CIFAR, base("R-FGSM", E16, 1.0, 80.0, 70.0), True),
     ("A", CIFAR, base("R-FGSM", E16, 20.0, 40.0, 60.0), False),
     ("B", CIFAR, pair("pgd", E16, ("R-LAP", 28.0), ("R-FGSM", 1.0)), True),
