@@ -12,13 +12,17 @@ from lab import runs
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import crstm
 import data
 import metrics
 import prompts
+from features import lite0
 from methods import METHODS
+from segmenters.first import masks as first_masks
 from segmenters.grabcut import GrabCut
+from segmenters.interface import share
 from segmenters.sam import Sam, SamSegmenter
 from session import Session
 from trackers.boxes import FlowBox
@@ -46,26 +50,24 @@ def clock(function, repeats: int, times: int = 3) -> float:
     return best
 
 
-def plain_read(key, frame, length, centre, entries, o, region):
-    """The same formula in one piece: every query cell against every cell of every stored frame, then one top-k."""
-    c, h, w = key.shape
-    x, y = crstm.places(h, w, key)
+def plain_read(key, entries, where, o):
+    """The same formula in one piece: every query cell against every cell of every stored frame, what is too far from
+    its tile at minus infinity, one softmax."""
+    d, h, w = key.shape
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    top, left = y // o.tile * o.tile, x // o.tile * o.tile
     parts, values = [], []
-    for e in entries:
-        s = key.reshape(c, -1).T @ e.key.reshape(c, -1) / o.tau
-        dx = x[:, None] - x[None] - (centre[0] - e.centre[0])
-        dy = y[:, None] - y[None] - (centre[1] - e.centre[1])
-        s = s + np.log(e.weight) - o.decay * abs(frame - e.frame) / length - (dx**2 + dy**2) / (2 * o.sigma**2)
-        s[(dx.abs() > o.window) | (dy.abs() > o.window)] = -np.inf
-        parts.append(s)
-        values.append(e.value.reshape(1, -1).expand(h * w, -1))
-    s, i = torch.cat(parts, 1).topk(o.top, 1)
-    a = (s - s.max(1, keepdim=True).values.clamp_min(-1e30)).exp()
-    out = ((a * torch.cat(values, 1).gather(1, i)).sum(1) / a.sum(1).clamp_min(1e-12)).view(h, w)
-    inside = torch.zeros_like(out)
-    x0, y0, x1, y1 = region
-    inside[y0:y1, x0:x1] = out[y0:y1, x0:x1]
-    return inside
+    for e, around in entries:
+        s = key.reshape(d, -1).T @ e.key.reshape(d, -1) / o.tau
+        near_y = (y[None] >= (top - around)[:, None]) & (y[None] < (top + o.tile + around)[:, None])
+        near_x = (x[None] >= (left - around)[:, None]) & (x[None] < (left + o.tile + around)[:, None])
+        parts.append(s.masked_fill_(~(near_x & near_y), -torch.inf))
+        values.append(e.value.reshape(-1))
+    out = (torch.cat(parts, 1).softmax(1) @ torch.cat(values)).view(h, w)
+    tiles = F.max_pool2d(where[None, None].float(), o.tile, o.tile, ceil_mode=True)
+    inside = F.interpolate(tiles, scale_factor=o.tile)[0, 0, :h, :w] > 0
+    return torch.where(inside, out, out.new_zeros(()))
 
 
 def main() -> None:
@@ -82,20 +84,19 @@ def main() -> None:
     box = prompts.box_of(video.truth[1] == 1)
     points = prompts.select(mask, 16, "kmedoids", rng)
     ask = prompts.Prompt(points, np.ones(len(points), int), box)
-    h, w = e.geometry.valid
-    centre = tuple(float(v) for v in (box[:2] + box[2:]) / 2 * e.geometry.scale)
-    region = np.r_[
-        np.floor(prompts.grow(box, 0.5)[:2] * e.geometry.scale),
-        np.ceil(prompts.grow(box, 0.5)[2:] * e.geometry.scale) + 1,
-    ]
-    region = tuple(int(v) for v in np.clip(region, 0, [w, h, w, h]))
-    o = crstm.Options()
-    stored = [
-        crstm.Entry(
-            t, cut.encode(frames[t]).key, torch.rand(h, w, generator=torch.Generator().manual_seed(t)), 0.9, centre
-        )
-        for t in (k % s.frames for k in range(2 if s.smoke else s.entries))
-    ]
+    network = lite0("cpu")
+    f, cell = network(frames[1])
+    basis, o = crstm.Basis.of(f, crstm.Options().dim), crstm.Options()
+    key, vector = basis.key(f), basis.vector(f)
+    memory = crstm.Memory(o)
+    for t in range(min(s.entries, s.frames)):
+        g, _ = network(frames[t])
+        value = share(video.truth[t] == 1, cell, key.shape[1:])
+        memory.interact(crstm.Entry(t, basis.key(g), value, basis.vector(g)))
+    memory.start(1)
+    for t in range(2, min(5, s.frames)):
+        memory.add(memory.interacted[t] if t in memory.interacted else memory.interacted[0])
+    where, stored = memory.region(), memory.entries(1)
 
     def boxed() -> None:
         b = FlowBox()
@@ -104,23 +105,25 @@ def main() -> None:
 
     print(f"stage, milliseconds a frame of {size[1]} x {size[0]}, one thread")
     for name, function in (
-        ("encode (GrabCut's keys)", lambda: cut.encode(frames[1])),
+        ("features, EfficientNet-Lite0", lambda: network(frames[1])),
+        ("keys and vectors", lambda: (basis.key(f), basis.vector(f))),
         ("16 points, Lucas-Kanade", lambda: LucasKanade().track(frames, [0, 1], points)),
         ("box, start and step", boxed),
         ("GrabCut decode", lambda: cut.decode(e, [ask])),
-        (f"memory read, {len(stored)} frames", lambda: crstm.read(e.key, 1, s.frames, centre, stored, o, region)),
+        (f"memory, {len(stored)} frames", lambda: memory.answer(key, vector, 1)),
+        ("clicks to a mask", lambda: first_masks(frames[1], f, cell, prompts.Interaction(box=box))),
         ("J and F", lambda: metrics.score([video.truth[1]], [video.truth[0]], (1,))),
     ):
         print(f"  {name:28s} {1000 * clock(function, repeats):9.2f}")
 
-    fast = crstm.read(e.key, 1, s.frames, centre, stored, o, region)
-    slow = plain_read(e.key, 1, s.frames, centre, stored, o, region)
+    fast, slow = crstm.read(key, stored, where, o), plain_read(key, stored, where, o)
     gap = float((fast - slow).abs().max())
-    a = clock(lambda: crstm.read(e.key, 1, s.frames, centre, stored, o, region), repeats)
-    b = clock(lambda: plain_read(e.key, 1, s.frames, centre, stored, o, region), 1, 1)
+    a, b = (
+        clock(lambda: crstm.read(key, stored, where, o), repeats),
+        clock(lambda: plain_read(key, stored, where, o), 1, 1),
+    )
     print(
-        f"memory read: windowed {1000 * a:.1f} ms, full affinity {1000 * b:.1f} ms, {b / a:.1f} x; "
-        f"largest difference "
+        f"memory read: by tiles {1000 * a:.1f} ms, full affinity {1000 * b:.1f} ms, {b / a:.1f} x; largest difference "
         f"{gap:.1e}"
     )
 

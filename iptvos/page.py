@@ -158,9 +158,8 @@ def build(tabs: Tabs, video, ids: tuple[int, ...], folder: Path, told: str):
             with gr.Column(scale=3):
                 image = gr.Image(video.frames[0], interactive=False, show_label=False, elem_id="frame", format="png")
                 frame = gr.Slider(0, max(last, 1), 0, step=1, label="Frame", elem_id="slider")
-                strip = gr.Image(
-                    None, interactive=False, label="Confidence a frame (red: look there)", elem_id="strip", format="png"
-                )
+                gr.Markdown("Confidence of each frame, red is low, blue was yours; a click goes there:")
+                strip = gr.Image(None, interactive=False, show_label=False, elem_id="strip", format="png", buttons=[])
                 box = gr.Textbox(elem_id="drag", show_label=False)
                 said = gr.Textbox(label="Status", value="Mark an object.", interactive=False, elem_id="status")
             with gr.Column(scale=1):

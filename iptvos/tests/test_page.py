@@ -293,7 +293,7 @@ def drive(browser, By, ActionChains, ActionBuilder, folder: Path) -> None:
         let s = Math.min(r.width / i.naturalWidth, r.height / i.naturalHeight);
         if (getComputedStyle(i).objectFit === "scale-down") s = Math.min(s, 1);
         const w = i.naturalWidth, h = i.naturalHeight;
-        return [[w, h]].concat([[0.27, 0.14], [0.79, 0.9]].map(([x, y]) =>
+        return [[w, h]].concat([[0.17, 0.01], [0.6, 0.64]].map(([x, y]) =>
             [r.left + r.width / 2 + (x - 0.5) * w * s, r.top + r.height / 2 + (y - 0.5) * h * s]));"""
     )
     (w, h), (x1, y1), (x2, y2) = corners
@@ -303,7 +303,7 @@ def drive(browser, By, ActionChains, ActionBuilder, folder: Path) -> None:
     actions.perform()
     told = expect(status, "Frame 0: box")
     found = [int(v) for v in told.split("box ")[1].split(",")[0].replace("to ", "").split()]
-    assert np.abs(np.subtract(found, [0.27 * w, 0.14 * h, 0.79 * w, 0.9 * h])).max() <= 2, told
+    assert np.abs(np.subtract(found, [0.17 * w, 0.01 * h, 0.6 * w, 0.64 * h])).max() <= 2, told
     browser.find_element(By.ID, "propagate").click()
     expect(status, "Round 1")
     time.sleep(3)
