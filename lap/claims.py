@@ -171,11 +171,13 @@ CLAIMS = [
         *("R3", "Layer-aware beats every layer alike at the same mean by 2 points of PGD accuracy (V, 16/255)", "ours"),
         *("real", lambda f: part_costs(f, "V-LAP", "V-LAP-uniform", 16)),
         control=True,
+        explanation="The former layers are where the weights have to be moved",
     ),
     Claim(
         *("R4", "Layer-aware beats the reversed schedule by 2 points (V, 16/255)", "ours", "real"),
         lambda f: part_costs(f, "V-LAP", "V-LAP-reversed", 16),
         control=True,
+        explanation="The former layers are where the weights have to be moved",
     ),
     Claim(
         *("R5", "A perturbation that is kept beats one that is undone by 2 points (V, 16/255)", "ablation", "real"),
@@ -203,11 +205,13 @@ CLAIMS = [
         *("R12", "Layer-aware beats every layer alike by 2 points of PGD accuracy (R, 16/255)", "ours", "real"),
         lambda f: part_costs(f, "R-LAP", "R-LAP-uniform", 16),
         control=True,
+        explanation="The former layers are where the weights have to be moved",
     ),
     Claim(
         *("R13", "Layer-aware beats the reversed schedule by 2 points (R, 16/255)", "ours", "real"),
         lambda f: part_costs(f, "R-LAP", "R-LAP-reversed", 16),
         control=True,
+        explanation="The former layers are where the weights have to be moved",
     ),
     Claim("A", "R-FGSM collapses at 16/255", "main table", "paper", lambda f: collapses(f, "R-FGSM", 16)),
     Claim(
