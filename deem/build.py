@@ -36,7 +36,7 @@ def build(s: Settings, seed: int, device: torch.device) -> Deem:
 def read_weights(model: Deem, path: Path, s: Settings, whole: bool = False) -> None:
     """Weights of a run on top of the model; parts that the stage does not load are left out. `whole`: the file must
     hold every weight."""
-    tensors, _ = runs.read_tensors(path)
+    tensors, _ = runs.read_weights(path)
     own = dict(model.named_parameters())
     lost = {k for k in tensors if k not in own and not k.startswith(("denoiser.", "condition_head.", "context_"))}
     wrong = lost | {k for k, v in tensors.items() if k in own and own[k].shape != v.shape}
@@ -76,4 +76,4 @@ def inherited(s: Settings, seed: int) -> dict:
     """Weights that an earlier stage trained and this one did not touch: a run's file holds both."""
     if not s.init:
         return {}
-    return runs.read_tensors(Path(s.init) / f"seed{seed}" / "model.safetensors")[0]
+    return runs.read_weights(Path(s.init) / f"seed{seed}" / "model.safetensors")[0]

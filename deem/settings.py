@@ -327,8 +327,6 @@ class EvalSettings:
     """Classifier-free guidance of a drawn picture (code: 3.5)."""
     samples: int = 0
     """Drawn pictures a caption, best by CLIP kept; 0: 8 for MS-COCO, 1 for LN-COCO (paper)."""
-    features: str = "inception"
-    """FID features: inception, or a TorchScript file from uint8 pictures to [B, d]."""
     clip: str = "ViT-L-14"
     """open_clip model that re-ranks drawn pictures and answers mmvp-vlm."""
     clip_weights: str = "openai"

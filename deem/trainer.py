@@ -8,7 +8,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
@@ -169,9 +169,7 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         tensors = {f"model.{k}": v for k, v in self.trained_names().items()}
-        flat = [p for g in self.plain_optimizer.param_groups for p in g["params"]]
-        for i, p in enumerate(flat):
-            tensors |= {f"adam.{i}.{k}": torch.as_tensor(v) for k, v in self.plain_optimizer.state.get(p, {}).items()}
+        tensors |= {f"adam.{k}": v for k, v in checkpoints.pack_optimizer(self.plain_optimizer).items()}
         return runs.write_tensors(path, tensors, meta | {"readers": json.dumps(states)})
 
     def gathered(self, value) -> list:
@@ -204,40 +202,27 @@ class Trainer:
                 self.accelerator.load_state(str(folder))
                 state = runs.read_json(folder / path.with_suffix(f".rank{rank}.json").name)
             else:
-                self.take(tensors)
+                self.take(tensors, place)
                 state = states[rank]
             self.feeder.reader.restore(state)
-            self.step, self.before = int(meta["step"]), float(meta["seconds"])
-            if not 0 < self.step < self.s.steps:
-                raise ValueError(f"step {self.step} of {self.s.steps}")
+            self.step = checkpoints.position(meta, "step", self.s.steps - 1, place)
+            if not self.step:
+                raise checkpoints.misfit(place, "no step was made")
+            self.before = checkpoints.seconds(meta, place)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{place} belongs to another run ({error}); delete it to start the run again") from None
         return True
 
     @torch.no_grad()
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Weights and moments of a checkpoint; ValueError or KeyError for one that does not fit."""
-
-        def fitting(key: str, p: Tensor) -> Tensor:
-            v = tensors[key]
-            if v.shape != p.shape:
-                raise ValueError(f"{key} of shape {tuple(v.shape)}, not {tuple(p.shape)}")
-            if not torch.isfinite(v).all():
-                raise ValueError(f"{key} is not finite")
-            return v
-
-        for k, p in self.trained_names().items():
-            p.copy_(fitting(f"model.{k}", p))
-        for i, p in enumerate(p for g in self.plain_optimizer.param_groups for p in g["params"]):
-            own = {k.split(".", 2)[2]: v for k, v in tensors.items() if k.startswith(f"adam.{i}.")}
-            # In the memory format of the parameter; the count of steps stays a number of its own.
-            # A fused optimiser asks for the count on the parameter's device.
-            self.plain_optimizer.state[p] = {
-                k: v.to(p.device)
-                if k == "step"
-                else torch.empty_like(p, dtype=v.dtype).copy_(fitting(f"adam.{i}.{k}", p))
-                for k, v in own.items()
-            }
+    def take(self, tensors: dict[str, Tensor], place: Path) -> None:
+        """Weights and moments of a checkpoint; UserError for one that does not fit."""
+        own = self.trained_names()
+        given = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        checkpoints.check_tensors(given, own, place)
+        for k, p in own.items():
+            p.copy_(given[k])
+        moments = {k.removeprefix("adam."): v for k, v in tensors.items() if not k.startswith("model.")}
+        checkpoints.restore_optimizer(self.plain_optimizer, moments, place)
 
     def weights(self, everything: bool) -> dict[str, Tensor]:
         """What a run keeps: every weight of a small model, else what this run and its --init trained."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.progress import progress
-from lab.runs import UserError
 
 import torch
 
@@ -13,15 +12,6 @@ from documents.document import Picture
 from evaluation import scores
 from evaluation.clip import load_clip
 from evaluation.sets import Set
-
-
-def features_of(s):
-    if s.features == "inception":
-        return "inception"
-    try:
-        return torch.jit.load(s.features, map_location="cpu").eval()
-    except (RuntimeError, ValueError, FileNotFoundError) as error:
-        raise UserError(f"--features {s.features} is no TorchScript file ({str(error)[:120]})") from None
 
 
 def draw(
@@ -41,7 +31,7 @@ def draw(
     from torchvision.transforms import functional as F
 
     samples = s.samples or (8 if one.label.startswith("MS-COCO") else 1)
-    fid = scores.Fid(features_of(s), device, download=s.download)
+    fid = scores.Fid(device=device, download=s.download)
     clip = load_clip(s.clip, s.clip_weights, device, s.download) if samples > 1 else None
     folder.mkdir(parents=True, exist_ok=True)
     size, count = 0, 0

@@ -7,6 +7,7 @@ CIDEr, METEOR  by pycocoevalcap (its tokenizer and METEOR need Java);  FID by to
 
 import contextlib
 import io
+import pickle
 import re
 import shutil
 from collections.abc import Sequence
@@ -197,6 +198,12 @@ class Fid:
                 raise UserError(f"features {features} are unknown; use inception")
             if not place.is_file() and not download:
                 raise UserError(f"no Inception weights {place}; place them there ({INCEPTION_FROM}), or add --download")
+            if place.is_file():  # the library would unpickle whatever lies there
+                try:
+                    torch.load(place, map_location="cpu", weights_only=True)
+                except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+                    text = f"{place} does not hold plain tensors ({str(error)[:120]})"
+                    raise UserError(f"{text}; place {INCEPTION_FROM} there") from None
         shape = (
             {"feature": 2048} if isinstance(features, str) else {"feature": features, "input_img_size": (3, size, size)}
         )

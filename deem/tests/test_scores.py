@@ -198,6 +198,12 @@ def test_fid_tells_what_it_cannot_use(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UserError, match=f"no Inception weights {tmp_path}/checkpoints/{scores.INCEPTION}; place them"):
         scores.Fid()
+    (tmp_path / "checkpoints").mkdir()
+    place = tmp_path / "checkpoints" / scores.INCEPTION
+    torch.save({"f": Pool()}, place)  # a class, not tensors: to read it would run what the file says
+    with pytest.raises(UserError, match="does not hold plain tensors"):
+        scores.Fid()
+    place.unlink()
 
     def offline(**more):
         raise OSError("no route")

@@ -276,16 +276,16 @@ def _first(tensors, start):
 @pytest.mark.parametrize(
     "change, told",
     [
-        (lambda t, m: m.pop("step"), "'step'"),
-        (lambda t, m: m.update(step="many"), "many"),
-        (lambda t, m: m.update(step="4"), "step 4 of 4"),
-        (lambda t, m: m.update(step="0"), "step 0 of 4"),
+        (lambda t, m: m.pop("step"), "step is missing"),
+        (lambda t, m: m.update(step="many"), "no whole number"),
+        (lambda t, m: m.update(step="4"), "step is 4, outside 0 to 3"),
+        (lambda t, m: m.update(step="0"), "no step was made"),
         (lambda t, m: m.update(readers="[{"), "another run"),
         (lambda t, m: m.update(readers='[{"x": 1}]'), "'at'"),
         (lambda t, m: m.update(readers='[{"at": 4}, {"at": 5}]'), "by 2 processes, this start has 1"),
-        (lambda t, m: t.pop(_first(t, "model.")), "another run"),
-        (lambda t, m: t.update({_first(t, "model."): t[_first(t, "model.")][:1].clone()}), "of shape (1"),
-        (lambda t, m: t.update({_first(t, "adam."): t[_first(t, "adam.")][:1].clone()}), "of shape (1"),
+        (lambda t, m: t.pop(_first(t, "model.")), "is missing"),
+        (lambda t, m: t.update({_first(t, "model."): t[_first(t, "model.")][:1].clone()}), "has shape (1"),
+        (lambda t, m: t.update({_first(t, "adam."): t[_first(t, "adam.")][:1].clone()}), "has shape (1"),
         (lambda t, m: t[_first(t, "model.")].fill_(float("nan")), "not finite"),
     ],
 )
