@@ -16,10 +16,11 @@ from test_train import HERE, TINY, lines, run_main
 import train
 from trainer import Trainer
 
-METHODS = [["aaer", "--start", "n"], ["free", "--replays", "2"], ["gradalign"]]
+METHODS = [["aaer", "--start", "n"], ["aaer", "--start", "v", "--term", "pull", "--group", "random"]]
+METHODS += [["free", "--replays", "2"], ["gradalign"]]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m[0])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m[-1])
 @pytest.mark.parametrize("at", [1, 4])
 def test_resume_is_exact(tmp_path, monkeypatch, method, at):
     """Cut at a checkpoint inside the first or the second epoch; weights, curves and metrics are bitwise the same."""
