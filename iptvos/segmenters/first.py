@@ -18,7 +18,9 @@ from prompts import Interaction, box_of
 from segmenters.interface import resample, share
 
 SCALES = (0.05, 0.1, 0.19)  # of the long side: how far around a click the object may reach
-FEW, MANY = (1, 2, 0), (0, 1, 2)  # which of them is meant, unless a click says otherwise: up to 5 clicks; a scribble
+CLICKS = 5  # more than so many are a scribble
+CLOSE = 0.02  # of the long side: how far a click of a correction says what is there
+FEW, MANY = (1, 2, 0), (0, 1, 2)  # which of them is meant, unless a click says otherwise: for clicks, for a scribble
 SURE = 1e-3
 
 
@@ -40,6 +42,9 @@ class Options:
     """Probability from which a place is surely the object for GrabCut."""
     low: float = 0.05
     """Probability below which it surely is not."""
+
+
+CORRECTION = Options(rounds=2, weight=1.0)  # beside a mask that stands there, features count for less
 
 
 def vectors(frame: np.ndarray, features: Tensor, cell: float) -> Tensor:
@@ -110,7 +115,7 @@ def answer(
     alone = Interaction(points=given.points[positive], labels=given.labels[positive])
     found = masks(frame, features, cell, alone)
     x, y = np.clip(given.points.round().astype(int), 0, np.array(frame.shape[1::-1]) - 1).T
-    order = FEW if len(alone.points) < 6 else MANY
+    order = FEW if len(alone.points) <= CLICKS else MANY
     for i in order:
         if (found[i][0][y, x] == positive).all():
             return found[i]
@@ -164,27 +169,26 @@ def masks(
 def corrected(
     frame: np.ndarray, features: Tensor, cell: float, given: Interaction, before: np.ndarray, o: Options | None = None
 ) -> tuple[np.ndarray, float]:
-    """A mask (H, W) `before`, corrected by clicks: what changes is connected to a click, the rest stays as it was."""
-    o = o or Options()
-    (h, w), grid = frame.shape[:2], features.shape[1:]
-    x = vectors(frame, features, cell)
-    guess = share(before, cell, grid).clamp(0.1, 0.9)
+    """A mask (H, W) `before`, corrected by clicks: what changes is connected to a click, the rest stays as it was. The
+    many clicks of a scribble say where the border runs, so each of them changes only what is close."""
+    o = o or CORRECTION
+    (h, w), grid, long = frame.shape[:2], features.shape[1:], max(frame.shape[:2])
+    guess = share(before, cell, grid).clamp(0.02, 0.98)
     rows, columns = torch.meshgrid(*((torch.arange(n) + 0.5) * cell for n in grid), indexing="ij")
-    known = {1: torch.zeros(grid, dtype=torch.bool), 0: torch.zeros(grid, dtype=torch.bool)}
+    known = torch.zeros(2, *grid, dtype=torch.bool)
     for (px, py), label in zip(given.points, given.labels, strict=True):
         d = torch.hypot(columns - float(px), rows - float(py))
-        pull = torch.exp(-((d / (SCALES[0] * max(h, w))) ** 2))
-        guess = guess + pull * ((0.9 if label else 0.1) - guess)
+        guess = guess + torch.exp(-((d / (CLOSE * long)) ** 2)) * ((0.9 if label else 0.1) - guess)
         known[int(label)] |= d < 1.2 * cell
-    p = sharpened(x, guess, known[1] & ~known[0], known[0] & ~known[1], o)
+    p = sharpened(vectors(frame, features, cell), guess, known[1] & ~known[0], known[0] & ~known[1], o)
     found = bordered(frame, resample(p.numpy(), cell, 1.0, (h, w)), o)
-    out = before.copy()
-    radius = max(2, round(0.01 * max(h, w)))
-    for (px, py), label in zip(given.points, given.labels, strict=True):
-        place = np.zeros((h, w), np.uint8)
-        cv2.circle(place, (round(float(px)), round(float(py))), radius, 1, -1)
-        wrong = ((found & ~before) if label else (before & ~found)).astype(np.uint8)
+    out, radius = before.copy(), max(2, round(0.004 * long))
+    reach = CLOSE * long if len(given.points) > CLICKS else long
+    for (px, py), label in zip(given.points.round().astype(int).tolist(), given.labels, strict=True):
+        place, close = np.zeros((2, h, w), np.uint8)
+        cv2.circle(place, (px, py), radius, 1, -1)
+        cv2.circle(close, (px, py), max(radius, round(reach)), 1, -1)
+        wrong = ((found & ~before) if label else (before & ~found)) & (close > 0)
         number = cv2.connectedComponents(wrong | place)[1]
-        part = np.isin(number, np.unique(number[place > 0]))
-        out[part] = bool(label)
+        out[np.isin(number, np.unique(number[place > 0]))] = bool(label)
     return out, crstm.confidence(crstm.logit(p))
