@@ -114,13 +114,14 @@ STRIP = ("points", "points+box", "full")
 WIDE, COLUMNS = 200, 5  # pixels of a frame, frames of a sequence
 
 
-def saved(records: list[dict], scale: str) -> dict[str, dict[str, Path]]:
-    """Folders of saved masks of the first round, {sequence: {method: folder}}, of sequences that have all of STRIP."""
-    found: dict[str, dict[str, Path]] = {}
+def saved(records: list[dict], scale: str) -> dict[str, dict[str, tuple[Path, list[int]]]]:
+    """Folders of saved masks and the frames that were touched, {sequence: {method: ...}}, of sequences that have all of
+    STRIP."""
+    found: dict[str, dict[str, tuple[Path, list[int]]]] = {}
     for r in records:
         folder = runs.HERE / "runs" / scale / r.get("run", "") / f"seed{r['seed']}" / "masks" / r["dataset"]
-        if r["table"] == "real-first" and folder.is_dir():
-            found.setdefault(r["dataset"], {})[r["method"]] = folder
+        if r["table"] == "real-mask" and folder.is_dir():
+            found.setdefault(r["dataset"], {})[r["method"]] = folder, r["metrics"]["interacted"]
     return {d: by for d, by in sorted(found.items()) if all(m in by for m in STRIP)}
 
 
@@ -142,9 +143,10 @@ def pictures(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, 
         return []
     rows = []
     for d, video in videos.items():
-        frames = np.linspace(0, len(video.frames) - 1, COLUMNS + 1).round().astype(int)[1:]  # the first was given
+        free = sorted(set(range(len(video.frames))) - {t for m in STRIP for t in found[d][m][1]})
+        frames = [free[i] for i in np.linspace(0, len(free) - 1, COLUMNS).round().astype(int)]  # touched by no method
         for m in STRIP:
-            row = np.hstack([tinted(video, found[d][m], t) for t in frames])
+            row = np.hstack([tinted(video, found[d][m][0], t) for t in frames])
             text = f"{d}, {NAMES.get(m, m)}, frames {', '.join(map(str, frames))}" if m == STRIP[0] else NAMES.get(m, m)
             for colour, thick in (((0, 0, 0), 3), ((255, 255, 255), 1)):
                 cv2.putText(row, text, (6, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thick, cv2.LINE_AA)
@@ -157,13 +159,14 @@ def pictures(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, 
     shots = []
     for k in range(moments):
         tiles = [
-            tinted(videos[d], found[d]["full"], round(k * (len(videos[d].frames) - 1) / (moments - 1))) for d in order
+            tinted(videos[d], found[d]["full"][0], round(k * (len(videos[d].frames) - 1) / (moments - 1)))
+            for d in order
         ]
         tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % 4)
         shots.append(Image.fromarray(np.vstack([np.hstack(tiles[i : i + 4]) for i in range(0, len(tiles), 4)])))
     shots[0].save(film, save_all=True, append_images=shots[1:], duration=160, loop=0, quality=45)
-    given = "A mask on the first frame, nothing else"
+    given = "After the last round, frames that no method was given"
     return [
         (strips, f"{given}: points alone, points + box with the filter, and the whole method."),
-        (film, f"{given}, the whole method: {', '.join(order)}."),
+        (film, f"After the last round, the whole method: {', '.join(order)}."),
     ]

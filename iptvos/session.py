@@ -325,16 +325,16 @@ class Session:
     def follow(
         self, o: int, p: Pass, k: int, frame: np.ndarray, mask: np.ndarray, rng, passes: dict[int, Pass]
     ) -> None:
-        """What the mask of a frame gives back to the trackers: a box that is lost, or that the memory contradicts,
-        begins anew; so do points of which few are left."""
+        """What the mask of a frame gives back to the trackers. The memory's mask needs no box, so a box that is lost,
+        or that it contradicts, begins anew from it; without a memory the mask is the box's own, and a lost box searches
+        on. Points of which few are left are sampled anew."""
         m, box = self.method, P.box_of(mask)
         if box is None:
             return
         if p.boxes is not None:
-            contradicted = m.memory is not None and (p.box is None or P.overlap(p.box, box) < 0.5)
-            if p.box is None or contradicted:
+            if m.memory is not None and (p.box is None or P.overlap(p.box, box) < 0.5):
                 p.boxes.start(frame, box, mask)
-            else:
+            elif p.box is not None:
                 p.boxes.correct(mask)
         if m.few and p.alive() < m.few and k - p.begin >= m.patience and k + 1 < len(p.order):
             passes[o] = self.anew(o, p, k, mask, rng)

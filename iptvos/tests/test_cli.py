@@ -268,6 +268,26 @@ def test_other_claims_turn_over_at_their_bar():
     assert all(c.judge(frame("drawn", copy__jf_1=0.5))[0] == UNKNOWN for c in claims.CLAIMS)
 
 
+def test_controls_pair_the_whole_method_with_runs_of_another_table():
+    by = {c.id: c for c in claims.CLAIMS}
+    whole = frame("real-mask", full__jf_1=0.8, full__jf_3=0.9)
+    for name, method in (("F", "memory"), ("G", "shuffled"), ("H", "readout")):
+        assert by[name].control and by[name].judge(whole)[0] == UNKNOWN
+        for value, verdict in ((0.7, HOLDS), (0.85, FAILS)):
+            other = frame("real-control", **{f"{method}__jf_1": value, f"{method}__jf_3": value})
+            assert by[name].judge(pd.concat([whole, other]))[0] == verdict
+
+
+def test_corrections_are_judged_kind_by_kind():
+    (claim,) = (c for c in claims.CLAIMS if c.id == "E")
+    rows = []
+    for kind in ("scribble", "click", "box"):
+        rows.append(frame("real-interactions", full__jf_1=0.5, full__jf_5=0.6).assign(setting=f"{kind}, 5 rounds"))
+    assert claim.judge(pd.concat(rows))[0] == HOLDS and claim.judge(pd.concat(rows[:2]))[0] == UNKNOWN
+    rows[1]["value"] = 1 - rows[1]["value"]
+    assert claim.judge(pd.concat(rows))[0] == FAILS
+
+
 def test_bottom_line_sets_the_whole_method_beside_the_box():
     rows = frame("drawn", full__jf_3=0.8, box__jf_3=0.9)
     assert claims.bottom_line({"demo": rows})[0].endswith("is -0.100 ± 0.000 on the procedural videos.")

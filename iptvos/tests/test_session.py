@@ -278,6 +278,10 @@ def test_a_lost_box_and_lost_points_come_back_from_the_mask():
     s.tracker = Gone()
     s.interact(0, {1: Interaction(mask=A)})
     assert begun == [0, 3, 6]  # lost on the third step, begun anew there
+    begun.clear()
+    alone, _ = make(lambda t, p: (A, 0.9), METHODS["points+box"], box=Lost)
+    alone.interact(0, {1: Interaction(mask=A)})
+    assert begun == [0]  # without a memory the mask would be the box's own: it searches on by itself
     told_points = [len(p.points) for _, p in told.asked]
     assert told_points == [0] * 8  # no point passes the test
     tracked = []
