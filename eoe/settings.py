@@ -116,8 +116,9 @@ class EvalSettings:
     known: str = ""
     """--images: folder of pictures that are of the classes; flagged is then what scores below 95 % of them. Without:
     what is nearer to an envisioned name than to any class."""
-    model: str = "smollm2"
-    """--images: the language model: a folder for transformers, smollm2 (of the environment), or its name at --url."""
+    model: str = ""
+    """--images: the language model to ask: a folder for transformers, or its name at --url. Without: the near names of
+    this project, where it has some for each class (ImageNet's, CIFAR's)."""
     url: str = ""
     """--images: address of an OpenAI-compatible server that is asked in place of a local model; its key is taken from
     $OPENAI_API_KEY."""

@@ -148,6 +148,7 @@ def histograms(kept: list[tuple[dict, dict]]):
             names = f" ({about['list']} names)" if method == "EOE" else ""
             axis.set(title=f"{TITLE[about['study']]}: {method}{names}", xlabel="score", ylabel="density")
             axis.ticklabel_format(axis="both", style="sci", scilimits=(-2, 3))
+            axis.locator_params(axis="x", nbins=5)
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     return (

@@ -102,7 +102,38 @@ def test_nan_in_a_trained_stand_in_gives_no_number(monkeypatch, tmp_path):
 def test_other_weights_meet_no_printed_cell(imagenet, monkeypatch, tmp_path):  # noqa: F811
     table3(monkeypatch, imagenet, tmp_path / "r")
     found = [json.loads(x) for x in (tmp_path / "r" / "records.jsonl").read_text().splitlines()]
-    assert all("CLIP ViT-B/16 (patch 112, width 16)" in r["setting"] for r in found)
+    assert all(
+        "CLIP ViT-B/16 (hidden_size 16, intermediate_size 32, num_attention_heads 2, " in r["setting"] for r in found
+    )
+
+
+@pytest.mark.parametrize("name", ["clip-vit-b16", "clip-vit-b32", "clip-vit-l14", "groupvit", "altclip", "align"])
+def test_what_a_tower_computes_decides_its_title(name):
+    """The configuration that a title names keeps it; anything else that a tower says otherwise does not: its layers,
+    its activation (a plain gelu in place of CLIP's), its epsilon, its vocabulary, the joint space."""
+    import transformers as t
+
+    known = backbones.KNOWN[name]
+    kind = {"clip": t.CLIPConfig, "groupvit": t.GroupViTConfig, "altclip": t.AltCLIPConfig, "align": t.AlignConfig}
+    width = {"projection_dim": known.width} if known.width else {}
+
+    def config(vision=None, text=None, **more):
+        return kind[name.split("-")[0]](
+            vision_config={**known.vision, **(vision or {})}, text_config={**known.text, **(text or {})}, **width | more
+        )
+
+    assert backbones._checked(name, known, config()).title == known.title
+    trained = config({"attention_dropout": 0.3, "initializer_range": 1.0}, {"eos_token_id": 7})
+    assert backbones._checked(name, known, trained).title == known.title  # says nothing of the features
+    for change, word in (
+        (config({"hidden_act": "relu"}), "hidden_act relu"),
+        (config({"num_hidden_layers": 3}), "num_hidden_layers 3"),
+        (config(text={"hidden_act": "relu"}), "text hidden_act relu"),
+        (config(text={"layer_norm_eps": 0.1}), "text layer_norm_eps 0.1"),
+        (config(text={"vocab_size": 99}), "text vocab_size 99"),
+        (config(projection_dim=5), "projection_dim 5"),
+    ):
+        assert backbones._checked(name, known, change).title == f"{known.title} ({word})"
 
 
 # -------------------------------------------------------------------------------------------------------------- options

@@ -19,6 +19,8 @@ import backbones
 import data
 import papertables
 import train
+from settings import Settings
+from standins import drawn
 from trainer import Trainer
 
 TINY = dict(steps=6, pictures=64, batch=16, width=4, classes=4, per_class=3, labels=50, checkpoint_every=3)
@@ -67,9 +69,46 @@ def test_train_resumes_exactly_and_evaluates_again(monkeypatch, tmp_path, capsys
         call(train, monkeypatch, *options(**{**TINY, "steps": 7}, out=tmp_path / "a"))
 
 
+def test_a_checkpoint_belongs_to_its_pictures_seed_and_settings(tmp_path):
+    s = Settings(**TINY)
+    one = Trainer(s, 0, torch.device("cpu"))
+    path = tmp_path / "c.safetensors"
+    one.save(path, 0, 1.0)
+    assert Trainer(dataclasses.replace(s, seeds=(0, 1), out="x"), 0, torch.device("cpu")).load(path) == (0, 1.0)
+    for other, seed in ((s, 1), (dataclasses.replace(s, lr=1e-3), 0), (dataclasses.replace(s, pictures=65), 0)):
+        with pytest.raises(UserError, match="does not fit this run .it is of other settings"):
+            Trainer(other, seed, torch.device("cpu")).load(path)
+    draw = drawn.draw
+    try:  # another version of the code draws other pictures under the same settings
+        drawn.draw = lambda names, seed: draw(names, seed + 1)
+        with pytest.raises(UserError, match="other pictures"):
+            Trainer(s, 0, torch.device("cpu")).load(path)
+    finally:
+        drawn.draw = draw
+
+
+def test_batches_drawn_ahead_are_those_of_single_draws():
+    one, two = (Trainer(Settings(**TINY), 0, torch.device("cpu")) for _ in range(2))
+    ahead = one.batches(5)
+    each = [torch.randint(len(two.pictures), (two.s.batch,), generator=two.generator) for _ in range(5)]
+    assert torch.equal(ahead, torch.stack(each)) and torch.equal(one.generator.get_state(), two.generator.get_state())
+
+
 @pytest.mark.parametrize(
     ("script", "args", "word"),
     [
+        ("train", ["--lr", "1e-30"], "--lr 1e-30 is too small to matter"),
+        ("train", ["--beta", "1e-9"], "--beta 1e-09 is too small to matter"),
+        ("train", ["--weight-decay", "1e-200"], "too small to matter"),
+        ("eval", ["--synthetic", "--beta", "1e-300"], "too small to matter"),
+        ("eval", ["--id", "pet37", "--ood", "sun", "--max-similarity", "1e-9"], "too small to matter"),
+        ("eval", ["--study", "near", "--labels", "x.json"], "--study takes --labels own or"),
+        ("eval", ["--study", "near", "--bootstrap", "-1"], "--bootstrap must not be negative"),
+        ("eval", ["--study", "near", "--draws", "0"], "--draws must be at least 1"),
+        ("eval", ["--study", "near", "--id", "pet37", "--ood", "sun"], "exclude each other"),
+        ("eval", ["--images", "x", "--classes", "a"], "go together"),
+        ("eval", ["--known", "x", "--synthetic"], "--known goes with --images"),
+        ("eval", ["--study", "near", "--backbone", "conse-lite0", "--data-dir", "/nowhere"], "cifar10 is not in"),
         ("eval", [], "say what to evaluate"),
         ("eval", ["--table", "table99"], "no table table99"),
         ("eval", ["--table", "table3", "--data-dir", "/nowhere"], "ImageNet10/val"),
@@ -185,8 +224,7 @@ def test_a_table_of_the_paper_end_to_end(imagenet, monkeypatch, tmp_path):
 
     monkeypatch.setenv("EOE_CACHE", str(tmp_path / "cache"))
     # The tiny weights pass for the printed size; test_other_weights_meet_no_printed_cell says what happens else.
-    b16 = dataclasses.replace(backbones.KNOWN["clip-vit-b16"], vit=(112, 16))
-    monkeypatch.setitem(backbones.KNOWN, "clip-vit-b16", b16)
+    monkeypatch.setattr(backbones, "_checked", lambda name, known, config: known)
     args = options(table="table3", data_dir=imagenet, workers=0, scale="paper")
     call(evaluate, monkeypatch, *args, "--out", str(tmp_path / "own"))
     found = [json.loads(x) for x in (tmp_path / "own" / "records.jsonl").read_text().splitlines()]

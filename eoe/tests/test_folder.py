@@ -51,7 +51,8 @@ def own(monkeypatch, tmp_path):
 
 
 def scored(own, monkeypatch, *more: str) -> list[dict]:
-    words = ["--images", "pictures", "--classes", "cat, garden chair", "--envision", "near", "--out", "out", *more]
+    words = ["--images", "pictures", "--classes", "cat, garden chair", "--envision", "near", "--out", "out"]
+    words += [*([] if "--labels" in more or "--classes" in more else ["--model", "smollm2"]), *more]
     call(evaluate, monkeypatch, *words)
     return list(csv.DictReader(open(own / "out" / "scores.csv")))
 
@@ -87,6 +88,16 @@ def test_flagged_by_pictures_that_are_known(own, monkeypatch, capsys):
     known = scores.eoe(torch.stack([vector(f"{i}.png") for i in range(4)]), text, out)
     for row in rows:
         assert (row["flagged"] == "True") == (float(row["score"]) < float(known.min()) - 1e-7)
+
+
+def test_names_of_this_project_class_by_class(own, monkeypatch):
+    rows = scored(own, monkeypatch, "--classes", "Cat,dog")
+    assert {r["class"] for r in rows} <= {"Cat", "dog"} and Asked.asked == 0
+    assert {r["envisioned"] for r in rows} <= {"fox", "rabbit", "teddy bear", "wolf", "sheep", "fur rug"}
+    with pytest.raises(UserError, match="no near names for garden gnome; ask a language model"):
+        scored(own, monkeypatch, "--classes", "cat,garden gnome")
+    with pytest.raises(UserError, match="no far names for cat"):
+        scored(own, monkeypatch, "--classes", "cat", "--envision", "far")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 
 from lab import runs
+from lab.runs import UserError
 
 import pytest
 import torch
@@ -90,10 +91,71 @@ def test_envision_command_with_a_local_model(chat, tmp_path, monkeypatch):
         out,
     ]
     monkeypatch.setattr("sys.argv", [str(a) for a in argv])
-    envision.main()
+    with pytest.raises(UserError, match=r"gave no name for cat, dog \(2 of 2 conversations\), asked twice"):
+        envision.main()  # its weights are random
     kept = runs.read_json(out.with_suffix(".answers.json"))["answers"]
     assert {*kept} == {"cat", "dog"} and all(t[0]["model"] == "chat" and t[0]["prompt"] for t in kept.values())
-    assert {*runs.read_json(out)["names"]} == {"cat", "dog"}
+    assert not out.exists()
+    asked = []
+
+    def answer(self, messages, question=None):
+        asked.append(messages)
+        return " kite\n- leaf" if messages[-1]["role"] == "assistant" else "Sure!"
+
+    monkeypatch.setattr(providers.LocalModel, "complete", answer)
+    envision.main()
+    assert runs.read_json(out)["names"] == {"cat": ["kite", "leaf"], "dog": ["kite", "leaf"]}
+    assert [len(m) for m in asked] == [1, 2, 1, 2]
+
+
+def test_an_opened_answer_is_gone_on_with(chat):
+    """The tokens that the model gets end with the opened list, with no end of turn behind it."""
+    folder, tokenizer = chat
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% if not loop.last or m['role'] == 'user' %}"
+        "</s>{% endif %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    model = providers.LocalModel(str(folder), max_new_tokens=2)
+    seen = {}
+    generate = model.model.generate
+    model.model.generate = lambda **k: seen.update(k) or generate(**k)
+    model.complete([{"role": "user", "content": "cat"}, {"role": "assistant", "content": "a photo of"}])
+    assert tokenizer.decode(seen["input_ids"][0]).rstrip().endswith("a photo of")
+
+
+@pytest.mark.parametrize(
+    "broken", ["config.json", "model.safetensors", "tokenizer.json"], ids=lambda x: x.split(".")[0]
+)
+def test_a_damaged_local_model_is_one_line(broken, chat):
+    folder, _ = chat
+    (folder / broken).write_bytes(b"{half")
+    with pytest.raises(UserError, match="transformers cannot load"):
+        providers.LocalModel(str(folder))
+
+
+def test_what_a_loader_raises_is_one_line(tmp_path, monkeypatch):
+    """A GGUF file without the package that reads it is an ImportError; a damaged one anything."""
+    import transformers
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="transformers cannot load"):
+        providers.LocalModel(str(tmp_path))
+    for error in (ImportError("please install gguf"), KeyError("x"), NotImplementedError("unknown architecture")):
+
+        def fail(*a, error=error, **k):
+            raise error
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+        with pytest.raises(UserError, match=f"transformers cannot load .*{type(error).__name__}"):
+            providers.LocalModel(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_smollm2_of_the_package_answers():
+    model = providers.LocalModel("smollm2", max_new_tokens=8)
+    assert model.name == "smollm2"
+    assert "Paris" in model.complete([{"role": "user", "content": "What is the capital of France?"}])
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

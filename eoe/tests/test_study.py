@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 from lab import runs
@@ -193,3 +195,14 @@ def test_figures_of_scale_real(made_up, tmp_path, monkeypatch):
     said = claims.bottom_line({"real": long(made)})
     assert len(said) == 3 and "own near names" in said[1] and "own far names" in said[2]
     assert claims.bottom_line({}) == []
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+def test_a_study_on_real_images(tmp_path, monkeypatch):
+    root = Path(os.environ.get("REPRO_DATA", "nowhere"))
+    if not (root / "cifar10").is_dir() or not (root / "eoe" / "neglabel_wordnet").is_dir():
+        pytest.skip("no $REPRO_DATA/cifar10 or $REPRO_DATA/eoe/neglabel_wordnet")
+    monkeypatch.setenv("EOE_CACHE", str(tmp_path / "cache"))
+    found = named(records("near", root, tmp_path / "r", backbone="conse-lite0", limit=3, workers=0))
+    assert 30 < found["near", "lite0, a photo of a", "MCM"]["accuracy"] <= 100
