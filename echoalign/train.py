@@ -88,6 +88,7 @@ def one_seed(s: Settings, seed: int, run: runs.Run, device: torch.device, show: 
     """All of one seed; the records of its methods."""
     folder, records = run.folder(seed), []
     p = Prepared(s, seed, device, show)
+    run.same_data(seed, [p.data.sha256, p.noisy.sha256])
     print(describe(p))
     about = {**p.data.about(), "noise_sha256": p.noisy.sha256}
     about |= {"noise_rate": p.noisy.rate} if p.right is not None else {}

@@ -100,6 +100,8 @@ def main() -> None:
         return
     given = trainer.load_training(s)
     for seed in s.seeds:
+        if state.is_main_process:
+            run.same_data(seed, [d.sha256 for d in (*(x.domain for x in given[0]), *given[1].values())])
         t = trainer.Trainer(s, seed, device, given)
         weights = run.folder(seed) / "model.safetensors"
         if weights.is_file():

@@ -276,6 +276,8 @@ def train_seed(t: Trainer, seed: int, out: Path, run: runs.Run | None) -> None:
     """All phases of a seed, in the order of phases(). The first process writes; what the others decide by files that it
     writes or deletes, they decide between two waits."""
     s, warm, start = t.s, 0.0, None
+    if run:
+        run.same_data(seed, [t.data.sha256])
     torch.backends.cudnn.benchmark = True
     todo = {m for m in s.method if not (out / f"seed{seed}" / f"record-{m}.json").is_file()}
     t.wait()

@@ -241,6 +241,8 @@ def main() -> None:
     accelerator.wait_for_everyone()
     for number, seed in enumerate(s.seeds):
         b = Bench(s, seed, accelerator)
+        if run:
+            run.same_data(seed, [b.corpus.sha256])
         w = Writer(run, b)
         print(describe(b)) if run and not number else None
         b.set_original()

@@ -128,7 +128,7 @@ class Run:
         """UserError if the folder holds a run of other settings."""
         path = self.out / "settings.json"
         # A start that ended before it made anything (a wrong option, missing data) must not block the next one.
-        begun = any(p != path and not p.name.startswith(".") for p in self.out.iterdir())
+        begun = any(p != path and p.is_file() and not p.name.startswith(".") for p in self.out.rglob("*"))
         if path.exists() and begun:
             old = read_json(path)
             if not isinstance(old, dict):
@@ -149,6 +149,18 @@ class Run:
         path = self.out / f"seed{seed}"
         path.mkdir(exist_ok=True)
         return path
+
+    def same_data(self, seed: int, checksums: list[str]) -> None:
+        """UserError if this seed was begun with other data, by the checksums kept in seed<k>/.data.json: what a run
+        made of one copy of a data set must not go on with another."""
+        path = self.folder(seed) / ".data.json"
+        if not path.exists():
+            write_json(path, checksums)
+        elif read_json(path) != checksums:
+            raise UserError(
+                f"{self.out} was begun with other data than is read now (seed {seed}); choose another --out, delete "
+                "the folder, or give the data of then by --data-dir"
+            )
 
     @property
     def complete(self) -> bool:

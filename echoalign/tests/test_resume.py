@@ -55,6 +55,14 @@ def test_resume_is_exact(tmp_path, monkeypatch, cache, method):
         except KeyboardInterrupt:
             continue
     monkeypatch.setattr(trainer.runs, "write_tensors", write)
+    (tmp_path / "b" / "records.jsonl").rename(tmp_path / "b" / "left.jsonl")
+    kept = tmp_path / "b" / "seed0" / ".data.json"
+    own = kept.read_text()
+    kept.write_text('["another copy"]')
+    with pytest.raises(runs.UserError, match="begun with other data"):
+        start(monkeypatch, *args, "--out", tmp_path / "b")
+    kept.write_text(own)
+    (tmp_path / "b" / "left.jsonl").rename(tmp_path / "b" / "records.jsonl")
     assert (tmp_path / "b" / "records.jsonl").is_file()
     same_runs(tmp_path / "a", tmp_path / "b")
 

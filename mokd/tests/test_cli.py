@@ -99,6 +99,12 @@ def test_training_resumes_to_the_same_bits(at, monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "cut")
     monkeypatch.setattr(trainer.Trainer, "save", save)
+    kept = tmp_path / "cut" / "seed0" / ".data.json"
+    own = kept.read_text()
+    kept.write_text('["another copy"]')
+    with pytest.raises(UserError, match="begun with other data"):
+        call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "cut")
+    kept.write_text(own)
     call(train, monkeypatch, *TINY, "--methods", "ncc", "--out", tmp_path / "cut")
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -59,6 +59,12 @@ def test_resume_is_exact(tmp_path, monkeypatch, whole, at):
     args = [*TINY, *ARGS, "--seeds", "0", "1", "--out", str(tmp_path / "b")]
     with pytest.raises(KeyboardInterrupt):
         run_main(monkeypatch, *args)
+    kept = tmp_path / "b" / "seed0" / ".data.json"
+    own = kept.read_text()
+    kept.write_text('["another copy"]')
+    with pytest.raises(runs.UserError, match="begun with other data"):
+        run_main(monkeypatch, *args)
+    kept.write_text(own)
     run_main(monkeypatch, *args)
     same_runs(whole, tmp_path / "b", (0, 1))
 

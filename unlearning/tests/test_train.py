@@ -243,6 +243,12 @@ def test_resume_is_exact(tmp_path, monkeypatch, at):
         run_main(monkeypatch, *args, "--out", tmp_path / "b" / "r")
     monkeypatch.setattr(Trainer, "save", save)
     assert list((tmp_path / "b").rglob("*checkpoint*/*.safetensors")) + list((tmp_path / "b").rglob("checkpoint.*"))
+    kept = tmp_path / "b" / "r" / "seed0" / ".data.json"
+    own = kept.read_text()
+    kept.write_text('["another copy"]')
+    with pytest.raises(runs.UserError, match="begun with other data"):
+        run_main(monkeypatch, *args, "--out", tmp_path / "b" / "r")
+    kept.write_text(own)
     run_main(monkeypatch, *args, "--out", tmp_path / "b" / "r")
     same_runs(tmp_path / "a" / "r", tmp_path / "b" / "r")
 

@@ -260,6 +260,21 @@ def test_log_drops_lines_after_the_checkpoint(tmp_path):
     assert len(list(path.parent.glob("events.out.tfevents*"))) == 2, "a file of TensorBoard's a start, not a call"
 
 
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+    run = runs.Run(tmp_path / "r", Settings(eps=0.1))
+    run.same_data(0, ["a", "b"])
+    run.same_data(1, ["c"])  # what is drawn for a seed is its own
+    run._lock.close()
+    runs.Run(tmp_path / "r", Settings(eps=0.2))._lock.close()  # nothing was made yet
+    run = runs.Run(tmp_path / "r", Settings(eps=0.2))
+    run.same_data(0, ["a", "b"])
+    with pytest.raises(UserError, match="begun with other data .*seed 1"):
+        run.same_data(1, ["d"])
+    (tmp_path / "r" / "seed0" / ".data.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        run.same_data(0, ["a", "b"])
+
+
 def test_data_dir_order(monkeypatch):
     monkeypatch.setenv("REPRO_DATA", "/some/where")
     assert runs.data_dir("") == Path("/some/where") and runs.data_dir("/else") == Path("/else")
