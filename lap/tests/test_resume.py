@@ -105,7 +105,7 @@ def test_kill_and_start_again_gives_the_same(tmp_path, monkeypatch):
     process = subprocess.Popen(
         command, cwd=HERE, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    path, end = tmp_path / "b" / "checkpoint" / "seed0.safetensors", time.time() + 120
+    path, end = tmp_path / "b" / "checkpoint" / "seed0.safetensors", time.time() + 300
     while not path.exists() and process.poll() is None and time.time() < end:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
