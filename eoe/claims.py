@@ -234,11 +234,13 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         gain, own = (real(f, f"{x}_{metric}", method, dataset) for x in ("gain", "beyond_irrelevant"))
         if gain is None or own is None:
             return ""
-        sure = booted(f, "beyond_irrelevant", metric, method, dataset).numbers
+        sure, nouns = (booted(f, w, metric, method, dataset).numbers for w in ("beyond_irrelevant", "beyond_nouns"))
         if sure is None:
             return ""
-        _, low, high = sure
-        return f"{metric} {gain:+.1f} over MCM, of which {own:+.1f} [{low:+.1f}, {high:+.1f}] beyond irrelevant names"
+        told = f"{metric} {gain:+.1f} over MCM, of which {own:+.1f} [{sure[1]:+.1f}, {sure[2]:+.1f}] beyond irrelevant"
+        if nouns is None or metric != "FPR95":
+            return f"{told} names"
+        return f"{told} names, {nouns[0]:+.1f} [{nouns[1]:+.1f}, {nouns[2]:+.1f}] beyond random nouns"
 
     rows = [("near", PUBLISHED, "published near names"), ("near", OWN["near"], "own near names")]
     rows += [("fine-grained", OWN["fine-grained"], "own fine-grained names"), (FAR, OWN[FAR], "own far names")]

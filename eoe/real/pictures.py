@@ -38,6 +38,8 @@ def keep(study, texts, path: Path) -> None:
             for method in ("MCM", "EOE"):
                 tensors[f"{i}.{where}.{method}"] = torch.as_tensor(evaluation.score(found, method, study.s.beta))
         cut = metrics.threshold95(tensors[f"{i}.id.EOE"])
+        if split.truth == ["face"]:
+            continue  # portraits are scored, and not shown
         rows = np.flatnonzero(split.outside)
         for k in np.sort(rng.choice(len(rows), min(SHOWN // len(chosen), len(rows)), replace=False)):
             picture = torch.from_numpy(np.array(images[rows[k]])).permute(2, 0, 1)[None].float()
@@ -166,7 +168,8 @@ def names(kept: list[tuple[dict, dict]]):
     wide = 8
     figure, axes = plt.subplots(2 * len(studies), wide, figsize=(1.55 * wide, 4.1 * len(studies)), squeeze=False)
     for i, study in enumerate(studies):
-        mine = [(p, t) for p, t, a in shown if a["study"] == study][:: max(1, SHOWN // (2 * wide))][: 2 * wide]
+        mine = [(p, t) for p, t, a in shown if a["study"] == study and t["set"] != "faces"]
+        mine = [mine[k] for k in np.linspace(0, len(mine) - 1, min(len(mine), 2 * wide)).astype(int)]
         for j, axis in enumerate(axes[2 * i : 2 * i + 2].flat):
             axis.axis("off")
             if j >= len(mine):
