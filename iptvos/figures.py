@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import data
 import export
@@ -148,8 +148,9 @@ def pictures(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, 
         for m in STRIP:
             row = np.hstack([tinted(video, found[d][m][0], t) for t in frames])
             text = f"{d}, {NAMES.get(m, m)}, frames {', '.join(map(str, frames))}" if m == STRIP[0] else NAMES.get(m, m)
-            for colour, thick in (((0, 0, 0), 3), ((255, 255, 255), 1)):
-                cv2.putText(row, text, (6, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, thick, cv2.LINE_AA)
+            picture = Image.fromarray(row)
+            ImageDraw.Draw(picture).text((6, 3), text, fill="white", stroke_fill="black", stroke_width=2)
+            row = np.asarray(picture)
             rows.append(row)
         rows.append(np.full((6, rows[-1].shape[1], 3), 255, np.uint8))
     strips = folder / f"{scale}-strips.jpg"
