@@ -244,8 +244,10 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
 
     rows = [("near", PUBLISHED, "published near names"), ("near", OWN["near"], "own near names")]
     rows += [("fine-grained", OWN["fine-grained"], "own fine-grained names"), (FAR, OWN[FAR], "own far names")]
-    told = []
+    told, short = [], []
     for dataset, method, name in rows:
+        sure = booted(f, "beyond_irrelevant", "FPR95", method, dataset).numbers
+        short += [f"{name} {sure[0]:+.1f} [{sure[1]:+.1f}, {sure[2]:+.1f}]"] if sure is not None else []
         parts = [p for p in (part(dataset, method, m) for m in ("FPR95", "AUROC")) if p]
         if parts:
             place = dataset.split(": ")[0]
@@ -253,6 +255,7 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     accuracy = real(f, "accuracy", "MCM", FAR)
     known = f" (CIFAR-10: {accuracy:.1f} %)" if accuracy is not None else ""
     first = (
-        f"What EOE gains in points (positive is better) on real images, by a zero-shot classifier without CLIP{known}."
+        f"On real images, by a zero-shot classifier without CLIP{known}, EOE's names lower FPR95 by this many points "
     )
+    first += f"points more than as many irrelevant names do: {', '.join(short)}."
     return [first, *told] if told else []
