@@ -66,20 +66,20 @@ def real(*rows):
     return f.assign(setting=[f"eps={at}/255" for _, at, *_ in rows for _ in (0, 1)])
 
 
-def two(metric, ours, theirs, at=16, names=("V-AAER", "V-FGSM")):
+def two(metric, ours, theirs, at=12, names=("V-AAER", "V-FGSM")):
     return [(names[0], at, metric, ours), (names[1], at, metric, theirs)]
 
 
 PARTS = {"R4": "difference alone", "R5": "count alone"}
 REAL = [
-    ("R1", [("V-FGSM", 16, "pgd", 0.3), ("V-FGSM", 16, "fgsm", 60.0)], HOLDS),
-    ("R1", [("V-FGSM", 16, "pgd", 5.1), ("V-FGSM", 16, "fgsm", 60.0)], FAILS),
-    ("R1", [("V-FGSM", 16, "pgd", 4.0), ("V-FGSM", 16, "fgsm", 13.0)], FAILS),  # FGSM finds as much
-    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 16, "clean", 40.0)], HOLDS),
-    ("R2", [*two("pgd", 10.5, 1.0), ("V-AAER", 16, "clean", 40.0)], FAILS),
-    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 16, "clean", 20.0)], FAILS),  # it learnt next to nothing
-    ("R3", [("V-FGSM", 16, "abnormal_at_co", 0.3), ("V-FGSM", 16, "abnormal_previous_co", 0.2)], HOLDS),
-    ("R3", [("V-FGSM", 16, "abnormal_at_co", 0.1), ("V-FGSM", 16, "abnormal_previous_co", 0.2)], FAILS),
+    ("R1", [("V-FGSM", 12, "pgd", 0.3), ("V-FGSM", 12, "fgsm", 60.0)], HOLDS),
+    ("R1", [("V-FGSM", 12, "pgd", 5.1), ("V-FGSM", 12, "fgsm", 60.0)], FAILS),
+    ("R1", [("V-FGSM", 12, "pgd", 4.0), ("V-FGSM", 12, "fgsm", 13.0)], FAILS),  # FGSM finds as much
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 12, "clean", 40.0)], HOLDS),
+    ("R2", [*two("pgd", 10.5, 1.0), ("V-AAER", 12, "clean", 40.0)], FAILS),
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 12, "clean", 20.0)], FAILS),  # it learnt next to nothing
+    ("R3", [("V-FGSM", 12, "abnormal_at_co", 0.3), ("V-FGSM", 12, "abnormal_previous_co", 0.2)], HOLDS),
+    ("R3", [("V-FGSM", 12, "abnormal_at_co", 0.1), ("V-FGSM", 12, "abnormal_previous_co", 0.2)], FAILS),
     *[
         (claim, two("pgd", 20.0, pgd, names=("V-AAER", f"V-AAER, {part}")), verdict)
         for claim, part in PARTS.items()
@@ -135,7 +135,7 @@ def test_the_bottom_line_is_made_from_records():
     (line,) = claims.bottom_line({"demo": frame(*rows)})
     assert "at 3.0 % without and 14.0 % with the regulariser, with CO in 2 of 2 and 0 of 2 runs" in line
     assert claims.bottom_line({"demo": frame(*rows[:3])}) == claims.bottom_line({}) == []
-    cells = [*two("pgd", 20.0, 0.0), *two("collapsed", 0.0, 1.0), ("V-AAER, count alone", 16, "pgd", 18.0)]
+    cells = [*two("pgd", 20.0, 0.0), *two("collapsed", 0.0, 1.0), ("V-AAER, count alone", 12, "pgd", 18.0)]
     first, second, third = claims.bottom_line({"real": real(*cells), "demo": frame(*rows)})
-    assert "V at 16/255: PGD accuracy ends at 0.0 % without and 20.0 % with" in first and "RS" not in first
-    assert second == "The controls at V, 16/255: 18.0 % with count alone." and third == line
+    assert "V at 12/255: PGD accuracy ends at 0.0 % without and 20.0 % with" in first and "RS" not in first
+    assert second == "The controls at V, 12/255: 18.0 % with count alone." and third == line
