@@ -1,7 +1,7 @@
 """Evaluate a trained run again, on all or some test images, by FGSM, PGD with restarts and AutoAttack.
 
-python eval.py --run runs/demo/own-patches-v-aaer-40
-python eval.py --run runs/paper/main-cifar10-rs-aaer-08 --steps 50 --restarts 10 --autoattack standard
+    python eval.py --run runs/demo/own-patches-v-aaer-40
+    python eval.py --run runs/paper/main-cifar10-rs-aaer-08 --steps 50 --restarts 10 --autoattack standard
 """
 
 from pathlib import Path

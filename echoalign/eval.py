@@ -1,7 +1,7 @@
 """Evaluate the classifiers of a run again, and look through its selection at other thresholds.
 
-python eval.py --run runs/demo/own-mnist5k-instance-0.5
-python eval.py --run runs/demo/own-mnist5k-instance-0.5/seed0 --taus 0.4 0.5 0.6 --check
+    python eval.py --run runs/demo/own-mnist5k-instance-0.5
+    python eval.py --run runs/demo/own-mnist5k-instance-0.5/seed0 --taus 0.4 0.5 0.6 --check
 """
 
 from pathlib import Path

@@ -257,5 +257,5 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     first = (
         f"On real images, by a zero-shot classifier without CLIP{known}, EOE's names lower FPR95 by this many points "
     )
-    first += f"points more than as many irrelevant names do: {', '.join(short)}."
+    first += f"more than as many irrelevant names do: {', '.join(short)}."
     return [first, *told] if told else []

@@ -1,7 +1,7 @@
 """Seconds a frame of each stage, and this code against plainer forms with the same result, in one process.
 
-python bench.py            # 854 x 480 procedural frames, one thread
-python bench.py --smoke    # the same at a size that takes a second
+    python bench.py            # 854 x 480 procedural frames, one thread
+    python bench.py --smoke    # the same at a size that takes a second
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Evaluate a trained run again: PGD, MMA, AutoAttack, attacks that know the masks, corruptions.
 
-python eval.py --run runs/demo/own-glyphs-at-part-8 --adaptive --limit 500
-python eval.py --run runs/paper/main-cifar10-at-s1 --autoattack standard --corruptions --write
+    python eval.py --run runs/demo/own-glyphs-at-part-8 --adaptive --limit 500
+    python eval.py --run runs/paper/main-cifar10-at-s1 --autoattack standard --corruptions --write
 """
 
 from pathlib import Path

@@ -1,6 +1,8 @@
 """A command started by a Python without the requirements: the same tests in every folder of the workspace."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,3 +65,11 @@ def test_imports_of_other_programs_are_left_alone(bare):
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and Path(done.stdout.strip()) == folder.resolve()
     assert os.path.samefile(lab.HERE, HERE) and sys.prefix
+
+
+def test_examples_of_a_command_stand_on_lines_of_their_own():
+    """--help joins lines that are not indented."""
+    for path in sorted(HERE.glob("*.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
+        joined = [line for line in text.splitlines() if re.match(r"(python|accelerate|snakemake|pytest) ", line)]
+        assert not joined, f"{path.name}: indent {joined[0]}"
