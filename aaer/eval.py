@@ -2,6 +2,8 @@
 
     python eval.py --run runs/demo/own-patches-v-aaer-40
     python eval.py --run runs/paper/main-cifar10-rs-aaer-08 --steps 50 --restarts 10 --autoattack standard
+
+A run is a folder that train.py wrote, or one seed of it.
 """
 
 from pathlib import Path

@@ -2,6 +2,8 @@
 
     python eval.py --run runs/demo/own-mnist5k-instance-0.5
     python eval.py --run runs/demo/own-mnist5k-instance-0.5/seed0 --taus 0.4 0.5 0.6 --check
+
+A run is a folder that train.py wrote, or one seed of it.
 """
 
 from pathlib import Path

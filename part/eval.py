@@ -2,6 +2,8 @@
 
     python eval.py --run runs/demo/own-glyphs-at-part-8 --adaptive --limit 500
     python eval.py --run runs/paper/main-cifar10-at-s1 --autoattack standard --corruptions --write
+
+A run is a folder that train.py wrote, or one seed of it.
 """
 
 from pathlib import Path

@@ -1,8 +1,10 @@
 """Evaluate the models of a run again: other tau, one alpha, all metrics, or ES by its literal definition.
 
-python eval.py --run runs/demo/world0 --tau 0.8  # calibrate every unlearned model to another bar
-python eval.py --run runs/demo/world0 --methods ga kl --alpha 0.5  # the scores half-way to the unlearned model
-python eval.py --run runs/demo/world0 --literal 5  # the definition by generation beside one pass
+    python eval.py --run runs/demo/world0 --tau 0.8  # calibrate every unlearned model to another bar
+    python eval.py --run runs/demo/world0 --methods ga kl --alpha 0.5  # the scores half-way to the unlearned model
+    python eval.py --run runs/demo/world0 --literal 5  # the definition by generation beside one pass
+
+A run is a folder that train.py wrote.
 """
 
 import time
