@@ -2,7 +2,7 @@
 
     python eval.py --table table3 --labels released  # a table of the paper on its data, weights and names
     python eval.py --id pet37 --ood texture places  # any ID set against any OOD sets
-    python eval.py --images my/pictures --classes "cat,dog" --envision near --backbone conse-lite0  # a folder: scores.csv
+    python eval.py --images my/pictures --classes "cat,dog" --envision near --backbone conse-lite0  # scores.csv
     python eval.py --study near --backbone conse-lite0  # scale real: what the names are worth beyond their number
     python eval.py --synthetic --seeds 0 1 2  # tier A: no data, no network
     python eval.py --run runs/demo/drawn  # a trained stand-in again
