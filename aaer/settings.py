@@ -1,6 +1,6 @@
 """Settings of train.py and eval.py, their ranges, and what the paper prints of them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from lab.runs import Number, UserError, default_out
@@ -14,17 +14,6 @@ VERSIONS = ("standard", "plus", "rand")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 NOT_PART_OF_A_RUN = ("out", "data_dir", "device", "download", "dry_run", "workers", "checkpoint_steps")  # may change
 MethodName = Literal["aaer", "fgsm", "pgd", "free", "zerograd", "multigrad", "gradalign"]
-
-
-LEAST = 1.2e-38  # of float32, in which all is computed
-
-
-def check_small(settings) -> None:
-    """Raise UserError for a number that float32 takes for 0."""
-    for name in (f.name for f in fields(settings)):
-        value = getattr(settings, name)
-        if isinstance(value, float) and 0 < abs(value) < LEAST:
-            raise UserError(f"--{name.replace('_', '-')} {value:g} is nothing in float32; the least is {LEAST:g}, or 0")
 
 
 def check_attack(version: str) -> None:
@@ -170,7 +159,6 @@ class Settings:
             raise UserError("--method pgd stays in the eps-ball and starts at rs or v; --start n is for aaer and fgsm")
         if self.method != "aaer" and (self.term, self.group) != ("full", "abnormal"):
             raise UserError(f"--term and --group change the regulariser, which --method {self.method} does not have")
-        check_small(self)
         check_attack(self.autoattack)
 
     def resolve(self) -> None:
@@ -241,7 +229,6 @@ class EvalSettings:
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
-        check_small(self)
         check_attack(self.autoattack)
         if min(self.steps, self.restarts, self.limit) < 0 or self.batch < 1 or not 0 <= self.eps <= 1:
             raise UserError("--steps, --restarts and --limit must not be negative, --batch at least 1, --eps in [0, 1]")

@@ -18,17 +18,6 @@ SHARE = 0.1  # of a layer's weights is removed in the paper
 MethodName = Literal["lap", "fgsm", "pgd", "free", "zerograd", "multigrad", "gradalign"]
 
 
-LEAST = 1.2e-38  # of float32, in which all is computed
-
-
-def check_small(settings) -> None:
-    """Raise UserError for a number that float32 takes for 0."""
-    for name in (f.name for f in dataclasses.fields(settings)):
-        value = getattr(settings, name)
-        if isinstance(value, float) and 0 < abs(value) < LEAST:
-            raise UserError(f"--{name.replace('_', '-')} {value:g} is nothing in float32; the least is {LEAST:g}, or 0")
-
-
 def check_attack(version: str) -> None:
     if version and version not in VERSIONS and not set(version.split(",")) <= set(ATTACKS):
         raise UserError(f"--autoattack {version} is unknown; use {', '.join(VERSIONS)} or any of {', '.join(ATTACKS)}")
@@ -173,7 +162,6 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1), not {value}")
         if self.method == "pgd" and self.start == "n":
             raise UserError("--method pgd stays in the eps-ball and starts at r or v; --start n is for lap and fgsm")
-        check_small(self)
         check_attack(self.autoattack)
 
     def resolve(self) -> None:
@@ -243,7 +231,6 @@ class EvalSettings:
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
-        check_small(self)
         check_attack(self.autoattack)
         if min(self.steps, self.restarts, self.limit) < 0 or self.batch < 1 or not 0 <= self.eps <= 1:
             raise UserError("--steps, --restarts and --limit must not be negative, --batch at least 1, --eps in [0, 1]")

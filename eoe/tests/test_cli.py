@@ -99,8 +99,8 @@ def test_batches_drawn_ahead_are_those_of_single_draws():
     [
         ("train", ["--lr", "1e-30"], "--lr 1e-30 is too small to matter"),
         ("train", ["--beta", "1e-9"], "--beta 1e-09 is too small to matter"),
-        ("train", ["--weight-decay", "1e-200"], "too small to matter"),
-        ("eval", ["--synthetic", "--beta", "1e-300"], "too small to matter"),
+        ("train", ["--weight-decay", "1e-200"], "is too small"),
+        ("eval", ["--synthetic", "--beta", "1e-300"], "is too small"),
         ("eval", ["--id", "pet37", "--ood", "sun", "--max-similarity", "1e-9"], "too small to matter"),
         ("eval", ["--study", "near", "--labels", "x.json"], "--study takes --labels own or"),
         ("eval", ["--study", "near", "--bootstrap", "-1"], "--bootstrap must not be negative"),
