@@ -304,6 +304,7 @@ class Tokens(torch.nn.Module):
 def test_tokens_of_a_transformer_are_its_grid():
     torch.manual_seed(0)
     net, x = Tokens().eval(), torch.rand(3, 3, 32, 32)
+    net.head.weight.data.abs_()  # so that no map is dead
     found = pr.activation_map(net, x, "gradcam", net.mix)
     t = net.patch(x).detach().requires_grad_(True)  # [3, 8, 4, 4], by hand
     z = net.head(net.token[:, 0] + (t**2).mean((2, 3)))
