@@ -93,7 +93,8 @@ def figures(report: dict, scale: str | None) -> list[str]:
 
 def results_page(folder: str, report: dict | None, docs: Path) -> str:
     here = docs / folder
-    pictures = sorted(Path(folder, "results", "figures").glob("*.png"))
+    kinds = {".png", ".jpg", ".webp", ".svg"}
+    pictures = sorted(p for p in Path(folder, "results", "figures").glob("*") if p.suffix in kinds)
     (here / "figures").mkdir(parents=True, exist_ok=True)
     for p in pictures:
         shutil.copy(p, here / "figures" / p.name)

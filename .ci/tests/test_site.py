@@ -31,6 +31,7 @@ def place(tmp_path_factory):
             "![a picture](results/figures/a.png)\n\n## Deviations and open points\n\nNone [known](x.md).\n"
         )
         (root / name / "results" / "figures" / "a.png").write_bytes(b"png")
+        (root / name / "results" / "figures" / "b.jpg").write_bytes(b"jpg")
     (root / "two" / "RESULTS.md").write_text("# Two\n\n![a](results/figures/a.png) [r](results/x.jsonl)\n")
     done = run(records=2, seconds=7200, commits=["0" * 40 + "+changes"], devices=["CPU"], data=["d (half)"])
     needs = [{"path": "sets/d", "origin": "example.org"}]
@@ -49,7 +50,9 @@ def place(tmp_path_factory):
             table([cell(printed=1.0)], title="Later", row_names=["later"]),
             table([measured(1.0, expected=False)], scale="demo", title="Small", tolerance=2.0),
         ],
-        "figures": [{"path": "results/figures/a.png", "caption": "A figure", "scale": "demo"}],
+        "figures": [
+            {"path": f"results/figures/{name}", "caption": "A figure", "scale": "demo"} for name in ("a.png", "b.jpg")
+        ],
         "runs": {
             "paper": {"r1": done, "later": run(needs=needs), "ready": run()},
             "demo": {
