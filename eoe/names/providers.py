@@ -133,7 +133,7 @@ class LocalModel:
             self.model = AutoModelForCausalLM.from_pretrained(where, **given).eval()
         except (  # what the loaders of the library raise: a package that is not there, a damaged or unknown file
             *(OSError, ValueError, ImportError, KeyError, IndexError, TypeError, AttributeError, RuntimeError),
-            *(NotImplementedError, SafetensorError, struct.error),
+            *(SafetensorError, struct.error),
         ) as error:
             raise UserError(f"transformers cannot load {where}: {type(error).__name__}: {str(error)[:300]}") from None
         bad = [k for k, v in self.model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]

