@@ -127,7 +127,7 @@ class EvalSettings:
     (far), or objects of DAVIS; with controls and bootstrap intervals (real/study.py)."""
     splits: int = 20
     """--study near and fine: random splits of the classes into ID and OOD; fine has 20 in all."""
-    bootstrap: int = 500
+    bootstrap: int = 200
     """--study: replicates of the bootstrap over classes and images; 0: no intervals."""
     draws: int = 3
     """--study: draws of as many irrelevant names, and nouns, as each list has."""

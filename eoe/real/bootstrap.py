@@ -5,6 +5,7 @@ every method is judged anew with these weights in every split. Splits are never 
 """
 
 import numpy as np
+from scipy import stats
 
 
 def weights(groups: np.ndarray, strata: np.ndarray, replicates: int, seed: int) -> np.ndarray:
@@ -66,8 +67,23 @@ def measure(scores: np.ndarray, inside: np.ndarray, w: np.ndarray, recall: float
     return {"FPR95": np.where(gone, np.nan, fpr), "AUROC": np.where(gone, np.nan, auroc)}
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """(value of the data, 2.5 % and 97.5 % quantile of the replicates); row 0 is the data."""
+def mean(v: np.ndarray) -> np.ndarray:
+    """Mean of v [splits, replicates] over splits; a split without ID or OOD images in a replicate is left out there."""
+    there = np.isfinite(v)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, v, 0).sum(0) / there.sum(0)
+
+
+def interval(values: np.ndarray, units: int) -> tuple[float, float, float]:
+    """(value, low, high): value +- t s sqrt(G / (G - 1)), a 95 % interval of few classes.
+
+    values [replicates + 1], row 0 the data; s: standard deviation of the others that are defined; units G: classes (the
+    fewest of a side), of which a bootstrap sees only the variance among G, not G - 1; t: 97.5 % quantile of Student's t
+    with G - 1 degrees. Quantiles of the replicates themselves are too narrow for six classes (real/coverage.py). NaN
+    bounds where there is nothing to tell them from: one class, or no replicate.
+    """
     rest = values[1:][np.isfinite(values[1:])]
-    low, high = np.quantile(rest, [0.025, 0.975]) if len(rest) else (np.nan, np.nan)
-    return float(values[0]), float(low), float(high)
+    if units < 2 or len(rest) < 2:
+        return float(values[0]), np.nan, np.nan
+    half = stats.t.ppf(0.975, units - 1) * rest.std(ddof=1) * np.sqrt(units / (units - 1))
+    return float(values[0]), float(values[0] - half), float(values[0] + half)

@@ -13,6 +13,7 @@ from lab.progress import progress
 
 import numpy as np
 import torch
+from scipy import stats
 
 import backbones
 import evaluation
@@ -23,6 +24,9 @@ from scores import reduce
 TEMPLATES = {"a photo of a": "a photo of a {}", "bare": "{}"}
 SIZES = {"own far": (10, 30, 100, 500), "own near": (1, 2, 3)}  # L of the sweep; near: for each ID class
 FREE = " without OOD names"
+KINDLESS = " without OOD names and kinds"
+TRUTH = "Ground Truth"
+POOLS = {"irrelevant": "irrelevant names", "nouns": "WordNet nouns", "animals": "animals"}  # controls in the records
 HIGHER = {"FPR95": -1, "AUROC": 1}  # the sign of "better"
 Values = dict[str, np.ndarray]  # metric -> [splits, replicates], column 0 the data
 
@@ -54,47 +58,45 @@ def judged(made: tasks.Pool, features: torch.Tensor, weights: np.ndarray, each: 
     return {m: {k: np.array(v) for k, v in values.items()} for m, values in out.items()}
 
 
-def over(values: Values, splits: list[int]) -> Values:
-    """Mean over splits, replicate by replicate; a split without ID or OOD images in a replicate is left out there."""
-    out = {}
-    for metric, v in values.items():
-        part = v[splits]
-        there = np.isfinite(part)
-        with np.errstate(invalid="ignore"):
-            out[metric] = np.where(there, part, 0).sum(0) / there.sum(0)
-    return out
+def told(name: str, v: np.ndarray, units: int, apart: bool) -> dict[str, float]:
+    """A number with its interval, `_low` and `_high`, where one can be had. v [splits, replicates].
+
+    apart: the splits are sets of their own, so that Student's t over them is an interval, too; the wider one counts.
+    """
+    value, low, high = bootstrap.interval(bootstrap.mean(v), units)
+    if apart:
+        half = stats.t.ppf(0.975, len(v) - 1) * v[:, 0].std(ddof=1) / np.sqrt(len(v))
+        low, high = min(low, value - half), max(high, value + half)
+    return {name: value} | ({f"{name}_low": low, f"{name}_high": high} if np.isfinite(low) else {})
 
 
-def _told(name: str, v: np.ndarray, metrics: dict) -> None:
-    """A number with its interval; `_low` and `_high` beside it."""
-    value, low, high = bootstrap.interval(v)
-    metrics[name] = value
-    if len(v) > 1:
-        metrics |= {f"{name}_low": low, f"{name}_high": high}
-
-
-def compared(method: str, found: dict[str, Values], splits: list[int]) -> dict[str, float]:
-    """Metrics of a method, and, of one with envisioned names, what it gains over MCM (`gain_`) and over as many names
-    that say nothing (`beyond_irrelevant_`, `beyond_nouns_`); positive is better. `left_to_truth_` is what Ground Truth
-    gains over it."""
+def compared(method: str, found: dict[str, Values], splits: list[int], made: tasks.Pool) -> dict[str, float]:
+    """Metrics of a method, and, of one with envisioned names, what it gains over MCM (`gain_`), MaxLogit, itself
+    without the outlier term (`beyond_beta0_`), and over as many names that say nothing (`beyond_irrelevant_`,
+    `beyond_nouns_`, `beyond_animals_`); positive is better. `left_to_truth_` is what Ground Truth gains over it."""
     out: dict[str, float] = {}
-    mine = over(found[method], splits)
-    for metric in HIGHER:
-        _told(metric, mine[metric], out)
-        out[f"{metric}_std"] = float(np.nanstd(found[method][metric][splits, 0]))
-    others = {"gain": "MCM", "beyond_irrelevant": f"irrelevant names for {method}"}
-    others |= {"beyond_nouns": f"WordNet nouns for {method}"}
-    for name, other in others.items():
-        if method == "MCM" or other not in found:
-            continue
-        theirs = over(found[other], splits)
-        for metric, sign in HIGHER.items():
-            _told(f"{name}_{metric}", sign * (mine[metric] - theirs[metric]), out)
-    if method.startswith("EOE(") and "Ground Truth" in found:
-        truth = over(found["Ground Truth"], splits)
-        for metric, sign in HIGHER.items():
-            _told(f"left_to_truth_{metric}", sign * (truth[metric] - mine[metric]), out)
+    how = made.units(splits), made.apart(splits)
+    mine = {metric: found[method][metric][splits] for metric in HIGHER}
+    for metric, v in mine.items():
+        out |= told(metric, v, *how)
+        out[f"{metric}_std"] = float(np.nanstd(v[:, 0]))
+    others = {"gain": ("MCM", 1)} if method != "MCM" else {}
+    if method.startswith("EOE("):
+        others |= {"beyond_maxlogit": ("MaxLogit", 1), "beyond_beta0": (method.replace("EOE(", "S_MSP("), 1)}
+        others |= {"left_to_truth": (TRUTH, -1)}
+    others |= {f"beyond_{k}": (f"{pool} for {method}", 1) for k, pool in POOLS.items()}
+    for name, (other, way) in others.items():
+        for metric, sign in HIGHER.items() if other in found else ():
+            gap = way * sign * (mine[metric] - found[other][metric][splits])
+            out |= told(f"{name}_{metric}", gap, *how)
     return out
+
+
+def fewer(names: list[str], split: tasks.Split, end: str) -> list[str]:
+    """What is left of a list where a row leaves out real OOD names (FREE), or their kinds, too (KINDLESS)."""
+    if end:
+        names = [n for n in names if n not in split.truth]
+    return [n for n in names if not tasks.is_kind(n, split.truth)] if end == KINDLESS else names
 
 
 class Study:
@@ -104,11 +106,13 @@ class Study:
         self.s, self.seed, self.device, root = s, seed, device, runs.data_dir(s.data_dir)
         self.made = tasks.pool(s.study, root, seed, s.splits, s.limit)
         self.lists = tasks.lists(self.made, s.study, s.labels, root, s.llm)
-        self.controls = tasks.controls(self.made, root, seed)
-        # Lists that hold a real OOD name in some split: they are judged without it, too.
-        pairs = {k: [(x, s) for v in by_run for x, s in zip(v, self.made.splits, strict=True)]
-                 for k, by_run in self.lists.items()}  # fmt: skip
-        self.hits = {k for k, v in pairs.items() if any({*names} & {*s.truth} for names, s in v)}
+        self.controls = tasks.controls(self.made, root, seed, s.study)
+        # Lists that hold a real OOD name, or a kind of one, in some split: they are judged without those, too.
+        self.shorter: dict[str, list[str]] = {}
+        for label, by_run in self.lists.items():
+            pairs = [(x, split) for v in by_run for x, split in zip(v, self.made.splits, strict=True)]
+            numbers = [sum(len(fewer(x, split, end)) for x, split in pairs) for end in ("", FREE, KINDLESS)]
+            self.shorter[label] = [e for e, a, b in zip((FREE, KINDLESS), numbers, numbers[1:], strict=False) if b < a]
         self.backbone = backbones.load(s.backbone, device, s.weights, root, s.download, s.bf16)
         found = [backbones.image_features(self.backbone, p, s.batch, s.workers) for p in self.made.parts]
         self.features = torch.cat(found).to(device)
@@ -121,6 +125,7 @@ class Study:
         return {
             name: [tasks.drawn(names, n, *key, name, d) for d in range(self.s.draws)]
             for name, names in self.controls.items()
+            if name != "animals" or label != "own far"  # that list has no animals' prompt, and more names than they
         }
 
     def texts(self, template: str) -> Texts:
@@ -137,24 +142,23 @@ class Study:
             out.setdefault(method, []).append(evaluation.score(reduce(images, ids, texts(names)), name, beta))
 
         add("MCM", "MCM", [])
+        add("MaxLogit", "MaxLogit", [])
+        add("EOE", TRUTH, split.truth)
         if self.s.labels == "own":
-            add("MaxLogit", "MaxLogit", [])
             add("Energy", "Energy", [])
-            add("EOE", "Ground Truth", split.truth)
         for label, by_run in self.lists.items():
             method = f"EOE({label})"
             for run, splits in enumerate(by_run):
                 names = splits[number]
                 add("EOE", method, names)
                 add("S_MSP", f"S_MSP({label})", names)
-                free = [n for n in names if n not in split.truth]
-                if label in self.hits:
-                    add("EOE", f"{method}{FREE}", free)
+                rest = {"": names} | {end: fewer(names, split, end) for end in self.shorter[label]}
+                for end in self.shorter[label]:
+                    add("EOE", f"{method}{end}", rest[end])
                 for control, drawn in self.matched(label, run, number, len(names)).items():
                     for one in drawn:
-                        add("EOE", f"{control} for {method}", one)
-                        if label in self.hits:
-                            add("EOE", f"{control} for {method}{FREE}", one[: len(free)])
+                        for end, left in rest.items():
+                            add("EOE", f"{control} for {method}{end}", one[: len(left)])
         return out
 
     def counts(self, method: str, splits: list[int]) -> dict[str, float]:
@@ -162,14 +166,13 @@ class Study:
         made = self.made.splits
         label = next((k for k in self.lists if f"({k})" in method), "")
         if label:
-            found = [(names[i], made[i].truth) for names in self.lists[label] for i in splits]
+            end = next((e for e in (KINDLESS, FREE) if method.endswith(e)), "")
+            found = [(fewer(names[i], made[i], end), made[i].truth) for names in self.lists[label] for i in splits]
         else:
-            found = [(made[i].truth if method == "Ground Truth" else [], made[i].truth) for i in splits]
-        hits = [len({*names} & {*truth}) for names, truth in found]
-        numbers = [len(names) - h * method.endswith(FREE) for (names, _), h in zip(found, hits, strict=True)]
-        if " for " in method or method.endswith(FREE):  # of a control only the number is the list's
-            hits = [0]
-        return {"labels": float(np.mean(numbers)), "hits": float(np.mean(hits))}
+            found = [(made[i].truth if method == TRUTH else [], made[i].truth) for i in splits]
+        # Of a control only the number is the list's: its names are none of the classes.
+        hits = [0] if " for " in method else [len({*names} & {*truth}) for names, truth in found]
+        return {"labels": float(np.mean([len(names) for names, _ in found])), "hits": float(np.mean(hits))}
 
     def sweep(self, texts: Texts) -> list[tuple[str, int, float, dict]]:
         """(list, L, beta, Values) of S_EOE over betas and list lengths, without intervals."""
@@ -217,9 +220,9 @@ def run_study(s, run: runs.Run, seed: int, device) -> None:
         accuracy = [tasks.right(made, x, best) for x, best in zip(made.splits, nearest, strict=True)]
         for dataset, splits in made.shown.items():
             for method in found:
-                if method == "MCM" and s.labels != "own":
-                    continue  # it stands in the record of the own lists
-                metrics = compared(method, found, splits) | study.counts(method, splits)
+                if method in ("MCM", "MaxLogit", TRUTH) and s.labels != "own":
+                    continue  # they stand in the records of the own lists
+                metrics = compared(method, found, splits, made) | study.counts(method, splits)
                 if method == "MCM":
                     metrics["accuracy"] = float(np.mean([accuracy[i] for i in splits]))
                 record("real", dataset, f"{short}, {template}", method, metrics, splits)

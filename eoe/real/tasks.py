@@ -10,6 +10,7 @@ from lab.runs import UserError
 
 import numpy as np
 
+import data
 from names import reading
 from real import sets
 from real.sets import CIFAR, DAVIS_ID, DAVIS_OOD, TITLES
@@ -26,6 +27,7 @@ LISTS = {
     "own fine": ("cifar10-animals-fine", "fine"),
 }
 PUBLISHED = "published near"
+ANIMAL_CLASSES = 398  # the first so many of ImageNet's classes are animals
 
 
 @dataclass
@@ -48,6 +50,20 @@ class Pool:
     labels: np.ndarray  # class within its own set
     splits: list[Split] = field(default_factory=list)
     shown: dict[str, list[int]] = field(default_factory=dict)  # dataset of the records -> its splits
+
+    def units(self, splits: list[int]) -> int:
+        """The fewest groups of a stratum among the images of these splits; of several sets with one ID set the groups
+        of that, for the sets themselves are counted beside it (study.told)."""
+        side = "inside" if self.apart(splits) else None
+        used = np.any([m for i in splits for m in self._masks(i, side)], 0)
+        return min(len(np.unique(self.groups[used & (self.strata == k)])) for k in np.unique(self.strata[used]))
+
+    def _masks(self, i: int, side: str | None) -> list[np.ndarray]:
+        return [getattr(self.splits[i], name) for name in ([side] if side else ["inside", "outside"])]
+
+    def apart(self, splits: list[int]) -> bool:
+        """Whether these splits are OOD sets without a common image: far sets are, splits of CIFAR-10 are not."""
+        return len(splits) > 1 and not np.any(np.sum([self.splits[i].outside for i in splits], 0) > 1)
 
 
 def pool(study: str, root: Path, seed: int, splits: int, most: int = 0) -> Pool:
@@ -125,9 +141,26 @@ def _pool_of_names(names: list[str], made: Pool) -> list[str]:
     return reading.clean(names, [w.lower() for w in taken], "near").names
 
 
-def controls(made: Pool, root: Path, seed: int) -> dict[str, list[str]]:
+def is_kind(name: str, classes: list[str]) -> bool:
+    """Whether a name is a kind of one of the classes, or a wider term that holds it (splits/kinds.json): an owl where
+    birds are OOD. The name itself or its last word counts."""
+    words = {k for c in classes for k in (c, *data.split("kinds")["kinds"].get(c, ()))}
+    return bool({name.lower(), name.lower().split()[-1]} & words)
+
+
+def animals(made: Pool) -> list[str]:
+    """ImageNet's animals that are neither an ID nor an OOD class of the study nor a kind of one."""
+    classes = list({n for s in made.splits for n in (*s.id_names, *s.truth)})
+    spans = [span for c in classes for span in data.split("kinds")["imagenet"].get(c, ())]
+    whole = data.split("imagenet1k_class_names")["classes"][:ANIMAL_CLASSES]
+    left = [c["name"] for i, c in enumerate(whole) if not any(low <= i <= high for low, high in spans)]
+    return _pool_of_names([n for n in left if not is_kind(n, classes)], made)
+
+
+def controls(made: Pool, root: Path, seed: int, study: str) -> dict[str, list[str]]:
     """Names that say nothing of the ID classes, to draw as many as a list has: those that were written to be irrelevant
-    (to ImageNet's classes, which hold CIFAR-10's), and nouns of WordNet at random."""
+    (to ImageNet's classes, which hold CIFAR-10's), and nouns of WordNet at random. In the study of animals a third,
+    fairer one: other animals."""
     irrelevant = reading.read_names(runs.HERE / "envisioned" / "imagenet1k-far-irrelevant.json").groups["all"]
     nouns = []
     for kind in ("artifact", "body", "object", "plant"):
@@ -137,7 +170,8 @@ def controls(made: Pool, root: Path, seed: int) -> dict[str, list[str]]:
         nouns += path.read_text(encoding="utf-8").splitlines()
     nouns = sorted({n.strip() for n in nouns if n.strip() and n.strip().isprintable()})
     nouns = random.Random(f"nouns {seed}").sample(nouns, min(NOUNS, len(nouns)))
-    return {"irrelevant names": _pool_of_names(irrelevant, made), "WordNet nouns": _pool_of_names(nouns, made)}
+    out = {"irrelevant names": _pool_of_names(irrelevant, made), "WordNet nouns": _pool_of_names(nouns, made)}
+    return out | ({"animals": animals(made)} if study == "fine" else {})
 
 
 def drawn(names: list[str], n: int, *key) -> list[str]:

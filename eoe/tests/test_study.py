@@ -86,15 +86,21 @@ def test_every_study_makes_its_rows(kind, made_up, tmp_path):
     assert {"MCM", "MaxLogit", "Energy", "Ground Truth", *own} <= methods
     for method in own:
         assert {f"{c} for {method}" for c in ("irrelevant names", "WordNet nouns")} <= methods
+    assert ("animals for EOE(own fine)" in methods) == (kind == "fine") and "animals for EOE(own far)" not in methods
     for (dataset, setting, method), m in found.items():
-        assert m["FPR95_low"] <= m["FPR95"] + 25 and np.isfinite([v for v in m.values()]).all()
+        assert np.isfinite([v for v in m.values()]).all()
+        alone = dataset in ("far: Omniglot", "far: faces")  # one group: images are no sample of others
+        assert ("FPR95_low" in m) == (not alone)
         if method in own:
             for metric, sign in (("FPR95", -1), ("AUROC", 1)):
-                for name, other in (("gain", "MCM"), ("beyond_irrelevant", f"irrelevant names for {method}"),
-                                    ("beyond_nouns", f"WordNet nouns for {method}")):  # fmt: skip
+                others = {"gain": "MCM", "beyond_irrelevant": f"irrelevant names for {method}"}
+                others |= {"beyond_nouns": f"WordNet nouns for {method}", "beyond_maxlogit": "MaxLogit"}
+                others |= {"beyond_beta0": method.replace("EOE", "S_MSP")}
+                others |= {"beyond_animals": f"animals for {method}"} if "own fine" in method and kind == "fine" else {}
+                for name, other in others.items():
                     gap = sign * (m[metric] - found[dataset, setting, other][metric])
                     assert m[f"{name}_{metric}"] == pytest.approx(gap, abs=1e-9)
-                    assert m[f"{name}_{metric}_low"] <= m[f"{name}_{metric}_high"]
+                    assert alone or m[f"{name}_{metric}_low"] <= m[f"{name}_{metric}_high"]
                 left = sign * (found[dataset, setting, "Ground Truth"][metric] - m[metric])
                 assert m[f"left_to_truth_{metric}"] == pytest.approx(left, abs=1e-9)
             assert m["labels"] == found[dataset, setting, f"irrelevant names for {method}"]["labels"]
@@ -125,7 +131,7 @@ def test_numbers_are_those_of_a_plain_evaluation(made_up, tmp_path):
 
 def test_controls_say_nothing_of_the_classes_and_are_as_many(made_up):
     made = tasks.pool("near", made_up, 0, 3)
-    found = tasks.controls(made, made_up, 0)
+    found = tasks.controls(made, made_up, 0, "near")
     assert {*found} == {"irrelevant names", "WordNet nouns"} and "cargo ship" not in found["WordNet nouns"]
     for names in found.values():
         assert not {w for n in names for w in n.split()} & {*sets.CIFAR}
@@ -133,6 +139,67 @@ def test_controls_say_nothing_of_the_classes_and_are_as_many(made_up):
     assert tasks.drawn(found["WordNet nouns"], 5, 0, "x") != tasks.drawn(found["WordNet nouns"], 5, 1, "x")
     with pytest.raises(UserError, match="9999 names are asked"):
         tasks.drawn(found["WordNet nouns"], 9999, 0)
+
+
+def test_animals_are_neither_classes_of_the_study_nor_kinds_of_one(made_up):
+    made = tasks.pool("fine", made_up, 0, 20)
+    found = tasks.controls(made, made_up, 0, "fine")["animals"]
+    assert len(found) == len({*found}) > 113  # as many as the longest list that stands beside them
+    assert {"tench", "zebra", "giant panda"} <= {*found}
+    # a dog, a bird, a bird without its word, a frog, a cat, a horse; no animal
+    gone = {
+        "chihuahua",
+        "bald eagle",
+        "brambling",
+        "american bullfrog",
+        "egyptian mau",
+        "common sorrel horse",
+        "abacus",
+    }
+    assert not gone & {*found}
+    one = tasks.pool("davis", made_up, 0, 1)  # birds and dogs alone
+    assert {"egyptian mau", "zebra"} <= {*tasks.animals(one)} and "brambling" not in tasks.animals(one)
+
+
+def test_kinds_of_the_ood_classes_are_left_out_and_those_of_id_classes_stay():
+    split = tasks.Split(["cat", "dog", "horse"], ["bird", "deer", "frog"], None, None)
+    names = ["bird", "owl", "snowy owl", "moose", "toad", "lynx", "wolf", "animal", "zebra"]
+    assert study.fewer(names, split, "") == names
+    assert study.fewer(names, split, study.FREE) == names[1:]
+    assert study.fewer(names, split, study.KINDLESS) == ["lynx", "wolf", "zebra"]
+    assert tasks.is_kind("Barn Owl", ["bird"]) and not tasks.is_kind("owlet moth", ["bird"])
+
+
+def test_rows_without_names_count_what_is_left(made_up, tmp_path):
+    found = named(records("fine", made_up, tmp_path / "r"))
+    row = {end: found["fine-grained", "lite0, bare", f"EOE(own fine){end}"] for end in ("", study.FREE, study.KINDLESS)}
+    assert row[""]["hits"] == 3 and row[study.FREE]["hits"] == row[study.KINDLESS]["hits"] == 0
+    assert row[""]["labels"] - row[study.FREE]["labels"] == 3
+    splits = tasks.pool("fine", made_up, 0, 3).splits
+    left = [len(study.fewer(tasks.own("own fine", s, 0), s, study.KINDLESS)) for s in splits]
+    assert row[study.KINDLESS]["labels"] == pytest.approx(np.mean(left)) and np.mean(left) < row[study.FREE]["labels"]
+    control = found["fine-grained", "lite0, bare", f"animals for EOE(own fine){study.KINDLESS}"]
+    assert control["labels"] == row[study.KINDLESS]["labels"] and "gain_FPR95_low" in control
+    assert "S_MSP(own fine)" in {m for *_, m in found}
+
+
+def test_units_of_an_interval_are_the_fewest_classes_of_a_side(made_up):
+    made = {k: tasks.pool(k, made_up, 0, 3) for k in tasks.STUDIES}
+    units = {d: p.units(v) for p in made.values() for d, v in p.shown.items()}
+    assert units == {"near": 10, "fine-grained": 6, "far: MNIST": 2, "far: Omniglot": 1, "far: textures": 2,
+                     "far: faces": 1, "far: mean of 4 sets": 10, "DAVIS": 4}  # fmt: skip
+    assert [d for p in made.values() for d, v in p.shown.items() if p.apart(v)] == ["far: mean of 4 sets"]
+
+
+def test_a_mean_of_sets_has_the_wider_of_two_intervals():
+    """Images say +-0.1, four sets of 0, 10, 20 and 30 points say 15 +- 3.182 x 12.91 / 2."""
+    v = np.array([0.0, 10, 20, 30])[:, None] + np.r_[0, np.random.default_rng(0).normal(0, 0.05, 200)]
+    one, two = (study.told("x", v, 10, apart) for apart in (False, True))
+    assert one["x"] == two["x"] == 15 and one["x_high"] - 15 < 0.2
+    assert two["x_high"] - 15 == pytest.approx(3.1824 * np.std([0, 10, 20, 30], ddof=1) / 2, abs=1e-3)
+    assert two["x_high"] - 15 == pytest.approx(15 - two["x_low"])
+    assert study.told("x", v, 1, False) == {"x": 15}  # one class: no interval
+    assert study.told("x", v[:, :1], 10, True) == {"x": 15}  # no replicate
 
 
 def test_splits_are_disjoint_and_belong_to_their_seed(made_up):
