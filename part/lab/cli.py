@@ -73,6 +73,12 @@ def _number(text: str) -> float:
     return value
 
 
+def _written(value: float) -> str:
+    """A radius as people write it: 8/255, not 0.03137254901960784."""
+    parts = round(value * 255)
+    return f"{parts}/255" if parts / 255 == value and len(repr(value)) > 8 else repr(value)
+
+
 # A float that may be written as a fraction: `--eps 8/255`. NaN and infinity are refused.
 Number = Annotated[
     float,
@@ -81,7 +87,7 @@ Number = Annotated[
         metavar="FLOAT|A/B",
         instance_from_str=lambda args: _number(args[0]),
         is_instance=lambda x: isinstance(x, float | int),
-        str_from_instance=lambda x: [repr(x)],
+        str_from_instance=lambda x: [_written(x)],
     ),
 ]
 

@@ -140,3 +140,18 @@ def test_what_no_option_names_lies_in_the_folder(tmp_path, monkeypatch):
     assert cli.default_out("demo", "x") == os.path.join("runs", "demo", "x")
     monkeypatch.chdir(tmp_path)
     assert os.path.abspath(cli.default_out("demo", "x")) == str(HERE / "runs" / "demo" / "x")
+
+
+def test_a_radius_is_shown_as_it_is_written(capsys):
+    @dataclasses.dataclass
+    class Some:
+        eps: Number = 8 / 255
+        """A radius."""
+        lr: Number = 0.2
+        """A rate: 51/255, but nobody writes it so."""
+
+    with pytest.raises(SystemExit):
+        cli.parse(Some, "text", ["--help"])
+    said = capsys.readouterr().out
+    assert "(default: 8/255)" in said and "(default: 0.2)" in said
+    assert cli.parse(Some, "text", []).eps == 8 / 255
