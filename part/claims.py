@@ -210,4 +210,4 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         (d,) = at_least("natural", 0.0, base=base)(f)
         mean, half = interval(d.values)
         found += [f"{mean:+.2f} ± {half:.2f} points against {base}"] if len(d.values) > 1 else []
-    return [*out, f"Natural accuracy of PART on the embedded default: {', '.join(found)}."] if found else out
+    return [*out, f"Natural accuracy of PART on generated glyphs: {', '.join(found)}."] if found else out
