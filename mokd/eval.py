@@ -8,6 +8,9 @@
 Results of finished blocks of tasks are kept: the same command goes on where it was stopped.
 """
 
+import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from lab import runs
@@ -17,14 +20,37 @@ from accelerate import PartialState
 
 import backbones
 import evaluation
+import weights
 from settings import EvalSettings
+
+# Settings without effect on the numbers: a run goes on with others of these.
+FREE = ("out", "data_dir", "device", "batch", "workers")
+
+
+def named(s: EvalSettings) -> str:
+    """Run folder of these settings: what a reader looks for, and a checksum of everything that decides the numbers."""
+    told = {k: v for k, v in asdict(s).items() if k not in FREE}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
+    start = [s.table] if s.table != "own" else []
+    what = [Path(s.run or s.weights or s.backbone).name.partition(".")[0], *s.domains]
+    return runs.default_out(
+        s.scale, "-".join([*start, *what, s.law if not s.ways else f"{s.ways}x{s.shots}"])[:90] + f"-{digest}"
+    )
+
+
+def network(s: EvalSettings, seed: int):
+    """The backbone of a seed with its weights."""
+    model = backbones.build(s.backbone, s.size, s.pretrained)
+    if s.run:
+        return weights.load(model, Path(s.run) / f"seed{seed}" / "model.safetensors")
+    below = runs.data_dir(s.data_dir) / s.weights
+    return weights.load(model, below if below.is_file() else Path(s.weights)) if s.weights else model
 
 
 def main() -> None:
     s = runs.parse(EvalSettings, __doc__)
     s.check()
     device = runs.device(s.device)
-    trained = None
     if s.run:
         trained = runs.read_json(Path(s.run) / "settings.json")
         try:
@@ -32,22 +58,19 @@ def main() -> None:
         except (KeyError, TypeError):
             raise UserError(f"{s.run} is no run of train.py") from None
     state = PartialState()
-    s.out = s.out or runs.default_out(s.scale, f"{s.table}-{Path(s.run or s.weights or s.backbone).stem}-{s.law}")
-    ignore = ("out", "data_dir", "device", "batch", "workers")
-    run = runs.Run(Path(s.out), s, ignore, state.process_index)
+    s.out = s.out or named(s)
+    if not runs.finished(Path(s.out), s.seeds):  # before there is a folder: what is not there leaves none
+        for name in s.domains:
+            evaluation.opened(s, name)
+        network(s, s.seeds[0])
+    run = runs.Run(Path(s.out), s, FREE, state.process_index)
     if run.complete:
         if state.is_main_process:
             print(f"{run.out} is complete; delete it to run again")
             evaluation.show(runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json")))
         return
     for seed in s.seeds:
-        model = backbones.build(s.backbone, s.size)
-        if trained:
-            backbones.load_weights(model, Path(s.run) / f"seed{seed}" / "model.safetensors")
-        elif s.weights:
-            below = runs.data_dir(s.data_dir) / s.weights
-            backbones.load_weights(model, below if below.is_file() else Path(s.weights))
-        evaluation.score(s, run, seed, model, s.seen, device)
+        evaluation.score(s, run, seed, network(s, seed), s.seen, device)
     if state.is_main_process:
         evaluation.show(run.finish())
         print(f"records in {run.out}")

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from lab import runs
 from lab.progress import progress
@@ -14,12 +15,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-import backbones
 import domains
 import episodes
+import features
 import heads
+import hsic
 import methods
-import mokd
 import tuning
 from settings import Harness
 
@@ -76,7 +77,7 @@ def block(s: Harness, domain, found: Tensor, numbers: range, seed: int, model, s
         for m in chosen:
             if m.kind in methods.THROUGH:
                 continue
-            o = methods.settings(m, domain.name, s.law, seen, s.common())
+            o = methods.settings(m, domain.name, s.rule, seen, s.common())
             said, seconds = methods.timed(m, t, o, device)
             right = heads.accuracy(checked(said.logits, m.label, domain.title), t.targets)
             numbers_of = {"accuracy": right, **said.numbers}
@@ -89,7 +90,7 @@ def block(s: Harness, domain, found: Tensor, numbers: range, seed: int, model, s
             for j, i in enumerate(part):
                 out[i]["methods"][m.label] = {**{k: v[j] for k, v in host.items()}, "seconds": seconds}
     for m in (m for m in chosen if m.kind in methods.THROUGH):
-        o = methods.settings(m, domain.name, s.law, seen, s.common())
+        o = methods.settings(m, domain.name, s.rule, seen, s.common())
         for i, task in enumerate(tasks):
             out[i]["methods"][m.label] = through(m, o, s, domain, task, model, seen, device)
     return out
@@ -135,6 +136,7 @@ def summary(lines: list[dict], label: str) -> dict[str, float]:
         if other != label:
             gain = right - np.array([line["methods"][other]["accuracy"] for line in lines])
             out[f"gain over {other}"], out[f"gain over {other} ci95"] = float(gain.mean()), interval(gain)
+            out[f"won over {other}"] = float(100 * ((gain > 0) + 0.5 * (gain == 0)).mean())
     if "gain over MOKD(no TPM)" in out and label == "MOKD":
         out["accuracy_difference"] = out["gain over MOKD(no TPM)"]
     return out
@@ -152,15 +154,22 @@ def example(s: Harness, domain, found: Tensor, seed: int, label: str, seen: bool
     from sklearn.manifold import TSNE
 
     t = batch(domain, found, [task], device)
-    theta = methods.answer(m, t, methods.settings(m, domain.name, s.law, seen, s.common())).theta
+    theta = methods.answer(m, t, methods.settings(m, domain.name, s.rule, seen, s.common())).theta
     z = [x[0] if theta is None else x[0] @ theta[0].T for x in (t.support, t.query)]
-    everything = mokd.unit(torch.cat(z)).cpu().numpy()
+    everything = hsic.unit(torch.cat(z)).cpu().numpy()
     flat = TSNE(perplexity=min(15, len(everything) // 4), init="pca", random_state=0).fit_transform(everything)
-    cosine = mokd.gram(z[0]).cpu().numpy()
+    cosine = hsic.gram(z[0]).cpu().numpy()
     return {
         **{"labels": t.labels[0].tolist(), "targets": t.targets[0].tolist()},
         **{"cosine": np.round(cosine, 2).astype(float).tolist(), "tsne": np.round(flat, 1).astype(float).tolist()},
     }
+
+
+def opened(s: Harness, name: str) -> domains.Domain:
+    """A domain of the settings by its name."""
+    if name == "images":
+        return domains.folder(Path(s.images), s.limit)
+    return domains.load(name, "test", runs.data_dir(s.data_dir), s.size, s.limit)
 
 
 def score(
@@ -178,8 +187,8 @@ def score(
                 shutil.rmtree(kept, ignore_errors=True)  # killed while the pieces were removed
             continue
         began = run.seconds()
-        domain = domains.load(name, "test", runs.data_dir(s.data_dir), s.size, s.limit)
-        found = backbones.features(model, domain, s.size, device, s.batch, s.workers)
+        domain = opened(s, name)
+        found = features.features(model, s.backbone, domain, s.size, device, s.batch, s.workers)
         starts = range(0, s.tasks, BLOCK)
         bar = progress(starts[state.process_index :: state.num_processes], f"{domain.title}, seed {seed}", unit="batch")
         for start in bar:
@@ -198,7 +207,7 @@ def score(
         runs.write_text(run.folder(seed) / f"tasks-{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         for i, label in enumerate(labels):
             m = {**summary(lines, label), **(extra or {})}
-            o = methods.settings(methods.parse(s.methods[i]), name, s.law, name in seen, s.common())
+            o = methods.settings(methods.parse(s.methods[i]), name, s.rule, name in seen, s.common())
             m["method_settings"] = {**o, "seen": name in seen}
             if seed == s.seeds[0]:
                 m["example"] = example(s, domain, found, seed, label, name in seen, device)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hsic
-import mokd
 
 TEMPERATURE = 10.0  # of the cosine; without effect on the predicted class, but part of URL's loss
 
@@ -81,10 +80,11 @@ def url_loss(z: Tensor, t: Tasks) -> Tensor:
     return cross_entropy(only(cosine_logits(z, centroids(z, t.onehot)), t), t.labels)
 
 
-def url(t: Tasks, lr: float, steps: int = 40) -> Tensor:
-    """The pre-classifier head of URL (Li et al. 2021): the same head as MOKD's, fitted by the NCC loss. -> Theta."""
+def url(t: Tasks, lr: float, weight_decay: float = 0.0, steps: int = 40) -> Tensor:
+    """The pre-classifier head of URL (Li et al. 2021): the same head as MOKD's, fitted by the NCC loss. -> Theta.
+    Published without weight decay."""
     theta = identity(t)
-    optimizer = torch.optim.Adadelta([theta], lr=lr)
+    optimizer = torch.optim.Adadelta([theta], lr=lr, weight_decay=weight_decay)
     minimise([theta], lambda: url_loss(t.support @ theta.transpose(-1, -2), t), optimizer, steps)
     return theta.detach()
 
@@ -100,7 +100,7 @@ def ssl_hsic(t: Tasks, lr: float, weight_decay: float, gamma: float = 3.0, scale
     m = hsic.count(mask, t.support)
 
     def loss() -> Tensor:
-        K = hsic.kernel("imq", mokd.gram(t.support @ theta.transpose(-1, -2)), width, mask)
+        K = hsic.kernel("imq", hsic.gram(t.support @ theta.transpose(-1, -2)), width, mask)
         zy = hsic.unbiased(K, delta, mask) * hsic.label_gain("imq", width, m)
         return m * (gamma * hsic.biased(K, K, mask).clamp(min=1e-12).sqrt() - zy)
 
@@ -151,4 +151,4 @@ def cross_cosine(t: Tasks, theta: Tensor | None = None) -> Tensor:
     """Mean cosine of support images of different classes, [B]: what the paper's heat maps show."""
     z = t.support if theta is None else t.support @ theta.transpose(-1, -2)
     other = hsic.pairs(t.mask) & (hsic.same_class(t.labels) == 0)
-    return (mokd.gram(z) * other).sum((-2, -1)) / other.sum((-2, -1)).clamp(min=1)
+    return (hsic.gram(z) * other).sum((-2, -1)) / other.sum((-2, -1)).clamp(min=1)

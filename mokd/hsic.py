@@ -6,6 +6,7 @@ order m^2): keep the arithmetic in float32 without TF32, or in float64.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = ("rbf", "imq", "linear", "cosine")
@@ -38,10 +39,21 @@ def same_class(labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
-def squared_distances(gram: Tensor) -> Tensor:
+def unit(z: Tensor) -> Tensor:
+    """Rows of length 1, [..., M, d]; rows of padding stay 0."""
+    return F.normalize(z, dim=-1, eps=1e-12)
+
+
+def gram(z: Tensor) -> Tensor:
+    """Cosines of the rows, [..., M, d] -> [..., M, M]."""
+    z = unit(z)
+    return z @ z.transpose(-1, -2)
+
+
+def squared_distances(g: Tensor) -> Tensor:
     """|a_i - a_j|^2 [..., M, M] from the Gram matrix; rounding below 0 is cut off."""
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    return (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * gram).clamp(min=0)
+    square = g.diagonal(dim1=-2, dim2=-1)
+    return (square.unsqueeze(-1) + square.unsqueeze(-2) - 2 * g).clamp(min=0)
 
 
 def median_distance(distances: Tensor, mask: Tensor) -> Tensor:
@@ -62,7 +74,7 @@ def median_distance(distances: Tensor, mask: Tensor) -> Tensor:
     return d.nanmedian(-1).values.nan_to_num(1.0)
 
 
-def kernel(kind: str, gram: Tensor, scale: Tensor, mask: Tensor, median: Tensor | None = None) -> Tensor:
+def kernel(kind: str, g: Tensor, scale: Tensor, mask: Tensor, median: Tensor | None = None) -> Tensor:
     """Kernel matrix [..., M, M] of unit rows with this Gram matrix; median [...]: of the distances, if it is known.
 
     rbf     exp(-|a-b|^2 / (2 sigma^2)), sigma^2 = scale * median of the squared distances; no gradient through sigma
@@ -72,10 +84,10 @@ def kernel(kind: str, gram: Tensor, scale: Tensor, mask: Tensor, median: Tensor 
     scale [...] is ignored by the last two.
     """
     if kind == "cosine":
-        return gram
+        return g
     if kind == "linear":
-        return gram / count(mask, gram)[..., None, None]
-    d, scale = squared_distances(gram), scale.to(gram.dtype)
+        return g / count(mask, g)[..., None, None]
+    d, scale = squared_distances(g), scale.to(g.dtype)
     if kind == "rbf":
         sigma2 = (scale * (median_distance(d, mask) if median is None else median)).clamp(min=SIGMA2_MIN)
         return torch.exp(-d / (2 * sigma2[..., None, None]))
@@ -151,5 +163,7 @@ def with_variance(K: Tensor, L: Tensor, mask: Tensor | None = None) -> tuple[Ten
 
 def power(value: Tensor, variance: Tensor, eps: float = 1e-5) -> Tensor:
     """J = HSIC_u / sqrt(v + eps) [...], the leading term of the power of the HSIC test. A variance below 0 counts as 0:
-    v + eps < 0 would be no number."""
-    return value / (variance.clamp(min=0) + eps).sqrt()
+    v + eps < 0 would be no number. Where v + eps is 0 there is no estimate of the power: J is 0, so that no search
+    chooses such a scale."""
+    spread = variance.clamp(min=0) + eps
+    return torch.where(spread > 0, value / torch.where(spread > 0, spread, 1).sqrt(), 0)

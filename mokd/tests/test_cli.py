@@ -20,10 +20,12 @@ import backbones
 import domains
 import eval
 import evaluation
+import features
 import sets
 import settings
 import train
 import trainer
+import weights as weights_of
 
 TINY = [
     *("--size", "28", "--limit", "6", "--steps", "6", "--pictures", "8", "--validate", "2", "--validate-every", "3"),
@@ -340,14 +342,14 @@ def test_a_checkpoint_of_url_loads(tmp_path):
     state = {**model.state_dict(), "cls_fn.weight": torch.zeros(3, 512)}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "model_best.pth.tar")
     other = backbones.build("resnet18", 84)
-    backbones.load_weights(other, tmp_path / "model_best.pth.tar")
+    weights_of.load(other, tmp_path / "model_best.pth.tar")
     x = torch.rand(2, 3, 84, 84)
     assert torch.equal(model.eval()(x), other.eval()(x)) and (model(x) >= 0).all()
     torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}}, tmp_path / "odd.pth.tar")
     (tmp_path / "broken.pth.tar").write_bytes(b"nothing")
     for name, word in (("odd", "another network"), ("broken", "cannot be read"), ("absent", "no weights")):
         with pytest.raises(UserError, match=word):
-            backbones.load_weights(other, tmp_path / f"{name}.pth.tar")
+            weights_of.load(other, tmp_path / f"{name}.pth.tar")
 
 
 @pytest.mark.parametrize(("name", "size"), [("conv4", 28), ("conv4-group", 28), ("random5x5", 28), ("resnet18", 84)])
@@ -367,14 +369,14 @@ def test_timm_backbones_by_name():
 def test_features_are_those_of_the_model_and_kept(tmp_path, monkeypatch):
     domain, model = domains.load("digits", "test", tmp_path, 28, limit=3), backbones.build("conv4", 28)
     model.train()
-    found = backbones.features(model, domain, 28, torch.device("cpu"), 7)
+    found = features.features(model, "conv4", domain, 28, torch.device("cpu"), 7)
     assert model.training
     model.eval()
     x = torch.stack([domains.prepare(domain.image(k), 28) for k in range(len(domain))])
     assert torch.allclose(found, model(x), atol=1e-5) and len(found) == 30
     model.train()
-    monkeypatch.setattr(backbones, "_encode", None)
-    assert torch.equal(backbones.features(model, domain, 28, torch.device("cpu"), 7), found)
+    monkeypatch.setattr(features, "encode", None)
+    assert torch.equal(features.features(model, "conv4", domain, 28, torch.device("cpu"), 7), found)
 
 
 def test_grouping_covers_all_tasks_within_its_bounds():
@@ -440,7 +442,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_pat
         ("train", ["--domains"], "one or more different domains"),
         ("train", ["--domains", "digits", "drawn", "digits"], "one or more different domains"),
         ("train", ["--kernel", "sigmoid"], "--kernel sigmoid"),
-        ("train", ["--search", "random"], "--search random"),
+        ("train", ["--bandwidth", "random"], "--bandwidth random"),
         ("train", ["--zz-bandwidth", "own"], "--zz-bandwidth own"),
         ("train", ["--scale", "huge"], "--scale huge"),
         ("train", ["--workers", "-1"], "--workers"),

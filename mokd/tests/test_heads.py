@@ -192,7 +192,7 @@ def test_settings_follow_the_released_rules():
     assert methods.settings(methods.parse("ssl-hsic"), "dtd", "varied", False, {})["gamma"] == 3.0
     own = methods.settings(methods.parse("mokd:gamma=2"), "dtd", "varied", True, {"gamma": 5.0, "kernel": "imq"})
     assert own["gamma"] == 2.0 and own["kernel"] == "imq" and own["weight_decay"] == 0.25
-    assert methods.parse("mokd:search=none").label == "MOKD(no TPM)"
+    assert methods.parse("mokd:bandwidth=none").label == "MOKD(no TPM)"
     assert methods.parse("mokd:gamma=0.5,lr=1").label == "MOKD(gamma=0.5,lr=1)"
 
 

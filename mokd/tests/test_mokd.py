@@ -42,7 +42,7 @@ def literal(x: torch.Tensor, y: torch.Tensor, o: mokd.Options) -> tuple[torch.Te
         return (value / (variance.clamp(min=0) + o.eps).sqrt()).item()
 
     best, highest = 1.0, 0.0
-    if o.search == "grid":
+    if o.bandwidth == "grid":
         for s in mokd.GRID:
             j = power(gram(x, s), gram(onehot, s))
             if j > highest:
@@ -72,7 +72,7 @@ def literal(x: torch.Tensor, y: torch.Tensor, o: mokd.Options) -> tuple[torch.Te
         {},
         {"gamma": 3.0, "lr": 1.0, "weight_decay": 0.25},
         {"gamma": 0.0},
-        {"search": "none"},
+        {"bandwidth": "none"},
         {"kernel": "imq"},
         {"zz": "searched"},
         {"estimator": "biased"},
@@ -104,7 +104,7 @@ def test_closed_gradient_is_that_of_autograd(gamma):
     x[:, 1:5] = x[:, :1]  # the same picture several times
     mask, delta = y >= 0, hsic.same_class(y).double()
     scale, o = torch.tensor([0.01, 0.5, 2.0], dtype=torch.float64), mokd.Options(gamma=gamma)
-    z = mokd.unit(x.double()).requires_grad_()
+    z = hsic.unit(x.double()).requires_grad_()
     mokd.objective(z, delta, mask, scale, scale, o).sum().backward()
     ours, row = mokd.Gradient(delta, mask, scale, o)(z.detach()), z.detach()
     ours = ours - (ours * row).sum(-1, keepdim=True) * row  # the objective makes unit rows of z itself
@@ -116,7 +116,7 @@ def test_closed_gradient_is_finite_where_rounding_lifts_a_cosine_above_one():
     above = 0
     for seed in range(20):
         rng = torch.Generator().manual_seed(seed)
-        z = mokd.unit(torch.rand(1, 1, 5, generator=rng) + 2e-3 * torch.rand(1, 8, 5, generator=rng))
+        z = hsic.unit(torch.rand(1, 1, 5, generator=rng) + 2e-3 * torch.rand(1, 8, 5, generator=rng))
         z[0, 1] = z[0, 0]
         g = z @ z.transpose(1, 2)
         above += int((g.masked_fill(torch.eye(8, dtype=torch.bool), 0) > 1).any())
@@ -128,7 +128,7 @@ def test_closed_gradient_is_finite_where_rounding_lifts_a_cosine_above_one():
 def test_objective_is_m_times_the_difference():
     x, y = tasks(3, sizes=(8,))
     mask, delta, one = y >= 0, hsic.same_class(y), torch.ones(1)
-    z = mokd.unit(x)
+    z = hsic.unit(x)
     K = hsic.kernel("rbf", z @ z.transpose(1, 2), one, mask)
     L = torch.where(delta > 0, 1.0, torch.exp(torch.tensor(-0.5)))
     expected = 8 * (2.0 * hsic.unbiased(K, K) - hsic.unbiased(K, L))
@@ -152,8 +152,8 @@ def test_one_image_a_class_is_degenerate():
 def test_search_takes_the_first_best_and_one_where_nothing_is_positive():
     x, y = tasks(5)
     delta, mask, o = hsic.same_class(y), y >= 0, mokd.Options()
-    best, highest, _ = mokd.search(x, delta, mask, o)
-    g = mokd.gram(x.double())
+    best, highest, _ = mokd.best_scale(x, delta, mask, o)
+    g = hsic.gram(x.double())
     table = torch.stack(
         [mokd.powers(g, delta.double(), mask, torch.full((3,), s).double(), o, False)[0] for s in mokd.GRID]
     )
@@ -163,7 +163,7 @@ def test_search_takes_the_first_best_and_one_where_nothing_is_positive():
     negative = 0
     for _ in range(60):  # labels without relation to the features: at times no scale has positive power
         x, y = torch.rand(1, 6, 4, generator=rng), torch.randint(0, 3, (1, 6), generator=rng)
-        best, highest, _ = mokd.search(x, hsic.same_class(y), y >= 0, o)
+        best, highest, _ = mokd.best_scale(x, hsic.same_class(y), y >= 0, o)
         if highest.item() == 0:
             negative += 1
             assert best.item() == 1.0
@@ -173,9 +173,9 @@ def test_search_takes_the_first_best_and_one_where_nothing_is_positive():
 def test_gradient_search_is_at_least_as_good_as_the_grid():
     x, y = tasks(6)
     delta, mask = hsic.same_class(y), y >= 0
-    grid, climbed = (mokd.search(x, delta, mask, mokd.Options(search=k)) for k in ("grid", "gradient"))
+    grid, climbed = (mokd.best_scale(x, delta, mask, mokd.Options(bandwidth=k)) for k in ("grid", "gradient"))
     assert (climbed[1] >= grid[1]).all() and (climbed[1] > grid[1]).any()
-    again = mokd.powers(mokd.gram(x.double()), delta.double(), mask, climbed[0], mokd.Options(), False)[0]
+    again = mokd.powers(hsic.gram(x.double()), delta.double(), mask, climbed[0], mokd.Options(), False)[0]
     assert torch.allclose(again, climbed[1])
 
 
@@ -196,7 +196,7 @@ def test_identical_and_negative_variance_tasks_give_numbers():
     rng, count = torch.Generator().manual_seed(1), 0
     for _ in range(40):
         x, y = torch.rand(1, 5, 3, generator=rng), torch.randint(0, 2, (1, 5), generator=rng)
-        _, power, negative = mokd.search(x, hsic.same_class(y), y >= 0, mokd.Options())
+        _, power, negative = mokd.best_scale(x, hsic.same_class(y), y >= 0, mokd.Options())
         count += int(negative)
         assert torch.isfinite(power).all()
     assert count > 0
@@ -215,8 +215,8 @@ def test_images_without_features_are_as_far_as_the_estimator_says():
 
 def test_the_bandwidth_is_searched_once_and_on_the_features_as_they_come(monkeypatch):
     x, y = tasks(9)
-    seen, search = [], mokd.search
-    monkeypatch.setattr(mokd, "search", lambda *a, **k: (seen.append(a[0].clone()), search(*a, **k))[1])
+    seen, search = [], mokd.best_scale
+    monkeypatch.setattr(mokd, "best_scale", lambda *a, **k: (seen.append(a[0].clone()), search(*a, **k))[1])
     mokd.adapt(x, y, mokd.Options(steps=5))
     assert len(seen) == 1 and torch.equal(seen[0], x)
     mokd.adapt(x, y, mokd.Options(steps=5, zz="searched"))
@@ -227,13 +227,13 @@ def test_the_search_does_not_suffer_from_float32():
     """Powers in the search are those of float64 features, whatever the type of what comes in."""
     x, y = tasks(10)
     delta, mask, o = hsic.same_class(y), y >= 0, mokd.Options()
-    single, double = (mokd.search(v, delta, mask, o)[1] for v in (x, x.double()))
+    single, double = (mokd.best_scale(v, delta, mask, o)[1] for v in (x, x.double()))
     assert single.dtype == torch.float64 and torch.equal(single, double)
 
 
 def test_defaults_are_the_published_ones():
     o = mokd.Options()
-    assert (o.steps, o.kernel, o.estimator, o.search, o.zz, o.eps) == (40, "rbf", "unbiased", "grid", "shared", 1e-5)
+    assert (o.steps, o.kernel, o.estimator, o.bandwidth, o.zz, o.eps) == (40, "rbf", "unbiased", "grid", "shared", 1e-5)
     grid = "0.001, 0.01, 0.1, 0.2, 0.25, 0.5, 0.75, 0.8, 0.9, 1.0, 1.25, 1.5, 2.0, 5.0, 10.0"
     assert mokd.GRID == tuple(map(float, grid.split(", ")))
 
@@ -241,7 +241,7 @@ def test_defaults_are_the_published_ones():
 def test_ties_in_the_search_keep_the_smaller_scale(monkeypatch):
     x, y = tasks(11)
     monkeypatch.setattr(mokd, "powers", lambda g, *a: (torch.full((len(g),), 2.0), torch.full((len(g),), -1.0)))
-    best, highest, negative = mokd.search(x, hsic.same_class(y), y >= 0, mokd.Options())
+    best, highest, negative = mokd.best_scale(x, hsic.same_class(y), y >= 0, mokd.Options())
     assert best.tolist() == [0.001] * 3 and highest.tolist() == [2.0] * 3 and negative.tolist() == [15] * 3
 
 
