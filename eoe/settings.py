@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from lab.runs import Number, UserError
+
+import tyro
 
 import scores
 from standins import drawn
@@ -119,7 +121,7 @@ class EvalSettings:
     model: str = ""
     """--images: the language model to ask: a folder for transformers, or its name at --url. Without: the near names of
     this project, where it has some for each class (ImageNet's, CIFAR's)."""
-    url: str = ""
+    url: Annotated[str, tyro.conf.arg(aliases=["--base-url"])] = ""
     """--images: address of an OpenAI-compatible server that is asked in place of a local model; its key is taken from
     $OPENAI_API_KEY."""
     study: Literal["", "near", "fine", "far", "davis"] = ""

@@ -19,6 +19,12 @@ SIDE, SHOWN = 96, 24  # pixels and number of the pictures that are kept
 LIST = {"near": "own near", "fine": "own fine", "far": "own far", "davis": "own near"}
 TITLE = {"near": "near", "fine": "fine-grained", "far": "far", "davis": "DAVIS"}
 PHOTO = "lite0, a photo of a"  # the setting that is drawn
+RANGES = {"FPR95": (0, 100, "viridis"), "AUROC": (50, 100, "viridis_r")}  # least, most, colours: dark is better
+SOURCES = (
+    "Pictures: CIFAR-10 (Krizhevsky 2009, out of 80 Million Tiny Images; no licence stated), MNIST (LeCun, Cortes, "
+    "Burges), Omniglot (Lake; MIT), textures of scikit-image (CC0), DAVIS 2016 (Perazzi et al.; BSD, copies of it name "
+    "CC BY-NC 4.0). Faces are scored and not shown."
+)
 
 
 def keep(study, texts, path: Path) -> None:
@@ -96,13 +102,13 @@ def gains(records: list[dict]):
     figure.tight_layout()
     return figure, (
         "What envisioned names gain over MCM (grey) and over as many irrelevant names (blue), on real images; to the "
-        "right is better; bars are 95 % intervals of a bootstrap over classes and images."
+        "right is better; bars are 95 % intervals of a bootstrap over classes and images (none without a second class)."
     )
 
 
 def heat(records: list[dict]):
-    """FPR95 over beta and the number of names."""
-    found: dict[tuple[str, str], dict[tuple[int, float], float]] = {}
+    """FPR95 and AUROC over beta and the number of names; a metric has one range of colours in all panels."""
+    found: dict[tuple[str, str], dict[tuple[int, float], dict]] = {}
     for r in records:
         if (
             r["table"] == "real-sweep"
@@ -110,25 +116,30 @@ def heat(records: list[dict]):
             and r["dataset"] in ("near", "far: mean of 4 sets")
         ):
             n, b = (float(x.split("=")[1]) for x in r["setting"].split(", ")[1:])
-            found.setdefault((r["dataset"], r["method"]), {})[int(n), b] = r["metrics"]["FPR95"]
+            found.setdefault((r["dataset"], r["method"]), {})[int(n), b] = r["metrics"]
     if not found:
         return None
-    figure, axes = plt.subplots(1, len(found), figsize=(3.5 * len(found), 3.0), squeeze=False)
-    for axis, (key, cells) in zip(axes[0], sorted(found.items()), strict=True):
-        sizes, betas = sorted({n for n, _ in cells}), sorted({b for _, b in cells})
-        grid = np.array([[cells[n, b] for b in betas] for n in sizes])
-        shown = axis.imshow(grid, cmap="viridis_r", aspect="auto")
-        for i, row in enumerate(grid):
-            for j, v in enumerate(row):
-                light = v > (grid.min() + grid.max()) / 2
-                axis.text(j, i, f"{v:.1f}", ha="center", va="center", color="white" if light else "black", fontsize=9)
-        axis.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
-        axis.set_yticks(range(len(sizes)), sizes)
-        each = " a class" if "near" in key[1] else ""
-        axis.set(title=f"{key[0].split(': ')[0]}: {key[1][4:-1]} names", xlabel="beta", ylabel=f"names asked for{each}")
-        figure.colorbar(shown, ax=axis, label="FPR95 (%)")
-    figure.tight_layout()
-    return figure, "FPR95 over the weight beta and the number of envisioned names, mean over splits or sets."
+    wide = len(found)
+    figure, axes = plt.subplots(2, wide, figsize=(3.4 * wide + 1, 5.6), squeeze=False, layout="constrained")
+    for row, (metric, (low, high, colours)) in zip(axes, RANGES.items(), strict=True):
+        for axis, (key, cells) in zip(row, sorted(found.items()), strict=True):
+            sizes, betas = sorted({n for n, _ in cells}), sorted({b for _, b in cells})
+            grid = np.array([[cells[n, b][metric] for b in betas] for n in sizes])
+            shown = axis.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto")
+            for (i, k), v in np.ndenumerate(grid):
+                red, green, blue, _ = shown.cmap(shown.norm(v))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                axis.text(k, i, f"{v:.1f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+            axis.set_xticks(range(len(betas)), [f"{b:g}" for b in betas])
+            axis.set_yticks(range(len(sizes)), sizes)
+            each = " a class" if "near" in key[1] else ""
+            axis.set(xlabel="beta", ylabel=f"names asked for{each}")
+            axis.set_title(f"{key[0].split(': ')[0]}: {key[1][4:-1]} names", fontsize=10)
+        figure.colorbar(shown, ax=row.tolist(), label=f"{metric} (%)")
+    return figure, (
+        "FPR95 (0 to 100 %, lower is better) and AUROC (50 %, chance, to 100 %, higher is better) over the weight beta "
+        "and the number of envisioned names, mean over splits or sets; dark is better, one range of colours a metric."
+    )
 
 
 def histograms(kept: list[tuple[dict, dict]]):
@@ -183,7 +194,7 @@ def names(kept: list[tuple[dict, dict]]):
     figure.tight_layout()
     return figure, (
         "OOD images drawn at random: their true class, nearest ID name and nearest envisioned name of the own list "
-        "(red: nearer than any ID name)."
+        f"(red: nearer than any ID name). {SOURCES}"
     )
 
 

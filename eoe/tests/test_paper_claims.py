@@ -1,5 +1,7 @@
 """Every claim on hand-made records: true, false and not measured; a hair on either side of its bar."""
 
+import math
+
 from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
 
 import pandas as pd
@@ -72,22 +74,28 @@ def test_seeds_that_disagree_decide_nothing():
 
 # ----------------------------------------------------------------------------------------------------------- scale real
 
-NEAR, FINE = OWN["near"], OWN["fine-grained"]
+NEAR, FINE, PUB = OWN["near"], OWN["fine-grained"], (PUBLISHED, "near")
 ALL = tuple((m, d) for d, m in OWN.items())
+ENDS = (" without OOD names", " without OOD names and kinds")
+PHOTO = "lite0, a photo of a"
 REAL = {  # claim: (what, metric, setting, (method, data set) of each of its parts)
-    "R1": ("gain", "FPR95", "lite0, a photo of a", ((OWN[FAR], FAR),)),
-    "R2": ("gain", "FPR95", "lite0, a photo of a", ((PUBLISHED, "near"), (NEAR, "near"))),
-    "R3": ("gain", "FPR95", "lite0, a photo of a", ((FINE, "fine-grained"),)),
-    "R4": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ALL),
-    "R5": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((PUBLISHED, "near"),)),
-    "R6": ("left_to_truth", "FPR95", "lite0, a photo of a", ALL),
-    "R7": ("gain", "FPR95", "lite0, a photo of a", ((f"irrelevant names for {NEAR}", "near"),)),
-    "R8": ("beyond_irrelevant", "AUROC", "lite0, a photo of a", ALL),
-    "R9": ("beyond_nouns", "FPR95", "lite0, a photo of a", ALL),
+    "R1": ("gain", "FPR95", PHOTO, ((OWN[FAR], FAR),)),
+    "R2": ("gain", "FPR95", PHOTO, (PUB, (NEAR, "near"))),
+    "R3": ("gain", "FPR95", PHOTO, ((FINE, "fine-grained"),)),
+    "R3a": ("beyond_animals", "FPR95", PHOTO, ((FINE, "fine-grained"), (FINE + ENDS[1], "fine-grained"))),
+    "R4": ("beyond_irrelevant", "FPR95", PHOTO, ALL),
+    "R5": ("beyond_irrelevant", "FPR95", PHOTO, (PUB,)),
+    "R5a": ("beyond_irrelevant", "FPR95", PHOTO, tuple((PUBLISHED + e, "near") for e in ENDS)),
+    "R6": ("left_to_truth", "FPR95", PHOTO, ALL),
+    "R7": ("gain", "FPR95", PHOTO, ((f"irrelevant names for {NEAR}", "near"),)),
+    "R8": ("beyond_irrelevant", "AUROC", PHOTO, ALL),
+    "R9": ("beyond_nouns", "FPR95", PHOTO, ALL),
     "R10": ("beyond_irrelevant", "FPR95", "lite0, bare", ALL),
-    "R11": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((f"{FINE} without OOD names", "fine-grained"),)),
+    "R11": ("beyond_irrelevant", "FPR95", PHOTO, tuple((FINE + e, "fine-grained") for e in ENDS)),
     "R12": ("beyond_irrelevant", "FPR95", "lite2, a photo of a", ALL),
-    "R13": ("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((NEAR, "DAVIS"),)),
+    "R13": ("beyond_irrelevant", "FPR95", PHOTO, ((NEAR, "DAVIS"),)),
+    "R14": ("beyond_maxlogit", "FPR95", PHOTO, (PUB, *ALL)),
+    "R15": ("beyond_beta0", "FPR95", PHOTO, (PUB, *ALL)),
 }
 
 
@@ -114,15 +122,22 @@ def test_claims_on_real_images_are_judged_by_their_bootstrap_interval(claim):
         assert verdict(rest + told(what, metric, setting, parts[k : k + 1], (1.0, -0.1, 2.0))) == UNDECIDED
         assert verdict(rest + told(what, metric, setting, parts[k : k + 1], (-1.0, -2.0, 0.0))) == FAILS
         assert verdict(rest + told("other", metric, setting, parts[k : k + 1])) == UNKNOWN
+        bare = [r for r in told(what, metric, setting, parts[k : k + 1]) if not r["metric"].endswith(("_low", "_high"))]
+        assert verdict(rest + bare) == UNDECIDED  # a value whose interval cannot be had
 
 
 def test_the_bottom_line_says_what_names_are_worth_beyond_irrelevant_ones():
-    rows = told("gain", "FPR95", "lite0, a photo of a", ((NEAR, "near"),), (4.0, 2.0, 6.0))
-    rows += told("beyond_irrelevant", "FPR95", "lite0, a photo of a", ((NEAR, "near"),), (1.5, -0.5, 3.0))
-    _, text = bottom_line({"real": pd.DataFrame(rows)})
-    assert "Near, own near names: FPR95 +4.0 over MCM, of which +1.5 [-0.5, +3.0] beyond irrelevant names" in text
+    rows = told("beyond_irrelevant", "FPR95", PHOTO, ((NEAR, "near"), (FINE, "fine-grained")), (1.5, -0.5, 3.0))
+    rows += told("beyond_animals", "FPR95", PHOTO, ((FINE, "fine-grained"),), (2.0, 1.0, 3.0))
+    (text,) = bottom_line({"real": pd.DataFrame(rows)})
+    assert "near not measured with the published names and +1.5 [-0.5, +3.0] with own ones" in text
+    assert "fine-grained +1.5 [-0.5, +3.0] (over as many random animals +2.0 [+1.0, +3.0]), far not measured" in text
     assert bottom_line({}) == [] and bottom_line({"real": pd.DataFrame()}) == []
+    assert bottom_line({"real": pd.DataFrame(told("gain", "FPR95", PHOTO, ((NEAR, "near"),)))}) == []
     assert Bootstrapped("x", (1.0, 0.5, 2.0)).text() == "x: +1.00 [+0.50, +2.00] points (above 0)"
+    alone = Bootstrapped("x", (1.0, math.nan, math.nan))
+    assert alone.text() == "x: +1.00 points, without an interval: one group of images (above 0)"
+    assert alone.verdict() == UNDECIDED and Bootstrapped("x", None).verdict() == UNKNOWN
 
 
 def test_every_claim_is_tested():

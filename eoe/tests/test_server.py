@@ -9,6 +9,8 @@ from lab import runs
 
 import pytest
 
+from settings import EvalSettings
+
 NAMES = {"owl": ["kite", "paper dart", "leaf"]}
 
 
@@ -27,12 +29,12 @@ def serve():
         process.communicate()
 
 
-def envision(url: str, folder: Path, monkeypatch, key: str = "secret-123") -> int:
+def envision(url: str, folder: Path, monkeypatch, key: str = "secret-123", option: str = "--url") -> int:
     """Exit code of the command, run in this process: starting Python with its libraries takes seconds."""
     import envision as command
 
     (folder / "ids.txt").write_text("owl\n")
-    argv = ["envision.py", "--id", folder / "ids.txt", "--task", "near", "--n", "3", "--url", url, "--model", "m"]
+    argv = ["envision.py", "--id", folder / "ids.txt", "--task", "near", "--n", "3", option, url, "--model", "m"]
     monkeypatch.setattr("sys.argv", [str(a) for a in [*argv, "--out", folder / "made.json", "--timeout", "5"]])
     monkeypatch.setenv("OPENAI_API_KEY", key)
     try:
@@ -47,6 +49,13 @@ def test_a_real_server_is_read_whatever_it_does(way, serve, tmp_path, monkeypatc
     """`busy` and `cut` fail twice and pass then; `refuse` knows this key. Half a list never passes for a whole one."""
     assert envision(serve(way), tmp_path, monkeypatch) == 0
     assert json.loads((tmp_path / "made.json").read_text())["names"] == NAMES
+
+
+def test_the_address_has_two_names(serve, tmp_path, monkeypatch):
+    assert envision(serve("plain"), tmp_path, monkeypatch, option="--base-url") == 0
+    assert json.loads((tmp_path / "made.json").read_text())["names"] == NAMES
+    asked = runs.parse(EvalSettings, "", ["--base-url", "http://here/v1"])
+    assert asked.url == "http://here/v1"
 
 
 def test_a_refused_key_is_one_line(serve, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from lab import runs
 from lab.records import long
 from lab.runs import UserError
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from names import reading
 from real import pictures, sets, study, tasks
 from scores import normalise
 from settings import EvalSettings
+from standins import layout
 
 CPU = torch.device("cpu")
 
@@ -249,6 +251,27 @@ def test_pictures_out_of_packages():
     assert len(face) == 7 and face[0].size == (25, 25)
 
 
+def test_drawn_pictures_in_the_layout_of_real_data(tmp_path):
+    """What smoke runs the studies on: read as CIFAR-10, with nouns enough for the longest list."""
+    layout.write(tmp_path, 2)
+    found = sets.load("cifar10", tmp_path)
+    assert len(found) == 20 and found.labels == [k for k in range(10) for _ in range(2)] and found[0].size == (32, 32)
+    made = tasks.pool("fine", tmp_path, 0, 2)
+    nouns = tasks.controls(made, tmp_path, 0, "fine")["WordNet nouns"]
+    assert len(nouns) >= max(len(tasks.own(k, s)) for k in tasks.LISTS for s in made.splits)
+    assert len([*(tmp_path / "pictures").glob("*.png")]) == 10
+
+
+def test_heat_maps_of_a_metric_have_one_range(made_up, tmp_path):
+    found = [r | {"run": "x"} for r in records("near", made_up, tmp_path / "r")]
+    figure, caption = pictures.heat(found)
+    maps = [a.images[0] for a in figure.axes if a.images]
+    bars = {a.get_ylabel() for a in figure.axes if a.get_ylabel().endswith("(%)")}
+    assert len(maps) == 4 and {m.get_clim() for m in maps[:2]} == {(0, 100)} and bars == {"FPR95 (%)", "AUROC (%)"}
+    assert {m.get_clim() for m in maps[2:]} == {(50, 100)} and "one range of colours" in caption
+    plt.close(figure)
+
+
 def test_figures_of_scale_real(made_up, tmp_path, monkeypatch):
     files = {"read_tensors": runs.read_tensors, "write_tensors": runs.write_tensors}
     monkeypatch.setattr(pictures, "runs", SimpleNamespace(HERE=tmp_path, **files))
@@ -260,7 +283,7 @@ def test_figures_of_scale_real(made_up, tmp_path, monkeypatch):
     assert {k for k, v in drawn.items() if v} == {"gains", "heat", "score-histograms", "images"}
     assert not any(v for _, v in pictures.figures([], "real"))
     said = claims.bottom_line({"real": long(made)})
-    assert len(said) == 3 and "own near names" in said[1] and "own far names" in said[2]
+    assert len(said) == 1 and "fine-grained not measured" in said[0] and "far not measured" not in said[0]
     assert claims.bottom_line({}) == []
 
 
