@@ -122,7 +122,7 @@ def main() -> None:
     def batched_mokd() -> list[torch.Tensor]:
         out: list = [None] * s.tasks
         for part, x, y in batches():
-            for i, theta in zip(part, mokd.adapt(x, y, o).theta, strict=True):
+            for i, theta in zip(part, mokd.solve(x, y, o).theta, strict=True):
                 out[i] = theta
         return out
 

@@ -1,5 +1,6 @@
 """Tasks to records: every method on the same tasks, paired differences, a record each."""
 
+import functools
 import json
 import shutil
 import time
@@ -21,6 +22,7 @@ import features
 import heads
 import hsic
 import methods
+import sets
 import tuning
 from settings import Harness
 
@@ -136,7 +138,13 @@ def summary(lines: list[dict], label: str) -> dict[str, float]:
         if other != label:
             gain = right - np.array([line["methods"][other]["accuracy"] for line in lines])
             out[f"gain over {other}"], out[f"gain over {other} ci95"] = float(gain.mean()), interval(gain)
+            out[f"effect over {other}"] = float(gain.mean() / gain.std()) if gain.std() else 0.0
             out[f"won over {other}"] = float(100 * ((gain > 0) + 0.5 * (gain == 0)).mean())
+    if label != "NCC" and "cross_cosine" in own[0] and "NCC" in lines[0]["methods"]:
+        less = np.array(
+            [line["methods"][label]["cross_cosine"] - line["methods"]["NCC"]["cross_cosine"] for line in lines]
+        )
+        out["cross_cosine over NCC"], out["cross_cosine over NCC ci95"] = float(less.mean()), interval(less)
     if "gain over MOKD(no TPM)" in out and label == "MOKD":
         out["accuracy_difference"] = out["gain over MOKD(no TPM)"]
     return out
@@ -157,6 +165,8 @@ def example(s: Harness, domain, found: Tensor, seed: int, label: str, seen: bool
     theta = methods.answer(m, t, methods.settings(m, domain.name, s.rule, seen, s.common())).theta
     z = [x[0] if theta is None else x[0] @ theta[0].T for x in (t.support, t.query)]
     everything = hsic.unit(torch.cat(z)).cpu().numpy()
+    if not np.isfinite(everything).all() or np.ptp(everything, 0).max() < 1e-6:
+        raise UserError(f"{label} on {domain.title} makes one point of all pictures of a task; lower its lr")
     flat = TSNE(perplexity=min(15, len(everything) // 4), init="pca", random_state=0).fit_transform(everything)
     cosine = hsic.gram(z[0]).cpu().numpy()
     return {
@@ -165,11 +175,14 @@ def example(s: Harness, domain, found: Tensor, seed: int, label: str, seen: bool
     }
 
 
+@functools.lru_cache(maxsize=len(sets.TITLES))
+def _opened(name: str, images: str, folder: Path, size: int, limit: int) -> domains.Domain:
+    return domains.folder(Path(images), limit) if name == "images" else domains.load(name, "test", folder, size, limit)
+
+
 def opened(s: Harness, name: str) -> domains.Domain:
-    """A domain of the settings by its name."""
-    if name == "images":
-        return domains.folder(Path(s.images), s.limit)
-    return domains.load(name, "test", runs.data_dir(s.data_dir), s.size, s.limit)
+    """A domain of the settings by its name; read once, whatever the seed."""
+    return _opened(name, getattr(s, "images", ""), runs.data_dir(s.data_dir), s.size, s.limit)
 
 
 def score(

@@ -115,6 +115,8 @@ def features(
             whole = torch.cat([found[i] for i in sorted(found)])
             if not torch.isfinite(whole).all():
                 raise UserError(f"features of {domain.title} are not finite; are the weights broken?")
+            if len(whole) > 1 and (whole == whole[0]).all():
+                raise UserError(f"features of {domain.title} are the same for all pictures; are the weights broken?")
             runs.write_tensors(path, {"features": whole}, {"domain": domain.name})
             for piece in pieces:
                 piece.unlink(missing_ok=True)

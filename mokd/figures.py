@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from lab.claims import interval
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -10,7 +12,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
-HEADS = {"NCC": "#777777", "URL": "#e69f00", "MOKD": "#0072b2"}
+HEADS = ("NCC", "URL", "MOKD")  # whose tasks are drawn
+# One colour a method in all pictures; a method with settings of its own is hatched.
+COLOURS = {
+    **{"NCC": "#777777", "URL": "#e69f00", "MOKD": "#0072b2", "MOKD(no TPM)": "#56b4e9", "MOKD(gamma=0)": "#cc79a7"},
+    **{"SSL-HSIC": "#d55e00", "linear layer": "#009e73", "cosine layer": "#8c564b", "ProtoNet (frozen)": "#bcbd22"},
+    **{"FP-MAML (frozen)": "#17becf", "TSA": "#9467bd", "Finetune (all weights)": "#e377c2"},
+}
+HATCH = "///"  # of a method with settings of its own
+
+
+def colour(method: str) -> tuple[str, str]:
+    """(colour, hatch) of a method, the same whatever stands beside it."""
+    base = method if method in COLOURS else method.partition("(")[0]
+    return COLOURS.get(base, "#000000"), "" if method in COLOURS else HATCH
 
 
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
@@ -27,9 +42,12 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
 
     for table in sorted({r["table"] for r in records}):
         rows = [r for r in records if r["table"] == table]
-        add(gains(rows), f"gains-{table}")
+        settings = sorted({r["setting"] for r in rows}, key=lambda x: ("varied" not in x, x))
+        for setting in settings:
+            tail = f"-{setting}" if len(settings) > 1 else ""
+            add(gains([r for r in rows if r["setting"] == setting]), f"gains-{table}{tail}")
         for dataset in sorted({r["dataset"] for r in rows}):
-            add(task(rows, dataset), f"task-{table}-{dataset}")
+            add(task([r for r in rows if r["setting"] == settings[0]], dataset), f"task-{table}-{dataset}")
     add(gammas(records), "gamma")
     return out
 
@@ -46,19 +64,23 @@ def gains(rows: list[dict]):
         return None
     figure, axis = plt.subplots(figsize=(2.2 + 1.6 * len(sets), 4))
     width = 0.8 / len(methods)
+    networks = any(rows[0]["settings"].get(k) for k in ("train", "run"))  # a network a seed
     for i, m in enumerate(methods):
         x = [k + width * (i - (len(methods) - 1) / 2) for k, d in enumerate(sets) if (d, m) in found]
         v = [np.array(found[d, m]) for d in sets if (d, m) in found]
-        error = [np.sqrt((a[:, 1] ** 2).sum()) / len(a) for a in v]
-        axis.bar(x, [a[:, 0].mean() for a in v], width, yerr=error, label=m, capsize=2, color=plt.cm.tab10(i % 10))
+        error = [interval(a[:, 0])[1] if networks else np.sqrt((a[:, 1] ** 2).sum()) / len(a) for a in v]
+        paint, hatch = colour(m)
+        style = {"color": paint, "hatch": hatch, "edgecolor": "w", "lw": 0}
+        axis.bar(x, [a[:, 0].mean() for a in v], width, yerr=error, label=m, capsize=2, **style)
     axis.axhline(0, color="k", lw=0.8)
     axis.set_xticks(range(len(sets)), sets, rotation=20 if len(sets) > 4 else 0)
     axis.set_ylabel("accuracy over NCC (points)")
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     seeds = len({r["seed"] for r in rows})
+    over = "seeds, each with a network of its own" if networks else "tasks"
     return figure, (
-        f"Table {rows[0]['table']}: accuracy of each head minus that of NCC without adaptation, over the same tasks; "
-        f"mean over {seeds} seeds, whiskers: 95 % interval over the tasks of these networks."
+        f"Table {rows[0]['table']}, {rows[0]['setting']}: accuracy of each head minus that of NCC without adaptation, "
+        f"over the same tasks; mean over {seeds} seeds, whiskers: 95 % interval over the {over}."
     )
 
 
@@ -76,7 +98,12 @@ def task(rows: list[dict], dataset: str):
         e = found[name]
         labels, targets = np.array(e["labels"]), np.array(e["targets"])
         picture = axes[0, column].imshow(e["cosine"], vmin=-0.2, vmax=1, cmap="magma")
-        axes[0, column].set(title=name, xlabel="support image", ylabel="support image" if column == 0 else "")
+        axes[0, column].set(title=name, xlabel="support images, by class", ylabel="class" if column == 0 else "")
+        classes, first, count = np.unique(labels, return_index=True, return_counts=True)
+        for set_ticks in (axes[0, column].set_xticks, axes[0, column].set_yticks):
+            set_ticks(first + (count - 1) / 2, classes + 1, fontsize=8)
+            set_ticks(np.append(first, len(labels)) - 0.5, minor=True)
+        axes[0, column].tick_params(which="major", length=0)
         points, axis = np.array(e["tsne"]), axes[1, column]
         axis.scatter(*points[len(labels) :].T, c=targets, cmap="tab20", s=12, alpha=0.7, vmin=0, vmax=19)
         axis.scatter(
@@ -102,14 +129,21 @@ def gammas(records: list[dict]):
     figure, axes = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.6), squeeze=False)
     for axis, (dataset, curve) in zip(axes[0], sorted(found.items()), strict=True):
         x = sorted(curve)
-        axis.errorbar(x, [np.mean(curve[g]) for g in x], [np.std(curve[g]) for g in x], marker="o", label="MOKD")
+        axis.errorbar(
+            x,
+            [np.mean(curve[g]) for g in x],
+            [np.std(curve[g]) for g in x],
+            marker="o",
+            color=COLOURS["MOKD"],
+            label="MOKD",
+        )
         url = [
             r["metrics"]["accuracy"]
             for r in records
             if (r["table"], r["dataset"], r["method"]) == ("figure-gamma", dataset, "URL")
         ]
         if url:
-            axis.axhline(np.mean(url), color=HEADS["URL"], ls="--", label="URL")
+            axis.axhline(np.mean(url), color=COLOURS["URL"], ls="--", label="URL")
         axis.set(title=dataset, xlabel="gamma", ylabel="accuracy (%)")
         axis.legend(frameon=False, fontsize=9)
     figure.tight_layout()

@@ -127,7 +127,7 @@ def answer(m: Method, t: heads.Tasks, o: dict) -> Answer:
     if m.kind == "cosine":
         return Answer(heads.cosine(t, o["steps"], o["lr"]))
     if m.kind == "mokd":
-        found = mokd.adapt(t.support, t.labels, mokd.Options(**o))
+        found = mokd.solve(t.support, t.labels, mokd.Options(**o))
         numbers = {"scale": found.scale, "scale_zz": found.scale_zz, "power": found.power}
         numbers |= {"negative": found.negative, "degenerate": found.degenerate}
         return Answer(heads.ncc(t, found.theta), found.theta, numbers)

@@ -4,9 +4,11 @@ Inner problem: the bandwidth that maximises the power of the HSIC test between f
 
     min over Theta   m (-HSIC_u(K_Z, L_Y) + gamma HSIC_u(K_Z, K_Z)),   Z = F Theta', rows of unit length.
 
-A batch of tasks is solved at once: each has its own Theta, bandwidth and optimiser state, none sees another.
+`adapt` takes the features of one support set to its head. `solve` takes a batch of tasks at once: each has its own
+Theta, bandwidth and optimiser state, none sees another.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +115,7 @@ def objective(z: Tensor, delta: Tensor, mask: Tensor, scale: Tensor, scale_zz: T
     return m * loss
 
 
-def adapt(features: Tensor, labels: Tensor, o: Options) -> Found:
+def solve(features: Tensor, labels: Tensor, o: Options) -> Found:
     """Fit Theta for each task. features [B, M, d] float32 (padding 0), labels [B, M] long (padding -1).
 
     Raises ValueError if a task has fewer than 4 support images.
@@ -142,3 +144,45 @@ def adapt(features: Tensor, labels: Tensor, o: Options) -> Found:
         optimizer.step()
     degenerate = ~(hsic.pairs(mask) & (delta > 0)).flatten(1).any(1)
     return Found(theta.detach(), *scales, found, negative, degenerate)
+
+
+class Head:
+    """What `adapt` returns: Theta and the centroids of the support set behind it.
+
+    theta [d, d]; classes [C], the labels in rising order; centroids [C, d] after the head; found: the bandwidth search.
+    """
+
+    def __init__(self, found: Found, features: Tensor, labels: Tensor):
+        self.theta, self.found = found.theta[0], found
+        self.classes, place = labels.unique(return_inverse=True)
+        z = features.float() @ self.theta.T
+        sums = z.new_zeros(len(self.classes), z.shape[1]).index_add_(0, place, z)
+        self.centroids = sums / place.bincount()[:, None]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """[Q, d] -> cosines of each picture and each class's centroid, [Q, C]."""
+        return hsic.unit(features.float() @ self.theta.T) @ hsic.unit(self.centroids).T
+
+    def predict(self, features: Tensor) -> Tensor:
+        """[Q, d] -> labels [Q]."""
+        return self.classes[self(features).argmax(-1)]
+
+
+def adapt(features: Tensor, labels: Tensor, o: Options | None = None) -> Head:
+    """The head of one support set: features [m, d], not centred and of any scale, and whole-number labels [m].
+
+    Raises ValueError for fewer than 4 pictures, for a single class, and for features that are not finite. Warns where
+    every class has one picture: HSIC(Z,Y) is 0 then whatever Theta is, and the labels teach nothing.
+    """
+    if features.dim() != 2 or labels.shape != features.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"features [m, d] and labels [m], not {list(features.shape)} and {list(labels.shape)}")
+    if not features.isfinite().all():
+        raise ValueError("features hold a number that is not finite")
+    classes, place = labels.unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"a support set has at least 2 classes, not {len(classes)}")
+    with torch.enable_grad():
+        found = solve(features.detach().float()[None], place[None], o or Options())
+    if found.degenerate[0]:
+        warnings.warn("one picture a class: HSIC(Z,Y) is 0 whatever the head is, labels teach nothing", stacklevel=2)
+    return Head(found, features.detach(), labels)

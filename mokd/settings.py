@@ -202,7 +202,8 @@ class Settings(Harness):
             raise UserError("--rate is positive, --decay and --validate are not negative, --momentum lies in [0, 1)")
         if self.size < 16:
             raise UserError(f"--size must be at least 16 for a network, not {self.size}")
-        self.out = self.out or default_out(self.scale, f"{self.table}-{self.backbone}-{'-'.join(self.train)[:60]}")
+        named = "" if self.table == "own" else f"{self.table}-"
+        self.out = self.out or default_out(self.scale, f"{named}{self.backbone}-{'-'.join(self.train)[:60]}")
 
 
 @dataclass

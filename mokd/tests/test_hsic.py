@@ -187,3 +187,17 @@ def test_gradients_by_finite_differences():
             assert torch.autograd.gradcheck(
                 lambda x, f=measure, k=kind: f(hsic.kernel(k, x @ x.transpose(1, 2), scale, mask), delta, mask), a
             )
+
+
+@pytest.mark.parametrize("m", [4, 5, 6])
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_power_without_a_spread_is_none(m, eps):
+    """Few images and eps 0: the variance is 0 or below. No infinity, no NaN, and its gradient is finite too."""
+    for seed in range(20):
+        x = torch.rand(1, m, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+        K = hsic.kernel("rbf", hsic.gram(x), torch.ones(1), torch.ones(1, m, dtype=torch.bool))
+        L = hsic.same_class(torch.arange(m)[None] % 2).double()
+        found = hsic.power(*hsic.with_variance(K, L), eps)
+        found.sum().backward()
+        assert torch.isfinite(found).all() and torch.isfinite(x.grad).all()
+    assert hsic.power(torch.tensor([3.0, -3.0]), torch.tensor([0.0, -1.0]), 0.0).tolist() == [0, 0]
