@@ -76,5 +76,5 @@ def coverage(worlds: int, replicates: int, truth_of: int, seed: int, classes: in
 
 
 if __name__ == "__main__":
-    for name, each in coverage(500, 200, 5000, 0).items():
+    for name, each in coverage(400, 200, 3000, 1000).items():
         print(f"{name}: " + ", ".join(f"{k} {v:.1f} %" for k, v in each.items()))

@@ -52,5 +52,6 @@ def commands() -> list[list[str]]:
 def test_commands_of_the_readme_have_options_that_exist(words):
     script = next((w for w in words if w in OPTIONS), None)
     known = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(OPTIONS[script])} if script else set()
+    known |= {"--base-url"} if "--url" in known else set()  # its other name
     after = words[words.index(script) :] if script else []
     assert {w for w in after if w.startswith("--")} <= known
