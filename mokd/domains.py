@@ -121,7 +121,7 @@ def read(item) -> np.ndarray:
         else:
             found = Image.open(path)
         found = found.convert("RGB")
-        return np.asarray(found.crop(where) if isinstance(where, list) else found)
+        return np.array(found.crop(where) if isinstance(where, list) else found)  # torch asks for one it may write to
     except (UnidentifiedImageError, OSError, KeyError, ValueError) as error:
         raise UserError(f"image {path}{'' if where is None else f' ({where})'} cannot be read: {error}") from None
 

@@ -2,7 +2,8 @@
 
     python eval.py --backbone random5x5 --size 28 --domains drawn --tasks 100    # no training, no data, no weights
     python eval.py --weights weights/url/model_best.pth.tar --domains mnist --seen omniglot --data-dir /data
-    python eval.py --run runs/demo/own-conv4-drawn --domains digits --methods ncc mokd mokd:gamma=0
+    python eval.py --backbone lite0 --images pictures --ways 5 --shots 5         # your own, pictures/<class>/
+    python eval.py --run runs/demo/conv4-drawn --domains digits --methods ncc mokd mokd:gamma=0
     accelerate launch --num_processes 2 eval.py ...                              # processes share the tasks out
 
 Results of finished blocks of tasks are kept: the same command goes on where it was stopped.

@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+import backbones
 import domains
 import evaluation
 import methods
 import trainer
+import weights
 from settings import Settings
 
 
@@ -97,6 +99,11 @@ def main() -> None:
         given = trainer.load_training(s)
         for name in s.domains:
             evaluation.opened(s, name)
+        for folder in s.teachers:
+            runs.read_json(Path(folder) / "settings.json")
+        model = backbones.build(s.backbone, s.size)
+        if s.weights:
+            weights.load(model, Path(s.weights))
     run = runs.Run(Path(s.out), s, ignore, state.process_index)
     if run.complete:
         if state.is_main_process:
@@ -107,15 +114,15 @@ def main() -> None:
         if state.is_main_process:
             run.same_data(seed, [d.sha256 for d in (*(x.domain for x in given[0]), *given[1].values())])
         t = trainer.Trainer(s, seed, device, given)
-        weights = run.folder(seed) / "model.safetensors"
-        if weights.is_file():
-            t.load_final(weights)
+        kept = run.folder(seed) / "model.safetensors"
+        if kept.is_file():
+            t.load_final(kept)
         else:
             checkpoint = run.out / "checkpoint" / f"seed{seed}.safetensors"
             train(t, run, checkpoint)
             if t.rank == 0:
                 about = {"step": str(t.best_step), "valid": str(t.best)}
-                runs.write_tensors(weights, t.state(), about)
+                runs.write_tensors(kept, t.state(), about)
                 checkpoint.unlink(missing_ok=True)
             state.wait_for_everyone()
         extra = {"valid_accuracy": t.best, "best_step": t.best_step} if s.validate else {}

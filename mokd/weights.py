@@ -64,8 +64,11 @@ def misfit(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
         )
         parts += [f"it has {extra[0]}, which the network does not"] if extra else []
         return " and ".join(parts)
-    k = shapes[0] if shapes else ""
-    return f"{k} has the shape {list(state[k].shape)}, not {list(own[k].shape)}" if k else ""
+    if not shapes:
+        return ""
+    k = shapes[0]
+    hint = "; a transformer takes pictures of the --size it was trained with" if k.endswith("pos_embed") else ""
+    return f"{k} has the shape {list(state[k].shape)}, not {list(own[k].shape)}{hint}"
 
 
 def in_order(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor] | None:

@@ -1,8 +1,10 @@
 """Commands end to end, exact resume, several processes, published checkpoints, user errors."""
 
 import copy
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import domains
 import eval
 import evaluation
 import features
+import methods
 import sets
 import settings
 import train
@@ -474,7 +477,15 @@ def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(monkeypatch, tmp_pat
         ("train", ["--precision", "int4"], "--precision"),
         ("train", ["--seeds", "-1"], "--seeds"),
         ("train", ["--data-dir", "~nosuch", "--train", "omniglot"], "home folder"),
-        ("eval", ["--domains", "digits"], "--weights or --run"),
+        ("eval", ["--domains", "digits"], "--weights, --run or --pretrained"),
+        ("eval", ["--backbone", "lite0", "--weights", "x"], "brings its own weights"),
+        ("eval", ["--backbone", "test_resnet", "--pretrained", "--weights", "x"], "brings its own weights"),
+        ("eval", ["--backbone", "conv4", "--pretrained"], "networks of timm"),
+        ("eval", [*RANDOM, "--ways", "5"], "go together"),
+        ("eval", [*RANDOM, "--ways", "3", "--shots", "1"], "HSIC needs 4"),
+        ("eval", [*RANDOM, "--ways", "5", "--shots", "1", "--law", "1shot"], "in place of --law"),
+        ("eval", [*RANDOM, "--images", "nowhere"], "in place of --domains"),
+        ("eval", ["--backbone", "lite0", "--images", "nowhere"], "is no folder"),
         ("eval", ["--run", "nowhere"], "no file nowhere"),
         ("eval", ["--run", "nowhere", "--weights", "x"], "leave out --weights"),
         ("eval", ["--backbone", "random5x5", "--size", "28", "--seen", "omniglott"], "--seen omniglott"),
@@ -495,6 +506,98 @@ def test_user_errors_are_one_line(script, words, expected, monkeypatch, tmp_path
     told = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and expected in told[-1] and told[-1].startswith("error: ")
     assert not list((tmp_path / "out").rglob("record*"))
+    if "no numbers" not in expected:
+        assert not (tmp_path / "out").exists()  # a start that failed leaves no folder
+
+
+def folder(place, classes: int = 3, each: int = 4):
+    """Pictures of one colour a class."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        (place / f"class{c}").mkdir(parents=True)
+        for i in range(each):
+            x = rng.integers(0, 60, (30, 40, 3), dtype=np.uint8)
+            x[..., c % 3] += 150
+            Image.fromarray(x).save(place / f"class{c}" / f"{i}.png")
+    return place
+
+
+IMAGES = ["--backbone", "lite0", "--size", "32", "--workers", "0", "--tasks", "3", "--ways", "3", "--shots", "2"]
+
+
+def test_tasks_out_of_ones_own_folder(monkeypatch, tmp_path):
+    place = folder(tmp_path / "pictures")
+    call(eval, monkeypatch, *IMAGES, "--images", place, "--methods", "ncc", "mokd", "--out", tmp_path / "run")
+    found = [json.loads(x) for x in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in found] == ["NCC", "MOKD"] and {r["setting"] for r in found} == {"3-way 2-shot"}
+    assert found[0]["metrics"]["accuracy"] > 90 and found[0]["data"]["n"] == 12
+    assert found[0]["metrics"]["mean_support"] == 6 and found[1]["metrics"]["method_settings"]["gamma"] == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda p: [shutil.rmtree(p / f"class{c}") for c in (1, 2)], "holds 1 classes"),
+        (lambda p: [x.unlink() for x in (p / "class1").iterdir()], "no picture in"),
+        (lambda p: [x.unlink() for x in list((p / "class1").iterdir())[1:]], "too few for a task"),
+        (lambda p: shutil.rmtree(p / "class1"), "has 2 classes, a task needs 3"),
+        (lambda p: (p / "class1" / "1.png").write_bytes(b"no picture"), "cannot be read"),
+    ],
+)
+def test_what_is_no_folder_of_tasks_is_one_line(spoil, word, monkeypatch, tmp_path, capsys):
+    spoil(folder(tmp_path / "pictures"))
+    words = [*IMAGES, "--images", str(tmp_path / "pictures"), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        runs.command(eval.main)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and word in told[-1] and told[-1].startswith("error: ")
+    assert not list((tmp_path / "out").rglob("record*"))
+
+
+def test_runs_of_other_settings_have_folders_of_their_own(monkeypatch, tmp_path):
+    """Whatever decides the numbers is in the default --out; what does not, is not."""
+
+    def out(*words: str) -> str:
+        s = runs.parse(settings.EvalSettings, "", [*RANDOM, *words])
+        s.check()
+        return eval.named(s)
+
+    first = out()
+    assert first == out("--data-dir", "x", "--device", "cpu", "--batch", "3") and "own" not in first
+    changed = [
+        *(["--methods", "ncc"], ["--tasks", "5"], ["--seeds", "1"], ["--gamma", "2"], ["--limit", "9"]),
+        *(["--law", "5shot"], ["--ways", "5", "--shots", "2"], ["--domains", "digits", "mnist5k"], ["--table", "t"]),
+    ]
+    assert len({first, *(out(*w) for w in changed)}) == 1 + len(changed)
+    assert "digits-varied" in first and "5x2" in out("--ways", "5", "--shots", "2")
+
+
+def test_a_head_that_makes_one_point_of_all_is_one_line(monkeypatch, tmp_path):
+    """A picture of it would be none: neither a t-SNE of NaN nor one of a single point."""
+    for value in (0.0, float("nan")):
+        answer = methods.answer
+        spoiled = lambda m, t, o, v=value, a=answer: dataclasses.replace(a(m, t, o), theta=torch.full((1, 288, 288), v))  # noqa: E731
+        monkeypatch.setattr(methods, "answer", spoiled)
+        s = runs.parse(settings.EvalSettings, "", [*RANDOM, "--methods", "ncc", "url", "--tasks", "20"])
+        s.check()
+        domain = domains.load("digits", "test", tmp_path, 28)
+        found = torch.rand(len(domain), 288)
+        with pytest.raises(UserError, match="one point of all pictures"):
+            evaluation.example(s, domain, found, 0, "URL", False, torch.device("cpu"))
+        monkeypatch.setattr(methods, "answer", answer)
+
+
+def test_the_snippet_of_the_readme_runs(monkeypatch, tmp_path, capsys):
+    text = (runs.HERE / "README.md").read_text()
+    code = text.partition("## In your own code")[2].partition("```python\n")[2].partition("```")[0]
+    assert 5 < len(code.strip().splitlines()) <= 15
+    folder(tmp_path / "pictures", each=6)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out.strip() == "class0"
 
 
 def test_dry_run_writes_nothing(monkeypatch, tmp_path, capsys):

@@ -265,8 +265,8 @@ def test_few_images_and_no_eps_end_in_numbers(sizes):
     x, y = tasks(9, sizes=sizes)
     found = mokd.solve(x, y, mokd.Options(eps=0.0, steps=3))
     assert torch.isfinite(found.power).all() and torch.isfinite(found.theta).all()
-    same = torch.ones(1, 6, 3)
-    scale, power, _ = mokd.best_scale(same, hsic.same_class(y[:, :6]), y[:, :6] >= 0, mokd.Options(eps=0.0))
+    same = torch.ones(1, sizes[0], 3)
+    scale, power, _ = mokd.best_scale(same, hsic.same_class(y), y >= 0, mokd.Options(eps=0.0))
     assert scale.tolist() == [1] and power.tolist() == [0]
 
 
