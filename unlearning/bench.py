@@ -79,7 +79,7 @@ def learned(lm: models.LM, n: int, length: int, end: int, steps: int, device) ->
     b = data.collate(items, end, device)
     optimizer = torch.optim.AdamW(lm.parameters(), 2e-3)
     for _ in range(steps):
-        loss = losses.token_nll(lm(b.ids, b.mask, b.keep), b.target).mean()
+        loss = losses.token_nll(lm(b.ids, b.attend, b.places), b.target).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -119,11 +119,10 @@ def step(b: BenchSettings, lm: models.LM, chat: models.Chat, corpus: data.Corpus
 
     def ours() -> None:
         f, r = (data.collate(x, chat.pad, device) for x in (forget, retain))
-        keep = losses.kl_positions(r.mask, "tokens")
         with torch.no_grad():
-            before = reference(r.ids, r.mask, keep)
-        ascent = losses.ga(losses.token_nll(lm(f.ids, f.mask, f.keep), f.target))
-        loss = ascent + losses.kl(lm(r.ids, r.mask, keep), before, r.mask)
+            before = reference(r.ids, r.attend, r.text)
+        ascent = losses.ga(losses.token_nll(lm(f.ids, f.attend, f.places), f.target))
+        loss = ascent + losses.kl(lm(r.ids, r.attend, r.text), before, r.mask)
         found["ours"] = loss.item(), torch.autograd.grad(loss, list(lm.parameters()))
 
     def plain() -> None:

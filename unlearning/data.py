@@ -331,7 +331,9 @@ def encode(chat, question: str, answer: str, max_length: int = 500) -> Encoded:
 @dataclasses.dataclass
 class Batch:
     """ids [B, L] and mask [B, L] (1 on real tokens; padding on the right). `keep` [B, L] marks the positions whose next
-    token is supervised, target [N] that token, row [N] its sequence, inside [N] false for the end token."""
+    token is supervised, target [N] that token, row [N] its sequence, inside [N] false for the end token. `places` [N]
+    and `text` [M] are the positions of `keep` and `mask` in a flat [B * L]: a boolean index would make the host wait
+    for the device. `padded`: whether there is any padding."""
 
     ids: Tensor
     mask: Tensor
@@ -339,10 +341,21 @@ class Batch:
     target: Tensor
     row: Tensor
     inside: Tensor
+    places: Tensor
+    text: Tensor
+    padded: bool
 
     @property
     def size(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def attend(self) -> Tensor:
+        """Which token sees which, for `LM`. With padding [B, 1, L, L], as the library would build it after looking at
+        the mask, for which the host would wait; without, the mask: it looks once and takes its causal kernel."""
+        length = self.ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.mask.device).tril()
+        return (causal & self.mask.bool()[:, None, None]) if self.padded else self.mask
 
 
 def collate(items: Sequence[Encoded], pad: int, device: torch.device, pad_to: int = 0) -> Batch:
@@ -358,8 +371,9 @@ def collate(items: Sequence[Encoded], pad: int, device: torch.device, pad_to: in
         inside[b, e.start - 1 : e.start - 1 + e.n] = True
     target = torch.cat([torch.tensor(e.ids[e.start :]) for e in items])
     row = keep.nonzero()[:, 0]
-    parts = (ids, mask.long(), keep, target, row, inside[keep])
-    return Batch(*(x.to(device, non_blocking=True) for x in parts))
+    places, text = (x.flatten().nonzero()[:, 0] for x in (keep, mask))
+    parts = (ids, mask.long(), keep, target, row, inside[keep], places, text)
+    return Batch(*(x.to(device, non_blocking=True) for x in parts), padded=len(text) < mask.numel())
 
 
 def by_length(items: Sequence[Encoded], tokens: int) -> list[list[int]]:

@@ -21,8 +21,8 @@ def sums(nll: Tensor, row: Tensor, size: int) -> Tensor:
 
 
 def counts(row: Tensor, size: int) -> Tensor:
-    """Supervised tokens of each sequence, [B]."""
-    return torch.bincount(row, minlength=size).float()
+    """Supervised tokens of each sequence, [B]. Not bincount: it makes the host wait for the device."""
+    return torch.zeros(size, device=row.device).index_add(0, row, torch.ones(len(row), device=row.device))
 
 
 def ga(nll: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def selected(nll: Tensor, row: Tensor, size: int, share: float) -> Tensor:
     with torch.no_grad():
         order = torch.argsort(nll.detach(), stable=True)
         order = order[torch.argsort(row[order], stable=True)]  # by sequence, then by loss
-        n = torch.bincount(row, minlength=size)
+        n = counts(row, size).long()
         first = torch.cumsum(n, 0) - n
         rank = torch.arange(len(nll), device=nll.device) - first[row[order]]
         # In float64 and a hair up: 0.8 * 5 must be 4, not 3.999...
@@ -105,14 +105,9 @@ def stay(hidden: Tensor, reference: Tensor) -> Tensor:
 KL_REDUCTIONS = ("tokens", "padded", "positions")
 
 
-def kl_positions(mask: Tensor, how: str) -> Tensor:
-    """[B, L] bool: the positions whose next-token distribution is compared. Questions count; padding only for
-    `positions`."""
-    return torch.ones_like(mask, dtype=torch.bool) if how == "positions" else mask.bool()
-
-
 def kl(logits: Tensor, reference: Tensor, mask: Tensor, how: str = "tokens", padded: int = 500) -> Tensor:
-    """KL(p_ref || p) summed over the positions of `kl_positions` (logits [M, V]) and divided as `how` says:
+    """KL(p_ref || p) summed over all positions given, logits [M, V] of the tokens that are no padding (questions count
+    too), for `positions` [B, L, V] with the padding, and divided as `how` says:
 
     tokens: by their number M, so that padding changes nothing.
     padded: by B * `padded`, which is `tokens` * M / (B * padded): the divisor of the released code without the terms

@@ -51,7 +51,7 @@ def reference_sums(lm: LM, items: list[Encoded], chat: Chat, device: torch.devic
     out = torch.zeros(len(items), device=device)
     with evaluating(lm):
         for index, b in prepare(items, chat.pad, device):
-            nll = losses.token_nll(lm(b.ids, b.mask, b.keep), b.target)
+            nll = losses.token_nll(lm(b.ids, b.attend, b.places), b.target)
             out[torch.tensor(index, device=device)] = losses.sums(nll, b.row, b.size)
     return out
 
@@ -143,9 +143,9 @@ class Unlearner:
         refused = [self.refusals[p] for p in places]
         b = self.batch(refused if kind == "po" else [self.forget[i] for i in index])
         if kind == "rmu":
-            return losses.rmu(self.call(b.ids, b.mask, b.keep, self.layer), self.direction, s.rmu_scale)
+            return losses.rmu(self.call(b.ids, b.attend, b.places, self.layer), self.direction, s.rmu_scale)
         at = torch.tensor(index, device=self.device)
-        nll = losses.token_nll(self.call(b.ids, b.mask, b.keep), b.target, s.temperature if kind == "ga" else 1.0)
+        nll = losses.token_nll(self.call(b.ids, b.attend, b.places), b.target, s.temperature if kind == "ga" else 1.0)
         if kind == "po":
             return nll.mean()
         if kind == "ga":
@@ -163,20 +163,19 @@ class Unlearner:
         if kind == "simnpo":
             return losses.simnpo(total, losses.counts(b.row, b.size), self.beta, s.margin)
         c = self.batch(refused)
-        other = losses.sums(losses.token_nll(self.call(c.ids, c.mask, c.keep), c.target), c.row, c.size)
+        other = losses.sums(losses.token_nll(self.call(c.ids, c.attend, c.places), c.target), c.row, c.size)
         before = self.refusal_ref[torch.tensor(places, device=self.device)]
         return losses.dpo(other, before, total, self.forget_ref[at], self.beta)
 
     def retain_term(self, index: list[int]) -> Tensor:
         s, b = self.s, self.batch([self.retain[i] for i in index])
         if self.m.retain == "ce":
-            return losses.token_nll(self.call(b.ids, b.mask, b.keep), b.target).mean()
+            return losses.token_nll(self.call(b.ids, b.attend, b.places), b.target).mean()
         if self.m.retain == "stay":
-            keep = b.mask.bool()
             with torch.no_grad():
-                before = self.reference(b.ids, b.mask, keep, self.layer)
-            return losses.stay(self.call(b.ids, b.mask, keep, self.layer), before)
-        keep = losses.kl_positions(b.mask, s.kl)
+                before = self.reference(b.ids, b.attend, b.text, self.layer)
+            return losses.stay(self.call(b.ids, b.attend, b.text, self.layer), before)
+        keep = None if s.kl == "positions" else b.text
         with torch.no_grad():
-            before = self.reference(b.ids, b.mask, keep)
-        return losses.kl(self.call(b.ids, b.mask, keep), before, b.mask, s.kl, s.kl_length)
+            before = self.reference(b.ids, b.attend, keep)
+        return losses.kl(self.call(b.ids, b.attend, keep), before, b.mask, s.kl, s.kl_length)

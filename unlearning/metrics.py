@@ -87,14 +87,14 @@ def score(lm, batches: list[tuple[list[int], Batch]]) -> Scores:
     parts, order = [], []
     with evaluating(lm):
         for index, b in batches:
-            logits = lm(b.ids, b.mask, b.keep).float()
+            logits = lm(b.ids, b.attend, b.places).float()
             nll = F.cross_entropy(logits, b.target, reduction="none")
             correct = logits.argmax(-1) == b.target
             es = extraction_strength(correct, b.row, b.inside, b.size)
             zero = torch.zeros(b.size, device=nll.device, dtype=torch.float64)
-            n = torch.bincount(b.row[b.inside], minlength=b.size).clamp(min=1)
+            n = zero.index_add(0, b.row, b.inside.double()).clamp(min=1)
             em = zero.index_add(0, b.row, (correct & b.inside).double()) / n
-            total = torch.bincount(b.row, minlength=b.size).double()
+            total = zero.index_add(0, b.row, torch.ones_like(nll, dtype=torch.float64))
             parts.append(torch.stack([es, em, zero.index_add(0, b.row, nll.double()), total]))
             order += index
     if not parts:

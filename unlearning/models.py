@@ -108,13 +108,16 @@ class LM(nn.Module):
         self.hf = hf
 
     def forward(self, ids: Tensor, mask: Tensor, keep: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """ids, mask [B, L] -> next-token logits [N, V] at the N positions of `keep` ([B, L, V] without it). With
-        `layer`: hidden states [N, d] instead, 0 the embedding output, the last one after the final norm."""
+        """ids, mask [B, L] -> next-token logits [N, V] at the N places `keep` in the flat [B * L] ([B, L, V] without
+        it). With `layer`: hidden states [N, d] instead, 0 the embedding output, the last one after the final norm.
+        mask may be [B, 1, L, L], who sees whom (data.Batch.attend)."""
+        if mask.dim() == 4 and self.hf.config._attn_implementation != "sdpa":
+            mask = mask[:, 0, -1]  # the last token sees what is no padding
         out = self.hf.base_model(
             input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=layer is not None
         )
         h = out.last_hidden_state if layer is None else out.hidden_states[layer]
-        h = h if keep is None else h[keep]
+        h = h if keep is None else h.flatten(0, 1).index_select(0, keep)
         return h if layer is not None else self.hf.get_output_embeddings()(h)
 
     @property

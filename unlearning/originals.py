@@ -108,7 +108,7 @@ class Bench:
             chosen = [i for _, i in block(step, size, len(items), seed, "fine-tune")]
             chosen = by_size(chosen, lambda i: len(items[i].ids), s.train_accum)[k]
             b = data.collate([items[i] for i in chosen], self.chat.pad, self.device)
-            return losses.token_nll(t.call(b.ids, b.mask, b.keep), b.target).mean(), {}
+            return losses.token_nll(t.call(b.ids, b.attend, b.places), b.target).mean(), {}
 
         lines: list[dict] = []
         title = f"fine-tuning on {what}, seed {seed}"

@@ -104,7 +104,9 @@ def gcg(lm: LM, chat: Chat, items: list[Encoded], device, *, length: int = 8, st
             rows = torch.arange(len(items), device=device)[:, None].expand_as(places)
             x = x.index_put((rows, places), (one_hot @ table.detach()).expand(len(items), -1, -1))
             h = lm.hf.base_model(inputs_embeds=x, attention_mask=b.mask, use_cache=False).last_hidden_state
-            loss = losses.token_nll(lm.hf.get_output_embeddings()(h[b.keep]), b.target).mean()
+            loss = losses.token_nll(
+                lm.hf.get_output_embeddings()(h.flatten(0, 1).index_select(0, b.places)), b.target
+            ).mean()
             slope = torch.autograd.grad(loss, one_hot)[0]
         good = (-slope).topk(min(top, len(table)), dim=1).indices.cpu()
         for _ in range(tries):
@@ -129,7 +131,7 @@ def relearn(
     def micro(step: int, k: int):
         chosen = [i for _, i in block(step, batch * accum, len(items), seed, "relearn")]
         b = collate([items[i] for i in by_size(chosen, lambda i: len(items[i].ids), accum)[k]], chat.pad, device)
-        return losses.token_nll(t.call(b.ids, b.mask, b.keep), b.target).mean(), {}
+        return losses.token_nll(t.call(b.ids, b.attend, b.places), b.target).mean(), {}
 
     t.fit(micro, title="relearning" if show else "")
 

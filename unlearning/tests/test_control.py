@@ -187,7 +187,7 @@ def test_exact_and_perturb_are_calibrated_apart_and_the_curve_meets_both_ends(ti
     batch = data.collate(items, chat.pad, CPU)
     optimizer = torch.optim.AdamW(lm.parameters(), 1e-2)
     for _ in range(60):  # so that ES is not 0 everywhere
-        loss = torch.nn.functional.cross_entropy(lm(batch.ids, batch.mask, batch.keep), batch.target)
+        loss = torch.nn.functional.cross_entropy(lm(batch.ids, batch.mask, batch.places), batch.target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

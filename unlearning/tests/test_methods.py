@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from waits import Waits
 
 import data
 import losses
@@ -217,7 +218,7 @@ def test_tricks_reach_the_loss(tiny, corpus, knob):
     u, _ = unlearner(tiny, corpus, "gd", **more, **knob)
     loss, parts = u.micro(0, 0)
     b = u.batch([u.forget[i] for i, _ in u.draw(0)[0][0]])
-    logits = u.call(b.ids, b.mask, b.keep)
+    logits = u.call(b.ids, b.mask, b.places)
     nll = losses.token_nll(logits, b.target)
     want = {
         "temperature": lambda: losses.ga(losses.token_nll(logits, b.target, 2.0)),
@@ -309,9 +310,9 @@ def test_logits_only_where_asked_are_those_of_the_whole(tiny, corpus):
     lm, chat = tiny
     b = data.collate([data.encode(chat, q.question, q.answer) for q in corpus.full[:3]], chat.pad, CPU)
     with torch.no_grad():
-        torch.testing.assert_close(lm(b.ids, b.mask, b.keep), lm.hf(b.ids, attention_mask=b.mask).logits[b.keep])
-        h = lm(b.ids, b.mask, b.keep, 3)
-        torch.testing.assert_close(lm.hf.lm_head(h), lm(b.ids, b.mask, b.keep))  # the last state is behind the norm
+        torch.testing.assert_close(lm(b.ids, b.mask, b.places), lm.hf(b.ids, attention_mask=b.mask).logits[b.keep])
+        h = lm(b.ids, b.mask, b.places, 3)
+        torch.testing.assert_close(lm.hf.lm_head(h), lm(b.ids, b.mask, b.places))  # the last state is behind the norm
 
 
 @pytest.mark.parametrize("kind", ["phi", "llama"])
@@ -340,3 +341,33 @@ def test_the_papers_architectures_run_at_tiny_size(kind, tmp_path, corpus):
             assert len(moved) > 5
     with lm.cut(2), torch.no_grad():
         assert lm(torch.tensor([[2, 3]]), torch.ones(1, 2, dtype=torch.long)).shape == (1, 2, len(tokenizer))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_step_never_waits_for_the_device(tiny, corpus, method):
+    """What a batch is made of is built on the host; from there to the optimizer's step nothing is read back."""
+    u, t = unlearner(tiny, corpus, method, methods=(method,), kl="tokens")
+    made = []
+    u.batch = lambda items, whole=u.batch: made.append(whole(items)) or made[-1]
+    u.micro(0, 0), u.micro(0, 1)  # now every batch of the step is known
+    ready = iter(made)
+    u.batch = lambda items: next(ready)
+    drawn = u.draw(0)
+    u.draw = lambda step: drawn
+    with Waits() as found:
+        t.update(lambda step, k: u.micro(0, k))
+    # The library looks once a pass at the mask of a batch without padding.
+    assert all(place.startswith("models.py") for place in found.places)
+    assert len(found.places) <= 2 * sum(not b.padded for b in made) and any(b.padded for b in made)
+
+
+def test_what_a_padded_batch_attends_to_is_what_the_library_makes_of_its_mask(tiny, corpus):
+    lm, chat = tiny
+    items = [data.encode(chat, q.question, q.answer) for q in corpus.full[:4]]
+    b, alone = data.collate(items, chat.pad, CPU), data.collate(items[:1], chat.pad, CPU)
+    assert b.padded and b.attend.shape == (4, 1, *[b.ids.shape[1]] * 2) and not alone.padded
+    with torch.no_grad():
+        assert torch.equal(lm(b.ids, b.attend, b.text), lm(b.ids, b.mask, b.text))
+        assert torch.equal(alone.attend, alone.mask)
+        lm.hf.set_attn_implementation("eager")  # takes what is no padding out of it
+        torch.testing.assert_close(lm(b.ids, b.attend, b.text), lm(b.ids, b.mask, b.text), rtol=0, atol=0)
