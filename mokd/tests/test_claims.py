@@ -78,6 +78,7 @@ CASES = {
     "R7": [over_tasks("real", THREE[1:2], "MOKD", "MOKD(gamma=0)", v) for v in (0.8, -0.6)],
     "R8": [over_tasks("real", THREE[:1], "MOKD", "NCC", v, "cross_cosine over NCC") for v in (-0.1, 0.1)],
     "R9": [over_tasks("real", THREE, "MOKD", "NCC", v) for v in (0.0, 0.4)],
+    "R10": [over_tasks("real-lite2", THREE[1:], claims.MOKD, claims.URL, v) for v in (0.8, -0.6)],
     "A": [accuracies("table1", ALL, MOKD=50 + v, URL=50) for v in (0.1, -0.1)],
     "B": [accuracies("table2", FIVE, MOKD=50 + v, URL=50) for v in (0.1, -0.1)],
     "C": [accuracies("table2", ALL[:8], MOKD=50 + v, URL=50) for v in (-0.4, -0.6)],
