@@ -277,8 +277,10 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         return "not measured" if numbers is None else f"{numbers[0]:+.1f} [{numbers[1]:+.1f}, {numbers[2]:+.1f}]"
 
     near = ("beyond_irrelevant", "near", OWN["near"]), ("beyond_irrelevant", "near", PUBLISHED)
-    fine = [(what, "fine-grained", OWN["fine-grained"]) for what in ("beyond_irrelevant", "beyond_animals")]
-    own, published, fine, animals, far = (part(*x) for x in (*near, *fine, ("beyond_irrelevant", FAR, OWN[FAR])))
+    list_ = OWN["fine-grained"]
+    fine = [("beyond_irrelevant", list_), ("beyond_animals", list_), ("beyond_animals", list_ + KINDLESS)]
+    own, published, far = (part(*x) for x in (*near, ("beyond_irrelevant", FAR, OWN[FAR])))
+    fine, animals, bare = (part(what, "fine-grained", method) for what, method in fine)
     if {own, published, fine, far} == {"not measured"}:
         return []
     accuracy = real(f, "accuracy", "MCM", FAR)
@@ -286,6 +288,6 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     return [
         f"On real images, by a zero-shot classifier without CLIP{known}, EOE's names lower FPR95 by this many points "
         f"more than as many names that say nothing of the classes: near {published} with the published names and {own} "
-        f"with own ones, fine-grained {fine} (over as many random animals {animals}), far {far}; the own lists were "
-        "written knowing the OOD sets."
+        f"with own ones, fine-grained {fine} ({animals} over as many random animals, {bare} without names of OOD "
+        f"classes and kinds of them), far {far}; the own lists were written knowing the OOD sets."
     ]
