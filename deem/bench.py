@@ -65,7 +65,8 @@ def plain(m: Deem, b: Batch, seed: int) -> dict[str, Tensor]:
     seen = m.encode_images(b.images, b.masks)
     h = m.hidden(b, seen)
     logits = m.llm.lm_head(h).float()
-    out["ntp"] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), b.labels[:, 1:].flatten(), ignore_index=-100)
+    labels = b.labels[:, 1:].flatten().to(logits.device)
+    out["ntp"] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels, ignore_index=-100)
     m.loss = replace(w, ntp=0.0, nip=0.0)
     again = m.encode_images(b.images, b.masks)
     out |= m.denoising(b, again, None, seed) if w.csr > 0 else {}

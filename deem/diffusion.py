@@ -8,7 +8,7 @@ U is a UNet2DConditionModel; its skip features and its middle get residuals of a
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 import torch.nn.functional as F
@@ -77,14 +77,16 @@ class Latents(nn.Module):
 class Residuals:
     """What diffusers reads as `down_block_additional_residuals`: made when it is read, after the features are there.
 
-    Only samples that have an image to read go through the attention: for the others it is its output's bias."""
+    Only samples that have an image to read (`seen`, on the host) go through the attention: for the others it is its
+    output's bias."""
 
     def __init__(self, denoiser: "Denoiser", maps: list[Tensor], seen: Tensor, first: int):
         self.denoiser, self.first, self.features = denoiser, first, []
         rows = seen.nonzero()[:, 0]
         rows = rows if len(rows) else rows.new_zeros(1)  # one masked sample, so that every weight gets a gradient
-        self.rows, self.all = rows, len(rows) == len(seen)
-        self.maps, self.seen = [m[rows, None] for m in maps], seen[rows, None]
+        here = maps[0].device
+        self.rows, self.all = sent(rows, here), len(rows) == len(seen)
+        self.maps, self.seen = [m[self.rows, None] for m in maps], sent(seen[rows, None], here)
 
     def one(self, block, feature: Tensor) -> Tensor:
         net, own = self.denoiser.net, feature[self.first :]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 import torch.nn.functional as F
@@ -255,9 +255,10 @@ class Deem(Answering, nn.Module):
         """Token embeddings (S, K, d) with e^L at the placeholders and the SOI vector added at <SOI>."""
         x = self.llm.model.embed_tokens(b.ids)
         if seen is not None and len(b.row):
-            at = b.soi[:, None] + 1 + torch.arange(seen.text.shape[1], device=b.ids.device)
-            x = x.index_put((b.row[:, None], at), seen.text.to(x.dtype))
-            x = x.index_put((b.row, b.soi), self.soi.to(x.dtype).expand(len(b.row), -1), accumulate=True)
+            row, soi = (sent(v, x.device) for v in (b.row, b.soi))
+            at = soi[:, None] + 1 + torch.arange(seen.text.shape[1], device=x.device)
+            x = x.index_put((row[:, None], at), seen.text.to(x.dtype))
+            x = x.index_put((row, soi), self.soi.to(x.dtype).expand(len(b.row), -1), accumulate=True)
         return x
 
     def set_context(self, b: Batch, seen: Seen | None) -> None:
@@ -275,7 +276,12 @@ class Deem(Answering, nn.Module):
         """Last hidden states (S, K, d)."""
         self.set_context(b, seen)
         places = (b.attend.long().cumsum(1) - 1).clamp(min=0)
-        out = self.llm.model(inputs_embeds=self.embed(b, seen), attention_mask=b.attend.long(), position_ids=places,
+        mask = b.attend.long()
+        if b.padded and self.llm.config._attn_implementation == "sdpa":
+            # As the library would build it after a look at the mask, for which the host would wait.
+            causal = torch.ones(*[mask.shape[1]] * 2, dtype=torch.bool, device=mask.device).tril()
+            mask = causal & b.attend[:, None, None]
+        out = self.llm.model(inputs_embeds=self.embed(b, seen), attention_mask=mask, position_ids=places,
                              use_cache=False)  # fmt: skip
         return out.last_hidden_state
 
@@ -283,19 +289,19 @@ class Deem(Answering, nn.Module):
 
     def ntp(self, h: Tensor, labels: Tensor) -> Tensor:
         """L_NTP: mean cross-entropy over kept next tokens, in float32; zero without one."""
-        target = labels[:, 1:]
-        keep = target != sequences.IGNORED
-        logits = self.llm.lm_head(h[:, :-1][keep]).float()
-        return F.cross_entropy(logits, target[keep], reduction="sum") / keep.sum().clamp(min=1)
+        target = labels[:, 1:].flatten()
+        keep = (target != sequences.IGNORED).nonzero()[:, 0]
+        logits = self.llm.lm_head(h[:, :-1].flatten(0, 1).index_select(0, sent(keep, h.device))).float()
+        return F.cross_entropy(logits, sent(target[keep], h.device), reduction="sum") / max(1, len(keep))
 
     def image_context(self, h: Tensor, b: Batch) -> tuple[Tensor, Tensor]:
         """What R_D reads of each image: hidden states from its <SOI> back to its BOS, newest first, through a linear
         map, plus 1-D positions: (B, L, d), and which of them there are (B, L) bool; L is the longest context."""
         lengths = b.soi - b.bos + 1
-        back = torch.arange(int(lengths.max()), device=h.device)
-        at = b.soi[:, None] - back
-        keep = back < lengths[:, None]
-        states = self.context_proj(h)[b.row[:, None], at.clamp(min=0)]  # a token once, not once an image behind it
+        back = torch.arange(int(lengths.max()))
+        at = (b.soi[:, None] - back).clamp(min=0)
+        row, at, keep = (sent(v, h.device) for v in (b.row[:, None], at, back < lengths[:, None]))
+        states = self.context_proj(h)[row, at]  # a token once, not once an image behind it
         if len(self.places) < len(back) or self.places.device != h.device:
             self.places = sincos_1d(h.shape[-1], torch.arange(len(back))).to(h.device)
         return states + self.places[: len(back)].to(states.dtype), keep
@@ -342,21 +348,21 @@ class Deem(Answering, nn.Module):
             noisy, times, targets, conditions = [z], [t], [target], [seen.condition]
             if w.csr_maps:
                 maps.append(seen.maps)
-                there.append(torch.ones(n, dtype=torch.bool, device=dev))
+                there.append(torch.ones(n, dtype=torch.bool))
         if h is not None:
-            learned = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]  # an image that opens a document has zero loss
+            places = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]  # an image that opens a document has zero loss
+            learned, previous = (sent(v, dev) for v in (places, b.previous[places].clamp(min=0)))
             g = stream(2)
             z0 = den.latents.encode(2 * b.targets - 1, stream(0)) if w.twice else z0
             t = torch.randint(den.steps, (n,), generator=g, device=dev)
             z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
             drop = torch.rand(n, 1, 1, generator=g, device=dev) < w.null_share
-            own = replace(b, row=b.row[learned], soi=b.soi[learned], bos=b.bos[learned])
+            own = replace(b, row=b.row[places], soi=b.soi[places], bos=b.bos[places])
             c = self.context_reader(*self.image_context(h, own)) if len(learned) else den.null[:0]
             conditions.append(torch.where(drop[learned], den.null.to(c.dtype), c))
             noisy, times, targets = [*noisy, z[learned]], [*times, t[learned]], [*targets, target[learned]]
-            previous = b.previous[learned]
-            maps.append([m[previous.clamp(min=0)] for m in seen.maps])
-            there.append(previous >= 0)
+            maps.append([m[previous] for m in seen.maps])
+            there.append(b.previous[places] >= 0)
         if not sum(map(len, noisy)):
             return {"nip": seen.text.sum() * 0.0}
         joined = [torch.cat(m) for m in zip(*maps, strict=True)] if maps and sum(map(len, there)) else None

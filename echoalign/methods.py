@@ -16,7 +16,8 @@ class Echo(Learner):
     def setup(self) -> None:
         self.c = self.task.c.to(self.device)
         weights = echoselect.loss_weights(self.task.c)
-        self.weights = {"cross": weights, "swapped": weights.flip(0), "equal": torch.ones(2)}[self.s.weighting]
+        weights = {"cross": weights, "swapped": weights.flip(0), "equal": torch.ones(2)}[self.s.weighting]
+        self.weights = weights.to(self.device)
         self.tune = self.place(self.task.tune.x), self.task.tune.y.to(self.device)
 
     def phases(self) -> list[Phase]:

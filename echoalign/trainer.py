@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab import checkpoints, runs
 from lab.progress import progress
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 import torch.nn.functional as F
@@ -162,8 +162,8 @@ class Learner:
             # A last batch of one image has no batch statistics worth the name: it goes with none.
             if len(i) == 1 and len(order) > 1:
                 continue
-            i = i.to(self.device)
-            yield i, self.augment(x[i if x.device == i.device else i.cpu()].to(self.device), crops)
+            at = sent(i, self.device)
+            yield at, self.augment(x[at] if x.device == at.device else sent(x[i], self.device), crops)
 
     def step(self, loss: Tensor, k: int = 0) -> None:
         self.optimizers[k].zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import numpy as np
 import torch
@@ -50,11 +50,6 @@ def balanced(y: Tensor, limit: int) -> Tensor:
         mine = (y[order] == k).nonzero().squeeze(1)
         turn[mine] = torch.arange(len(mine))
     return order[turn.argsort(stable=True)[:limit].sort().values]
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; a GPU fetches it out of pinned memory while the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass

@@ -163,7 +163,7 @@ class Trainer:
             x = self.train.one(key, number, crops)
         if region == "shuffled":
             order = torch.Generator().manual_seed(of_batch(self.key(SHUFFLE), number))
-            m = self.mask(x)[data.sent(torch.randperm(total, generator=order), x.device)[rows]]
+            m = self.mask(x)[runs.sent(torch.randperm(total, generator=order), x.device)[rows]]
         else:
             m = self.mask(x[rows])
         e = pr.budget(~m if region == "inverted" else m, s.eps, s.eps_low)

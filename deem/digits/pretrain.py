@@ -80,12 +80,14 @@ def fit(parameters: list, steps: int, lr: float, loss: Callable[[int], Tensor], 
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    bad = torch.zeros((), device=parameters[0].device)
     for step in progress(range(steps), title, steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         value = loss(step)
-        if not torch.isfinite(value):
-            raise runs.UserError(f"{title}: the loss is not a finite number in step {step}")
+        bad += 0 * value.detach()
+        if ((step + 1) % 20 == 0 or step + 1 == steps) and not torch.isfinite(bad):  # the host waits here alone
+            raise runs.UserError(f"{title}: the loss is not a finite number in a step up to {step}")
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

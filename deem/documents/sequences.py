@@ -7,9 +7,9 @@ where it is not: padding, placeholders, BOS, <SOI> right behind BOS, and prompts
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 from torch import Tensor
@@ -191,7 +191,9 @@ class Batch:
     ids, labels (S, K); attend (S, K) bool; row, soi, bos (B,): row of an image, positions of its <SOI> and of its
     document's BOS; previous (B,): the image before it in the document, -1 for none; slots (S, N): images of a row in
     order, -1 for none; visible (S, K, N) bool: image n of the row lies in the same document and at or before k;
-    images, targets (B, 3, R, R) in [0, 1] (encoder's and decoder's view); masks (B, H, W) or None.
+    images, targets (B, 3, R, R) in [0, 1] (encoder's and decoder's view); masks (B, H, W) or None; padded: whether a
+    row is shorter than the others. `to` leaves labels, row, soi, bos and previous on the host: what is selected by them
+    has a size, which the host would have to wait for.
     """
 
     ids: Tensor
@@ -206,9 +208,11 @@ class Batch:
     images: Tensor | None = None
     targets: Tensor | None = None
     masks: Tensor | None = None
+    padded: bool = False
 
     def to(self, device) -> "Batch":
-        return Batch(**{k: v if v is None else v.to(device) for k, v in vars(self).items()})
+        moved = ("ids", "attend", "slots", "visible", "images", "targets", "masks")
+        return replace(self, **{k: sent(v, torch.device(device)) for k in moved if (v := getattr(self, k)) is not None})
 
 
 def collate(rows: Sequence[Sequence_], tok, *, left: bool = False) -> tuple[Batch, list]:
@@ -235,4 +239,5 @@ def collate(rows: Sequence[Sequence_], tok, *, left: bool = False) -> tuple[Batc
             before[bos] = len(pictures)
             pictures.append(picture)
     row, soi, bos, previous = (torch.tensor([p[c] for p in places], dtype=torch.long).reshape(-1) for c in range(4))
-    return Batch(ids, labels, attend, row, soi, bos, previous, slots, visible), pictures
+    padded = not bool(attend.all())
+    return Batch(ids, labels, attend, row, soi, bos, previous, slots, visible, padded=padded), pictures

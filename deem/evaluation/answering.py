@@ -3,7 +3,7 @@ image's tokens. What the losses need stands in model.py."""
 
 from dataclasses import dataclass, replace
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +108,13 @@ class Answering:
             b, seen = self.prepare([[*fixed, Text(t)] for t in texts], own, left=False)
             h, target = self.hidden(b, seen)[:, :-1], b.labels[:, 1:]
             keep = (target != sequences.IGNORED) & (target != self.tok.soi)
-            scores = self.llm.lm_head(h[keep]).float().log_softmax(-1)  # where an option stands, and nowhere else
-            picked = scores.gather(1, target[keep][:, None])[:, 0]
-            out.append(picked.new_zeros(len(texts)).index_add(0, keep.nonzero()[:, 0], picked).cpu())
+            places, row, target = (
+                sent(v, h.device) for v in (keep.flatten().nonzero()[:, 0], keep.nonzero()[:, 0], target[keep])
+            )
+            # Where an option stands, and nowhere else.
+            scores = self.llm.lm_head(h.flatten(0, 1).index_select(0, places)).float().log_softmax(-1)
+            picked = scores.gather(1, target[:, None])[:, 0]
+            out.append(picked.new_zeros(len(texts)).index_add(0, row, picked).cpu())
         return out
 
     @torch.no_grad()
@@ -126,21 +130,18 @@ class Answering:
         b = b.to(self.device)
         seen = self.encode_images(self.pictures(found), self.masks_of(found)) if found else None
         x = self.embed(b, seen)
-        ends = b.attend.sum(1) - 1
-        rows_ = torch.arange(len(documents), device=self.device)
-        x[rows_, ends] += self.soi.to(x.dtype)
+        rows_, ends = torch.arange(len(rows)), torch.tensor([len(r) - 1 for r in rows])
+        x[sent(rows_, x.device), sent(ends, x.device)] += self.soi.to(x.dtype)
         self.set_context(b, seen)
         h = self.llm.model(inputs_embeds=x, attention_mask=b.attend.long(), use_cache=False).last_hidden_state
         last = [int(s[s >= 0].max()) if (s >= 0).any() else -1 for s in b.slots.cpu()]
+        there = torch.tensor(last) >= 0
         at = replace(b, row=rows_, soi=ends, bos=torch.zeros_like(ends))
         condition = self.context_reader(*self.image_context(h, at))
-        previous = torch.tensor(last, device=self.device)
-        maps = there = None
         if seen is not None:
-            there = previous >= 0
-            maps = [m[previous.clamp(min=0)] * there.view(-1, 1, 1, 1) for m in seen.maps]
+            previous, real = (sent(v, self.device) for v in (torch.tensor(last).clamp(min=0), there.view(-1, 1, 1, 1)))
+            maps = [m[previous] * real for m in seen.maps]
         else:
-            there = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
             side = self.p.resolution
             maps = [condition.new_zeros(len(rows), self.p.width, side // s, side // s) for s in self.encoder.strides]
         return self.denoiser.draw(condition, steps=steps, guidance=guidance, seed=seed, maps=maps, seen=there)
@@ -152,9 +153,7 @@ class Answering:
         views) with strength < 1 are where the drawing starts."""
         seen = self.encode_images(images)
         start = self.denoiser.latents.encode(targets) if targets is not None and strength < 1 else None
-        more = (
-            {"maps": seen.maps, "seen": torch.ones(len(images), dtype=torch.bool, device=images.device)} if maps else {}
-        )
+        more = {"maps": seen.maps, "seen": torch.ones(len(images), dtype=torch.bool)} if maps else {}
         return self.denoiser.draw(
             seen.condition, steps=steps, guidance=guidance, seed=seed, start=start, strength=strength, **more
         )

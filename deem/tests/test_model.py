@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import batch_of, documents, make
 from PIL import Image
+from waits import Host, Waits
 
 import recipe
 from documents import sequences
@@ -410,6 +411,26 @@ def test_share_of_images():
     b = batch_of(model, documents(6))
     cut, seen = model.part(b, model.encode_images(b.images))
     assert len(cut.row) == len(seen) == -(-len(b.row) // 2) and torch.isfinite(model.losses(b, 0)["total"])
+
+
+@pytest.mark.parametrize("stage, variant", [(1, "deem"), (1, "deem-star"), (2, "deem"), (3, "deem")])
+def test_a_step_never_waits_for_the_device(stage, variant, monkeypatch):
+    """What a size depends on lies on the host; only the library looks at the mask of rows of one length."""
+    model, s = make("tiny" if stage == 3 else "digits", stage=stage, variant=variant)
+    model.freeze(stage, variant)
+    b = regions_batch(model) if stage == 3 else batch_of(model, documents(6, stage))
+    groups = [
+        {k: v for k, v in g.items() if k != "name"} for g in model.trainable_groups(stage, variant, rates=s.rates())
+    ]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    for key in ("labels", "row", "soi", "bos", "previous"):
+        setattr(b, key, getattr(b, key).as_subclass(Host))
+    for module in ("model", "diffusion"):
+        monkeypatch.setattr(f"{module}.sent", lambda x, device: x.as_subclass(torch.Tensor))
+    with Waits() as found:
+        model.losses(b, 0)["total"].backward()
+        optimizer.step()
+    assert len(found.places) <= (not b.padded), found.places
 
 
 def test_rows_without_pictures():

@@ -7,6 +7,8 @@ those on which both networks agree with that confidence (label guessing). The au
 
 import math
 
+from lab.runs import sent
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -127,7 +129,7 @@ class ProMix(TwoViews):
             rows = rows[:-1]  # as released: a batch that is not full is left out
         total = torch.zeros(2, device=self.device)
         for i in rows:
-            i = i.to(self.device)
+            i = sent(i, self.device)
             loss = self.promix_step(i, [b[i] for b in base], at, crops, draw)
             for opt in self.optimizers:
                 opt.zero_grad(set_to_none=True)
@@ -195,11 +197,11 @@ class ProMix(TwoViews):
     def mixed(self, k: int, head: int, x: Tensor, labels: Tensor, margin: Tensor, draw) -> Tensor:
         """Losses of MixUp and FMix of the chosen samples."""
         lam = draw.beta(4, 4)
-        order = torch.from_numpy(draw.permutation(len(x))).to(x.device)
+        order = sent(torch.from_numpy(draw.permutation(len(x))), x.device)
         blended, soft = mix(x, labels, max(lam, 1 - lam), order)
         up = soft_cross_entropy(self.both(k, blended)[head] + margin, soft)
         lam = draw.beta(1, 1)
-        mask = torch.from_numpy(fmix_mask(*x.shape[2:], lam, draw)).to(x.device)
-        order = torch.from_numpy(draw.permutation(len(x))).to(x.device)
+        mask = sent(torch.from_numpy(fmix_mask(*x.shape[2:], lam, draw)), x.device)
+        order = sent(torch.from_numpy(draw.permutation(len(x))), x.device)
         logits = self.both(k, mask * x + (1 - mask) * x[order])[head] + margin
         return up + lam * soft_cross_entropy(logits, labels) + (1 - lam) * soft_cross_entropy(logits, labels[order])

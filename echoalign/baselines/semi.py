@@ -2,6 +2,8 @@
 
 import math
 
+from lab.runs import sent
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -80,7 +82,7 @@ class TwoViews(Learner):
                 self.generator("order", at).initial_seed() + 31 * k + 17 * salt + 977 * turn
             )
             order = index.cpu()[torch.randperm(len(index), generator=g)]
-            out += [b.to(self.device) for b in order.split(size)]
+            out += [sent(b, self.device) for b in order.split(size)]
             turn += 1
         return out[:n]
 
@@ -158,7 +160,7 @@ class DivideMix(TwoViews):
         everything, targets = torch.cat([*x, *views]), torch.cat([target, target, *guesses])
         lam = draw.beta(4, 4)
         lam = max(lam, 1 - lam)
-        order = torch.from_numpy(draw.permutation(len(everything))).to(self.device)
+        order = sent(torch.from_numpy(draw.permutation(len(everything))), self.device)
         mixed, soft = mix(everything, targets, lam, order)
         logits = self.forward(k, mixed)
         n = 2 * len(i)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lab import runs
 from lab.progress import progress
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 import torch.nn.functional as F
@@ -213,10 +213,10 @@ def train(
     net.train()
     for step in bar:
         draw = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
-        pick = torch.randint(len(images), (batch,), generator=draw).to(device)
-        t = torch.randint(STEPS, (batch,), generator=draw).to(device)
-        noise = torch.randn(batch, *x_all.shape[1:], generator=draw).to(device)
-        drops = torch.rand(3, batch, generator=draw).to(device)
+        pick = sent(torch.randint(len(images), (batch,), generator=draw), device)
+        t = sent(torch.randint(STEPS, (batch,), generator=draw), device)
+        noise = sent(torch.randn(batch, *x_all.shape[1:], generator=draw), device)
+        drops = sent(torch.rand(3, batch, generator=draw), device)
         x, hint = x_all[pick], hint_all[pick]
         if flip:
             turned = (drops[2] < 0.5)[:, None, None, None]

@@ -63,6 +63,12 @@ def device(name: str):
     return state.device if name == "auto" else torch.device(name)
 
 
+def sent(x, device):
+    """The tensor x on the torch.device; a GPU fetches it out of pinned memory while the host goes on."""
+    held = x.pin_memory() if (x.device.type, device.type) == ("cpu", "cuda") else x
+    return held.to(device, non_blocking=True)
+
+
 _HELD: list = []  # lock files of this process: a lock lasts as long as its file is open
 
 

@@ -5,7 +5,7 @@ Imported only where one of them is asked for: segment-anything brings torchvisio
 
 from pathlib import Path
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import numpy as np
 import torch
@@ -26,8 +26,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
     """An array as a tensor on a device, without waiting for what the device is still doing."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return sent(torch.from_numpy(np.ascontiguousarray(array)), device)
 
 
 def relative_positions(q: int, k: int, table: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from waits import Waits
+from waits import Host, Waits
 
 X = torch.arange(6.0)
 
@@ -32,3 +32,12 @@ def test_what_stays_on_the_device_is_not():
         y.backward()
         torch.optim.AdamW([w], fused=True).step()
     assert not found.places
+
+
+def test_what_lies_on_the_host_is_read_without_a_wait():
+    labels = torch.tensor([0, -100, 2]).as_subclass(Host)
+    with Waits() as found:
+        kept = (labels >= 0).nonzero()[:, 0]
+        assert int(labels[labels > 0].max()) == 2 and isinstance(kept, Host)
+        X.sum().item()
+    assert len(found.places) == 1

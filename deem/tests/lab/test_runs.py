@@ -328,3 +328,22 @@ def test_runs_on_one_machine_take_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
     runs._HELD.pop().close()
     assert runs.device("auto") == torch.device("cuda", 0)
+
+
+def test_what_a_gpu_is_sent_lies_in_pinned_memory():
+    said = []
+
+    class Held:
+        device = SimpleNamespace(type="cpu")
+
+        def pin_memory(self):
+            said.append("pinned")
+            return self
+
+        def to(self, device, non_blocking):
+            said.append((device.type, non_blocking))
+
+    for place in ("cuda", "cpu"):
+        runs.sent(Held(), SimpleNamespace(type=place))
+    assert said == ["pinned", ("cuda", True), ("cpu", True)]
+    assert torch.equal(runs.sent(torch.arange(3), torch.device("cpu")), torch.arange(3))

@@ -12,6 +12,10 @@ READ = ("_local_scalar_dense", "nonzero", "masked_select", "_linalg_check_errors
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 
 
+class Host(torch.Tensor):
+    """x.as_subclass(Host): a tensor that lies on the host, whatever is made of it too; reading it is no wait."""
+
+
 class Waits(TorchDispatchMode):
     """with Waits() as found: step() -> found.places lists each wait by file and line of the folder. A copy between host
     and device is not seen: there is no device."""
@@ -23,6 +27,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         masks = args[1] if name in INDEXED else ()
+        if isinstance(args[0] if args else None, Host) or any(isinstance(m, Host) for m in masks):
+            return function(*args, **(kwargs or {}))
         if name in READ or any(m is not None and m.dtype in (torch.bool, torch.uint8) for m in masks):
             here = [
                 f for f in traceback.extract_stack() if f.filename.startswith(str(HERE)) and ".venv" not in f.filename
