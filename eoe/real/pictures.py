@@ -20,6 +20,11 @@ LIST = {"near": "own near", "fine": "own fine", "far": "own far", "davis": "own 
 TITLE = {"near": "near", "fine": "fine-grained", "far": "far", "davis": "DAVIS"}
 PHOTO = "lite0, a photo of a"  # the setting that is drawn
 RANGES = {"FPR95": (0, 100, "viridis"), "AUROC": (50, 100, "viridis_r")}  # least, most, colours: dark is better
+GAINS = {  # what a gain is over, its colour and its place beside the others
+    "gain": ("over MCM", "#999999", 0.2),
+    "beyond_irrelevant": ("over as many irrelevant names", "#0072b2", 0.0),
+    "beyond_animals": ("over as many random animals", "#e69f00", -0.2),
+}
 SOURCES = (
     "Pictures: CIFAR-10 (Krizhevsky 2009, out of 80 Million Tiny Images; no licence stated), MNIST (LeCun, Cortes, "
     "Burges), Omniglot (Lake; MIT), textures of scikit-image (CC0), DAVIS 2016 (Perazzi et al.; BSD, copies of it name "
@@ -72,6 +77,10 @@ def _kept(records: list[dict], scale: str) -> list[tuple[dict, dict]]:
     return [(tensors, json.loads(meta["about"])) for tensors, meta in found]
 
 
+def _short(method: str) -> str:
+    return method[4:].replace(")", "").replace(" without OOD names and kinds", ",\nno OOD names or kinds")
+
+
 def gains(records: list[dict]):
     """What each list gains beyond as many irrelevant names, both metrics, with bootstrap intervals."""
     found = {}
@@ -83,26 +92,27 @@ def gains(records: list[dict]):
     methods = sorted({m for _, m in found})
     if not found:
         return None
-    figure, axes = plt.subplots(2, len(sets), figsize=(3.4 * len(sets), 5.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(2, len(sets), figsize=(2.9 * len(sets) + 1.5, 6.6), sharey=True, squeeze=False)
     for row, metric in zip(axes, ("FPR95", "AUROC"), strict=True):
         for axis, dataset in zip(row, sets, strict=True):
-            for name, colour, shift in (("gain", "#999999", 0.16), ("beyond_irrelevant", "#0072b2", -0.16)):
+            for name, (told, colour, shift) in GAINS.items():
                 for y, method in enumerate(methods):
-                    m = found.get((dataset, method))
-                    if m:
+                    m = found.get((dataset, method), {})
+                    if f"{name}_{metric}_low" in m:
                         x, low, high = (m[f"{name}_{metric}{e}"] for e in ("", "_low", "_high"))
                         axis.plot([low, high], [y + shift] * 2, color=colour, lw=2)
-                        label = {"gain": "over MCM", "beyond_irrelevant": "over as many irrelevant names"}[name]
-                        axis.plot(x, y + shift, "o", color=colour, label=label if y == 0 else None)
+                        axis.plot(x, y + shift, "o", ms=5, color=colour, label=told)
             axis.axvline(0, color="black", lw=0.8)
-            axis.set(title=dataset if metric == "FPR95" else "", xlabel=f"gain in {metric} (points)")
-            axis.set_yticks(range(len(methods)), [m[4:-1] for m in methods])
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.03))
+            axis.set_title(dataset if metric == "FPR95" else "", fontsize=11)
+            axis.set_xlabel(f"gain in {metric} (points)", fontsize=9)
+            axis.set_yticks(range(len(methods)), [_short(m) for m in methods], fontsize=9)
+    marks = {k: h for a in axes.flat for h, k in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(marks.values(), marks, frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.04))
     figure.tight_layout()
     return figure, (
-        "What envisioned names gain over MCM (grey) and over as many irrelevant names (blue), on real images; to the "
-        "right is better; bars are 95 % intervals of a bootstrap over classes and images (none without a second class)."
+        "What envisioned names gain over MCM (grey), over as many irrelevant names (blue) and over as many random "
+        "animals (orange, animals against animals only), on real images; to the right is better; bars are 95 % "
+        "intervals of a bootstrap over classes and images."
     )
 
 

@@ -262,6 +262,15 @@ def test_drawn_pictures_in_the_layout_of_real_data(tmp_path):
     assert len([*(tmp_path / "pictures").glob("*.png")]) == 10
 
 
+def test_gains_are_drawn_over_all_that_a_list_stands_beside(made_up, tmp_path):
+    found = [r | {"run": "x"} for r in records("fine", made_up, tmp_path / "r")]
+    figure, _ = pictures.gains(found)
+    told = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert told == ["over MCM", "over as many irrelevant names", "over as many random animals"]
+    assert "own fine,\nno OOD names or kinds" in {t.get_text() for t in figure.axes[0].get_yticklabels()}
+    plt.close(figure)
+
+
 def test_heat_maps_of_a_metric_have_one_range(made_up, tmp_path):
     found = [r | {"run": "x"} for r in records("near", made_up, tmp_path / "r")]
     figure, caption = pictures.heat(found)
