@@ -253,6 +253,8 @@ def fit(
         try:
             first = checkpoints.position(meta, "epoch", len(steps), checkpoint)
             before, curve = checkpoints.seconds(meta, checkpoint), runs.json.loads(meta["curve"])
+            if not isinstance(curve, list) or not all(isinstance(line, dict) for line in curve):
+                raise ValueError("its curve is no list of epochs")
             learner.phase = meta["phase"]
             learner.resume(meta["phase"]) if hasattr(learner, "resume") else None
             learner.restore(tensors, checkpoint)

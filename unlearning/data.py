@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import torch
 from torch import Tensor
@@ -373,7 +373,7 @@ def collate(items: Sequence[Encoded], pad: int, device: torch.device, pad_to: in
     row = keep.nonzero()[:, 0]
     places, text = (x.flatten().nonzero()[:, 0] for x in (keep, mask))
     parts = (ids, mask.long(), keep, target, row, inside[keep], places, text)
-    return Batch(*(x.to(device, non_blocking=True) for x in parts), padded=len(text) < mask.numel())
+    return Batch(*(sent(x, device) for x in parts), padded=len(text) < mask.numel())
 
 
 def by_length(items: Sequence[Encoded], tokens: int) -> list[list[int]]:

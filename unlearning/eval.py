@@ -62,7 +62,7 @@ def main() -> None:
             sets = bench.sets(split)
             for method in e.methods or s.methods:
                 path = unlearned_path(folder / f"seed{seed}", split, method)
-                tensors, _ = runs.read_tensors(path)
+                tensors, _ = runs.read_weights(path)
                 set_weights(bench.lm, tensors, path)
                 mixer = control.Mixer(bench.lm, bench.original, tensors)
                 print(f"seed {seed}, {split}, {METHODS[method].label}:")

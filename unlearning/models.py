@@ -147,8 +147,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_weights(model: nn.Module, tensors: dict[str, Tensor], origin: Path | str = "weights") -> None:
+    """Copy tensors of the same names and shapes, of any float type, into the model; UserError for others."""
     own = weights(model)
-    if own.keys() != tensors.keys() or any(own[k].shape != tensors[k].shape for k in own):
+    fits = own.keys() == tensors.keys() and all(own[k].shape == v.shape for k, v in tensors.items())
+    if not fits or not all(v.is_floating_point() for v in tensors.values()):
         raise UserError(f"{origin} holds weights of another network; delete it and start the run again")
     for k, p in own.items():
         p.copy_(tensors[k])

@@ -93,7 +93,7 @@ class Bench:
             if not path.is_file():
                 self.fine_tune(folder, rows, what)
             self.accelerator.wait_for_everyone()
-            return runs.read_tensors(path)[0]
+            return runs.read_weights(path)[0]
 
     def fine_tune(self, folder: Path, rows: list[data.QA], what: str) -> None:
         s = self.s

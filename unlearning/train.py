@@ -71,7 +71,7 @@ def unlearn(b: Bench, split: str, method: str, out: Path, log) -> tuple[dict[str
         at = 0
         tensors = {k: v.clone() for k, v in b.original.items()}
         if kept.is_file():
-            tensors, meta = runs.read_tensors(kept)
+            tensors, meta = runs.read_weights(kept)
             at = int(meta["step"])
         numbers |= {"stopped_at": ended[0], "kept_step": at}
     return tensors, numbers
@@ -178,7 +178,7 @@ def stage(b: Bench, w: Writer, split: str, method: str, truth: metrics.Truth | N
     clock = time.perf_counter()
     path = evaluation.unlearned_path(w.folder, split, method)
     if path.is_file():
-        tensors, meta = runs.read_tensors(path)
+        tensors, meta = runs.read_weights(path)
         numbers = json.loads(meta["numbers"])
     else:
         tensors, numbers = unlearn(b, split, method, Path(s.out), w.log)

@@ -205,7 +205,7 @@ class Trainer:
             self.accelerator.load_state(str(folder))
             meta = runs.read_json(folder / "step.json")
         elif path.is_file():
-            tensors, meta = runs.read_tensors(path)
+            tensors, meta = runs.read_weights(path)
             set_weights(self.lm, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, path)
             own = {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}
             began = checkpoints.position(meta, "step", self.steps, path) > 0
