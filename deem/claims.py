@@ -143,10 +143,12 @@ CLAIMS = [
         *("3c", "the gain is CSR's: both accuracies of DEEM exceed those of the same training without CSR"),
         *("not in the paper", "demo", answers("stage 1", CLEAN)),
         control=True,
+        explanation="The diffusion model's feedback corrects what the encoder sees",
     ),
     Claim(
         *("3d", "the same after instruction tuning", "not in the paper", "demo", answers("stage 2", CLEAN)),
         control=True,
+        explanation="The diffusion model's feedback corrects what the encoder sees",
     ),
     Claim("4", "a training step with CSR costs 1.0 to 1.6 times one without", "table 3", "demo", cost, timed=True),
     Claim("5", "always answering yes scores exactly 50 % on every balanced list", "section 4", "demo", always_yes),
@@ -158,5 +160,6 @@ CLAIMS = [
         *("P5", "the gain is CSR's: DEEM is ahead of the same training without CSR", "not in the paper", "paper"),
         printed_order(DEEM, CLEAN),
         control=True,
+        explanation="The diffusion model's feedback corrects what the encoder sees",
     ),
 ]

@@ -89,11 +89,13 @@ CLAIMS = [
         *("F", "Real: points and box add to the memory alone", "", "real"),
         both(*(real(("full", k), ("memory", k)) for k in ("jf_1", "jf_3"))),
         control=True,
+        explanation="Points and a box, tracked apart and used together, make propagation robust",
     ),
     Claim(
         *("G", "Real: what is stored matters: full > its frames shuffled", "", "real"),
         both(*(real(("full", k), ("shuffled", k)) for k in ("jf_1", "jf_3"))),
         control=True,
+        explanation="The memory steadies the answer by what it stored in earlier rounds and frames",
     ),
     Claim(
         *("H", "Real: the appearance adds to the read-out", "", "real"),
