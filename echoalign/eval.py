@@ -8,13 +8,13 @@ A run is a folder that train.py wrote, or one seed of it.
 
 from pathlib import Path
 
-from lab import runs
+from lab import checkpoints, runs
 from lab.runs import UserError
 
 import torch
 
 from echoselect import by_threshold, quality
-from evaluation import official_seed
+from evaluation import official_seed, weights
 from prepare import Prepared
 from settings import METHODS, EvalSettings, Settings
 from tasks import needs_edits, task_of
@@ -40,10 +40,9 @@ def main() -> None:
     device = runs.device(s.device)
     for seed in seeds:
         p = Prepared(s, seed, device)
-        found = [m for m in METHODS if m in s.methods and (folder / f"seed{seed}" / f"model-{m}.safetensors").is_file()]
-        if not found and s.stage == "all":
-            raise UserError(f"no file {folder}/seed{seed}/model-*.safetensors; train the run first")
-        for m in found:
+        for m in [m for m in METHODS if m in s.methods and s.stage == "all"]:
+            if not (folder / f"seed{seed}" / f"model-{m}.safetensors").is_file():
+                raise UserError(f"no file {folder}/seed{seed}/model-{m}.safetensors; train the run to its end first")
             path = folder / f"seed{seed}" / f"record-{m}.json"
             old = runs.read_record(path)
             name, cls = METHODS[m]
@@ -74,13 +73,13 @@ def main() -> None:
 
 
 def load(learner, path: Path) -> None:
-    tensors, _ = runs.read_tensors(path)
+    tensors, _ = runs.read_weights(path)
     try:
-        for k, net in enumerate(learner.plain):
-            head = f"{k}."
-            net.load_state_dict({n[len(head) :]: v for n, v in tensors.items() if n.startswith(head)})
-    except RuntimeError as error:
+        checkpoints.check_tensors(tensors, weights(learner), path)
+    except UserError as error:
         raise UserError(f"{path} holds weights of another network ({str(error)[:200]}); train it again") from None
+    for k, net in enumerate(learner.plain):
+        net.load_state_dict({n.removeprefix(f"{k}."): v for n, v in tensors.items() if n.startswith(f"{k}.")})
 
 
 if __name__ == "__main__":

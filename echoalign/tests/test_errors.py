@@ -127,7 +127,7 @@ def test_damaged_runs(done, capsys, monkeypatch, cache):
     assert "not finite" in says()
     for path in (done / "seed0").glob("model-*"):
         path.unlink()
-    assert "train the run first" in says()
+    assert "train the run to its end first" in says()
     stored = json.loads((done / "settings.json").read_text())
     (done / "settings.json").write_text(json.dumps({**stored, "colour": 1}))
     assert "another version" in says()
