@@ -15,14 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lab import runs
-from lab.runs import UserError
 
 from accelerate import PartialState
 
 import backbones
 import evaluation
 import weights
-from settings import EvalSettings
+from settings import EvalSettings, Settings
 
 # Settings without effect on the numbers: a run goes on with others of these.
 FREE = ("out", "data_dir", "device", "batch", "workers")
@@ -53,11 +52,8 @@ def main() -> None:
     s.check()
     device = runs.device(s.device)
     if s.run:
-        trained = runs.read_json(Path(s.run) / "settings.json")
-        try:
-            s.backbone, s.size, s.seen = trained["backbone"], trained["size"], tuple(trained["train"])
-        except (KeyError, TypeError):
-            raise UserError(f"{s.run} is no run of train.py") from None
+        trained = runs.settings_from(Path(s.run) / "settings.json", Settings)
+        s.backbone, s.size, s.seen = trained.backbone, trained.size, trained.train
     state = PartialState()
     s.out = s.out or named(s)
     if not runs.finished(Path(s.out), s.seeds):  # before there is a folder: what is not there leaves none

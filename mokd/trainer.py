@@ -315,6 +315,8 @@ class Trainer:
         self.optimizer.load({k: v for k, v in tensors.items() if k.startswith("optimizer.")}, path)
         try:
             self.best, self.best_step = float(meta["best"]), int(meta["best_step"])
+            if not (0 <= self.best_step <= step and -1 <= self.best <= 100):
+                raise ValueError(f"best {meta['best']} at step {meta['best_step']}")
             self.best_state = {k[5:]: v.to(self.device) for k, v in tensors.items() if k.startswith("best.")}
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"{path} belongs to another run ({str(error)[:200]}); delete it to start again") from None

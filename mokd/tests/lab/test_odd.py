@@ -210,6 +210,8 @@ def test_odd_options(script, tmp_path, monkeypatch):
             line = command(job, "run", field.name)
             ended = child([*line, "--" + field.name.replace("_", "-"), *words], place)
             problem = fault(ended, place / "run", never)
+            if problem.startswith("no end") and words in (["0"], ["-1"]):  # the published value, and so a long run
+                problem = ""
             if problem:
                 found.append(f"--{field.name} {' '.join(words)[:60]!r}: {problem}")
             shutil.rmtree(place)
