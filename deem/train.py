@@ -82,6 +82,7 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     path = Path(s.out) / "checkpoint" / f"seed{seed}.safetensors"
     t.load(path)
     if run:
+        run.same_data(seed, [sources.about(s, seed)["sha256"]])
         run.log(seed, [], keep_to=t.step)
     until = min(s.steps, t.step + s.max_steps) if s.max_steps else s.steps
     title = f"stage {s.stage} {s.label} seed {seed}"

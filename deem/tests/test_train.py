@@ -387,6 +387,9 @@ def test_stage_three_from_files(tmp_path):
     assert done.returncode == 2 and "1.png" in done.stderr and "Traceback" not in done.stderr
     done = run("train.py", *words, "--broken", "skip")
     assert done.returncode == 2 and "other settings (broken" in done.stderr  # never a mixture of both in one folder
+    (tmp_path / "regions.json").write_text(json.dumps(data) + "\n")
+    done = run("train.py", *words)
+    assert done.returncode == 2 and "begun with other data" in done.stderr
     words[words.index(tmp_path / "broken")] = tmp_path / "skipped"
     done = run("train.py", *words, "--broken", "skip")
     assert done.returncode == 0 and "1.png" in done.stderr, done.stderr
