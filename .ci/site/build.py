@@ -6,6 +6,7 @@ It shows what is committed: results/report.json, written by `make record-X` with
 runs were made again on this machine, a line says how they compare. Nothing is measured or judged here.
 """
 
+import csv
 import functools
 import json
 import os
@@ -130,7 +131,26 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
             own = f" Tolerance {t['tolerance']:g}." if t["tolerance"] is not None else ""
             lines += [f"### {t['title']}", "", t["note"] + own, ""]
             lines += [f"Unit: {t['unit']}." if t["unit"] else "", "", table_html(t, makers), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *facts(Path(folder))])
+
+
+def facts(folder: Path) -> list[str]:
+    """The printed numbers that plan.yaml lists as facts: settings and other recipes, which no run of the plan can fill."""
+    plan, printed = folder / "plan.yaml", folder / "paper.csv"
+    names = yaml.safe_load(plan.read_text(encoding="utf-8")).get("facts", []) if plan.is_file() else []
+    if not names or not printed.is_file():
+        return []
+    with printed.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["", "## Printed elsewhere", "", "Numbers of other sources and recipes; no run here can fill them.", ""]
+    for name in names:
+        own = [r for r in rows if r["table"] == name]
+        shown = [[r[k] or "—" for k in ("dataset", "setting", "method", "metric", "value", "unit", "source")] for r in own]
+        body = [f"<tr>{''.join(f'<td>{e(x)}</td>' for x in r)}</tr>" for r in shown]
+        head = ("data", "setting", "method", "metric", "value", "unit", "source")
+        title = f"{e(name.replace('-', ' ').replace('_', ' '))}: {len(own)} numbers"
+        lines += [f"<details><summary>{title}</summary>{front.table(head, body)}</details>", ""]
+    return lines
 
 
 def runs_page(folder: str, report: dict, docs: Path) -> str:

@@ -67,6 +67,11 @@ def place(tmp_path_factory):
         "differences": [{"finding": "f1", "switch": "`--s`", "effect": "+1"}],
     }
     (root / "one" / "results" / "report.json").write_text(json.dumps(report))
+    (root / "one" / "plan.yaml").write_text("facts: [other-recipe]\n")
+    (root / "one" / "paper.csv").write_text(
+        "table,dataset,setting,method,metric,value,std,unit,source\n"
+        "other-recipe,<i>D</i>,eps=8/255,M,pgd,41.5,,per cent,a benchmark\nmain,D,s,M,pgd,1,,,its own table\n"
+    )
     (root / "one" / "results" / "paper").mkdir()
     (root / "one" / "results" / "paper" / "r1.jsonl").write_text("{}\n")
     (root / "one" / "results" / "demo.jsonl").write_text('{"run": "r1"}\n{"run": "r2"}\n')
@@ -130,6 +135,14 @@ def test_a_papers_page(place):
     assert '<span class="open">undecided</span>' in page
     assert "Reproduced here, scale demo: 1 of 2 claims hold; 5 of 6 numbers equal." in page
     assert 'href="runs.html#paper-later"' in page and 'src="figures/a.png"' in page
+
+
+def test_numbers_that_no_run_can_fill_are_listed(place):
+    page = (place / "one" / "index.html").read_text()
+    assert "other recipe: 1 numbers" in page and "&lt;i&gt;D&lt;/i&gt;" in page and "<i>D</i>" not in page
+    assert "&lt;i&gt;D&lt;/i&gt; eps=8/255 M pgd 41.5 per cent a benchmark" in text(place / "one" / "index.html")
+    assert "its own table" not in page
+    assert "Printed elsewhere" not in (place / "two" / "index.html").read_text()
 
 
 def test_page_of_runs_has_command_cost_needs_and_records(place):
