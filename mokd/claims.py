@@ -340,7 +340,7 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         f"that is ± {apart:.1f}.",
         "With the settings that the released code chooses by the domain's name the difference is "
         f"{named[0].mean:+.2f} ± {named[0].half:.2f} points{gap('table1', UNSEEN_REAL, 'MOKD', 'URL')}.",
-        f"The common setting against that by name changes MOKD by {told(changed, 1)} points.",
+        f"The common setting against that by name changes MOKD by these points: {told(changed, 1)}.",
     ]
 
 

@@ -25,6 +25,7 @@ HATCH = "///"  # of a method with settings of its own
 def colour(method: str) -> tuple[str, str]:
     """(colour, hatch) of a method, the same whatever stands beside it."""
     base = method if method in COLOURS else method.partition("(")[0]
+    base = "MOKD(no TPM)" if base == "MOKD" and "bandwidth=none" in method else base
     return COLOURS.get(base, "#000000"), "" if method in COLOURS else HATCH
 
 

@@ -24,6 +24,7 @@ def test_a_method_has_its_colour_whatever_stands_beside_it():
     all_four, alone = painted(rows), painted(rows[1:2])
     assert all_four["MOKD"] == alone["MOKD"] != all_four["URL"] and all_four["MOKD(no TPM)"] != all_four["MOKD"]
     assert figures.colour("MOKD(lr=1)") == (figures.COLOURS["MOKD"], figures.HATCH)
+    assert figures.colour("MOKD(lr=1,bandwidth=none)") == (figures.COLOURS["MOKD(no TPM)"], figures.HATCH)
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 
 
