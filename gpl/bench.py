@@ -100,7 +100,7 @@ def propagation(n: int, degree: float, s: BenchSettings, device: torch.device, d
     split = data.pu_split(graph.y, 0.5, 0.0, 0.0, 0)
     batch = data.GraphBatch([graph], 1, device)
     labelled = split.labelled.to(device).unsqueeze(0)
-    start = gpl.start_belief(labelled, "neg")
+    start = gpl.start_belief(labelled)
     torch.manual_seed(0)
     weight = torch.rand(1, batch.E, device=device) * 0.9 + 0.1
 

@@ -85,7 +85,8 @@ class Graph:
 
     x: [N, F] float32, rows sum to 1 (bag of words) or raw (generated); y: [N] int64, 1 = positive;
     classes: [N] int64 original class ids; edge: [2, E] int64, every undirected edge once with edge[0] < edge[1];
-    h: share of *directed* raw edges that join different original classes (the paper's heterophily ratio).
+    h: share of *directed* raw edges that join different original classes (the paper's heterophily ratio);
+    labelled: [N] bool, P where the graph brings it itself; known: whether y holds the truth about U.
     """
 
     name: str
@@ -95,6 +96,8 @@ class Graph:
     edge: Tensor
     h: float
     sha256: str
+    labelled: Tensor | None = None
+    known: bool = True
 
     @property
     def h_binary(self) -> float:
@@ -296,11 +299,14 @@ class Split:
     held_u: Tensor
 
 
-def pu_split(y: Tensor, r_p: float, holdout_p: float, holdout_u: float, seed: int) -> Split:
-    """P = floor(r_p * positives) positives drawn uniformly; the held-out shares are drawn from P and from U."""
+def pu_split(
+    y: Tensor, r_p: float, holdout_p: float, holdout_u: float, seed: int, labelled: Tensor | None = None
+) -> Split:
+    """P = floor(r_p * positives) positives drawn uniformly, or `labelled` [N]; the held-out shares are drawn from P and
+    from U."""
     rng = np.random.default_rng([seed, 19919])
-    pos = np.flatnonzero(y.numpy() == 1)
-    take = int(r_p * len(pos))
+    pos = np.flatnonzero((y == 1 if labelled is None else labelled).numpy())
+    take = int(r_p * len(pos)) if labelled is None else len(pos)
     if take < 1:
         raise UserError(f"--r-p {r_p} leaves no labelled positive out of {len(pos)}; raise it")
     order = rng.permutation(pos)

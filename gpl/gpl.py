@@ -1,16 +1,23 @@
 """GPL: graph PU learning with the label propagation loss (arXiv 2405.19919).
 
+The equations stand first; `fit`, at the end, is Algorithm 1 on one page for a graph of your own.
+
 Everything works on a batch of S seeds at once. Shapes: S seeds, N nodes, E undirected edges. One weight in (0, 1]
 a seed and undirected edge is learned, M [S, E]; beliefs are kept as the negative column only, because rows of
 D^-1 A sum to one, so that the positive column is 1 minus it.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch_geometric.data import Data
 
-from data import GraphBatch
+from data import Graph, GraphBatch, pu_split
+from models import Adjacency, Classifier
+from own import from_pyg
 from priors import bbe_batch
 
 FLOOR = 1e-6  # log P(neg) is unbounded below without it, and its gradient infinite
@@ -84,21 +91,15 @@ def propagate(
     return _Propagate.apply(weight, start.detach(), batch, alpha, steps, clamp)
 
 
-def start_belief(positive: Tensor, init: str, pi: Tensor | None = None, posterior: Tensor | None = None) -> Tensor:
-    """E^(0), negative column [S, N]: 0 on `positive` [S, N] bool, elsewhere by `init`.
+def start_belief(positive: Tensor, posterior: Tensor | None = None) -> Tensor:
+    """E^(0), negative column [S, N]: 0 on `positive` [S, N] bool, elsewhere 1 (Eq. 6), or 1 - posterior [S, N] of the
+    classifier (Eq. 9).
 
-    neg: 1; uniform: 0.5; prior: 1 - pi with pi [S]; posterior: 1 - posterior [S, N] of the classifier (Eq. 9).
+    Any other constant c for the unlabelled gives the same mask: E is linear in its start, so that log E moves by log c.
+    Zero is not offered: the negative column would stay zero, and the loss could not see the mask.
     """
-    if init == "posterior":
-        rest = 1 - posterior
-    else:
-        level = {"neg": 1.0, "uniform": 0.5, "prior": None}[init]
-        rest = (
-            (1 - pi).unsqueeze(-1).expand(positive.shape)
-            if level is None
-            else torch.full_like(positive, level, dtype=torch.float32)
-        )
-    return rest.float().masked_fill(positive, 0.0)
+    rest = torch.ones_like(positive, dtype=torch.float32) if posterior is None else (1 - posterior).float()
+    return rest.masked_fill(positive, 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -148,39 +149,72 @@ def adam_start(raw: Tensor) -> Adam:
 
 
 def learn_mask(
-    raw: Tensor, state: Adam, loss_of, kind: str, steps: int, lr: float, optimizer: str = "sgd", tolerance: float = 1e-5
+    raw: Tensor,
+    state: Adam,
+    loss_of,
+    kind: str,
+    steps: int,
+    lr: float,
+    optimizer: str = "sgd",
+    tied: Tensor | float = 1.0,
+    tolerance: float = 1e-5,
 ):
     """Inner problem: at most `steps` steps on the raw edge parameter [S, E], each followed by the projection.
 
-    sgd: plain gradient steps, which move an edge as far as the loss depends on it. adam: steps of about `lr` for every
-    edge with any gradient, which soon drives most weights to a bound.
+    sgd: plain gradient steps on `tied` times the loss. The loss is a mean over nodes, so that an edge's gradient falls
+    as one over their number; with `tied` [S, 1], the number of nodes that ought to stay positive, the step of an edge
+    depends on its neighbourhood alone and not on the size of the graph. adam: steps of about `lr` for every edge with
+    any gradient, whatever the scale of the loss.
 
-    `loss_of(weight [S, E]) -> [S]`. A seed stops when its loss changes by less than `tolerance`; stopped seeds are
-    frozen by a mask rather than by leaving the loop, so that the host never waits for the device.
+    `loss_of(weight [S, E]) -> [S]`. A seed stops when its loss changes by no more than `tolerance` of itself; stopped
+    seeds are frozen by a mask, and every tenth step the host asks whether all have stopped, then it leaves.
     Returns (raw, state, last loss [S]).
     """
     m, v, t = state
     previous = torch.full((len(raw),), math.inf, device=raw.device)
     active = torch.ones(len(raw), 1, dtype=torch.bool, device=raw.device)
     loss = previous
-    for _ in range(steps):
+    for k in range(steps):
         leaf = raw.detach().requires_grad_(True)
         loss = loss_of(mask_of(leaf, kind))
         (g,) = torch.autograd.grad(loss.sum(), leaf)
         loss = loss.detach()
-        active = active & ((previous - loss).abs() >= tolerance).unsqueeze(-1)
+        if k:
+            active = active & ((previous - loss).abs() > tolerance * previous.abs()).unsqueeze(-1)
+        if k % 10 == 9 and not active.any():
+            break
         previous = loss
         t = torch.where(active, t + 1, t)
         m, v = torch.where(active, m.lerp(g, 0.1), m), torch.where(active, v.lerp(g * g, 0.001), v)
-        step = lr * g
+        step = lr * tied * g
         if optimizer == "adam":
             step = lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         raw = torch.where(active, project(raw.detach() - step, kind), raw.detach())
     return raw, (m, v, t), loss
 
 
-def class_prior(posterior: Tensor, is_p: Tensor, is_u: Tensor) -> Tensor:
-    """pi_hat = min_c Q_u(c) / Q_p(c) (Eq. 7), [S], with the threshold chosen by the BBE confidence bound."""
+def fixed_mask(batch: GraphBatch, kind: str, constant: float, seeds: Sequence[int]) -> Tensor:
+    """Edge weights [S, E] that nothing is learned for: the controls of the mask.
+
+    constant: one weight on every edge. random: four fifths of the edges cut, drawn by seed. ideal: edges between the
+    two classes cut, by the true labels of all nodes: no method may know them. A cut edge has weight 1e-4.
+    """
+    if kind == "constant":
+        return torch.full((batch.S, batch.E), constant, device=batch.device)
+    if kind == "random":
+        draws = [torch.rand(batch.E, generator=torch.Generator().manual_seed(s + 32_452_843)) for s in seeds]
+        return torch.where(torch.stack(draws) < 0.2, 1.0, MASK_MIN).to(batch.device)
+    same = batch.y.gather(1, batch.edge_i) == batch.y.gather(1, batch.edge_j)
+    return torch.where(same, 1.0, MASK_MIN)
+
+
+def class_prior(posterior: Tensor, is_p: Tensor, is_u: Tensor, regroup: bool = False) -> Tensor:
+    """pi_hat = min_c Q_u(c) / Q_p(c) (Eq. 7), [S], with the threshold chosen by the BBE confidence bound.
+
+    `regroup`: a tenth of U, the most positive-looking, is copied into P first (ReMPE, priors.regroup).
+    """
+    if regroup:
+        is_p = is_p | select(posterior, is_u, torch.full_like(posterior[:, 0], 0.1))
     return bbe_batch(posterior, is_p, is_u)
 
 
@@ -204,3 +238,92 @@ def two_set_loss(logits: Tensor, positives: Tensor, negatives: Tensor, reduction
     if reduction == "set":
         return masked_mean(plus, positives) + masked_mean(minus, negatives)
     return masked_mean(torch.where(positives, plus, minus), positives | negatives)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` found: posterior [N] = P(positive); positive [N] bool, the labelled nodes and those above 0.5; prior,
+    the share of positives among the unlabelled; edge [2, E] with i < j and weight [E] in (0, 1]."""
+
+    posterior: Tensor
+    positive: Tensor
+    labelled: Tensor
+    prior: float
+    edge: Tensor
+    weight: Tensor
+
+
+def fit(
+    data: Data | Graph,
+    positive: int | None = None,
+    labelled: str | Tensor | Sequence[int] | None = None,
+    *,
+    prior: str | float = "bbe",
+    seed: int = 0,
+    warmup: int = 100,
+    epochs: int = 100,
+    inner_steps: int = 5,
+    inner_lr: float = 0.3,
+    alpha: float = 0.5,
+    steps: int = 5,
+    hidden: int = 16,
+    lr: float = 0.01,
+    weight_decay: float = 5e-4,
+    dropout: float = 0.5,
+    held_out: float = 0.2,
+    device: str | torch.device = "cpu",
+) -> Fitted:
+    """Algorithm 1 on one graph: edge weights (Eq. 6 and 9), class prior (Eq. 7) and GCN (Eq. 8) in turn.
+
+    data: torch_geometric's Data with x [N, F] and edge_index [2, E']; `labelled`: its known positives, a mask [N], node
+    ids or an attribute's name; `positive`: the class of data.y they belong to, needed only if `labelled` is None: then
+    half of that class is labelled, by seed. prior: "bbe", "rempe", or the share of positives among the unlabelled where
+    it is known. `held_out`: share of both sets that no loss sees, for the prior. Does what train.py's gpl does.
+    """
+    if isinstance(prior, str) and prior not in ("bbe", "rempe") or not isinstance(prior, str) and not 0 <= prior <= 1:
+        raise ValueError(f"prior must be 'bbe', 'rempe' or a share in [0, 1], not {prior!r}")
+    graph = data if isinstance(data, Graph) else from_pyg(data, positive, labelled)
+    split = pu_split(graph.y, 0.5, held_out, held_out, seed, graph.labelled)
+    batch = GraphBatch([graph], 1, device)
+    known, held_p, held_u = (m.to(device).unsqueeze(0) for m in (split.labelled, split.held_p, split.held_u))
+    p, u = known & ~held_p, ~known & ~held_u  # what the losses see
+    for_p, for_u = (held if held.any() else rest for held, rest in ((held_p, known), (held_u, ~known)))
+    model = Classifier(batch, hidden, dropout, [seed])
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    weight = torch.ones(1, batch.E, device=device)
+    chosen, adjacency = torch.zeros_like(known), Adjacency(batch)
+
+    @torch.no_grad()
+    def posterior() -> Tensor:
+        model.eval()
+        return model(adjacency).sigmoid()
+
+    for epoch in range(warmup + epochs):
+        if epoch >= warmup:
+            first, up = epoch == warmup, chosen & u
+            start = start_belief(p) if first else start_belief(p, posterior())
+
+            def lpl_of(w: Tensor, start=start, first=first, up=up) -> Tensor:
+                belief = propagate(w, start, batch, alpha, steps)
+                return lpl(belief, p) if first else lpl_joint(belief, p | up, u & ~up)
+
+            tied = (p if first else p | up).sum(-1, keepdim=True)
+            weight, _, _ = learn_mask(weight, adam_start(weight), lpl_of, "clamp", inner_steps, inner_lr, tied=tied)
+            adjacency = Adjacency(batch, weight)
+            scores = posterior()
+            told = not isinstance(prior, str)
+            pi = scores.new_tensor([prior]) if told else class_prior(scores, for_p, for_u, prior == "rempe")
+            chosen = select(scores, ~known, pi)
+        model.train()
+        logits = model(adjacency)
+        if epoch < warmup:
+            loss = two_set_loss(logits, p, u) / 2
+        else:
+            loss = two_set_loss(logits, p | (chosen & u), u & ~chosen)
+        optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        optimizer.step()
+
+    scores = posterior()[0].cpu()
+    said = (scores > 0.5) | split.labelled
+    return Fitted(scores, said, split.labelled, float(pi[0]), graph.edge, weight[0].detach().cpu())

@@ -1,8 +1,8 @@
 """Every classifier of the tables as an objective for the one loop in train.py.
 
 A method holds its own state for S seeds: `begin(epoch)` runs before an optimiser step (re-estimates a prior, picks
-labels, learns edge weights), `loss(model)` gives one number a seed. Labels of U never enter here, except the true
-class prior where a method is told it.
+labels, learns edge weights), `loss(model)` gives one number a seed. Labels of U never enter here, except by the true
+class prior where a method is told it (`--prior true`) and by the control `--edges ideal`.
 """
 
 import torch
@@ -15,7 +15,7 @@ from models import Adjacency, Classifier
 
 
 class Method:
-    """P-versus-U cross-entropy: the naive GCN and MLP, and the warm start of the others."""
+    """P-versus-U cross-entropy with both sets weighted equally: GCN and MLP, and the warm start of the others."""
 
     model_class = Classifier
 
@@ -40,6 +40,9 @@ class Method:
     def begin(self, epoch: int, trainer) -> None:
         pass
 
+    def end(self, trainer) -> None:
+        """After the last step."""
+
     def loss(self, model: Classifier) -> Tensor:
         return gpl.two_set_loss(model(self.adjacency), self.fit_p, self.fit_u) / 2
 
@@ -50,8 +53,14 @@ class Method:
         return model(self.adjacency).sigmoid()
 
     def estimate(self, posterior: Tensor) -> Tensor:
-        """Class prior [S] by BBE on held-out P and U (all of P, all of U, when none is held out)."""
-        return gpl.class_prior(posterior, self.estimate_p, self.estimate_u)
+        """Class prior [S] as --prior says; estimated on held-out P and U (on all of both when none is held out)."""
+        if self.s.prior == "given":
+            return torch.full_like(self.pi, self.s.pi)
+        if self.s.prior == "true":
+            return self.true_pi
+        new = gpl.class_prior(posterior, self.estimate_p, self.estimate_u, self.s.prior == "rempe")
+        # frozen: the first estimate stays
+        return torch.where(self.pi.isnan(), new, self.pi) if self.s.prior == "frozen" else new
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint must hold besides the model; -1 stands for a prior that is not estimated yet."""
@@ -77,6 +86,13 @@ class Method:
         return {}
 
 
+class Plain(Method):
+    """One mean cross-entropy over all nodes, U negative: what training a GCN or an MLP on the labels at hand means."""
+
+    def loss(self, model: Classifier) -> Tensor:
+        return gpl.two_set_loss(model(self.adjacency), self.fit_p, self.fit_u, "all")
+
+
 class GPL(Method):
     """Algorithm 1: edge weights by the label propagation loss, prior on the re-weighted graph, two-set loss."""
 
@@ -98,24 +114,24 @@ class GPL(Method):
         s, known = self.s, self.fit_p
         chosen = self.chosen & self.fit_u  # held-out nodes stay out of this loss, too
         if first:  # no S yet: positives only (Eq. 6)
-            start = gpl.start_belief(known, s.lpl_init, pi=self.pi)
-        else:  # Eq. 9
-            hard = s.lpl_labels == "hard"
-            start = gpl.start_belief(
-                known | chosen if hard else known,
-                "posterior",
-                posterior=torch.zeros_like(self.last) if hard else self.last,
-            )
+            start = gpl.start_belief(known)
+        elif s.lpl_labels == "hard":  # Eq. 9, by labels or by posteriors
+            start = gpl.start_belief(known | chosen)
+        else:
+            start = gpl.start_belief(known, self.last)
         clamp = known if s.lpl_clamp else None
 
         def loss_of(weight: Tensor) -> Tensor:
             belief = gpl.propagate(weight, start, self.batch, s.alpha, s.steps, clamp)
             if first:
-                return gpl.lpl(belief, known, s.lpl_form)
-            return gpl.lpl_joint(belief, known | chosen, self.fit_u & ~chosen, s.lpl_form, s.lambda_neg)
+                loss = gpl.lpl(belief, known, s.lpl_form)
+            else:
+                loss = gpl.lpl_joint(belief, known | chosen, self.fit_u & ~chosen, s.lpl_form, s.lambda_neg)
+            return -loss if s.edges == "flipped" else loss
 
+        tied = (known if first else known | chosen).sum(-1, keepdim=True)
         self.raw, self.adam, self.lpl = gpl.learn_mask(
-            self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr, s.inner_optimizer
+            self.raw, self.adam, loss_of, s.mask, steps, s.inner_lr, s.inner_optimizer, tied
         )
         self.adjacency = Adjacency(self.batch, self.weight)
 
@@ -124,11 +140,13 @@ class GPL(Method):
         self.warming, first = epoch < s.warmup, epoch == s.warmup
         if self.warming:
             return
-        if s.inner_steps > 0:
+        if s.edges not in ("learned", "flipped"):  # a control: the mask is put in where it would be learned
+            if first:
+                self.raw = gpl.fixed_mask(self.batch, s.edges, s.edge_weight, s.seeds)
+                self.adjacency = Adjacency(self.batch, self.weight)
+        elif s.inner_steps > 0:
             if first or s.schedule == "alternate":
                 self.last = self.posterior(trainer.model)  # the current posterior: Eq. 9 starts from it
-            if first:
-                self.pi = self.estimate(self.last)  # for --lpl-init prior
             if s.schedule == "alternate":
                 self._inner(first, s.inner_steps)
             elif first:  # not bilevel: the mask is learned once, by Eq. 6, and stays
@@ -194,16 +212,18 @@ class TED(Method):
 
 
 class NNPU(Method):
-    """nnPU with the true prior, or with BBE's after a P-versus-U warm start (the model then starts afresh)."""
+    """nnPU with the prior it is told, or with one estimated after a P-versus-U warm start (the model then starts
+    afresh)."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        if self.s.prior == "true":
-            self.pi = self.true_pi
+        self.told = self.s.prior in ("true", "given")
+        if self.told:
+            self.pi = self.estimate(torch.empty(0))
 
     def begin(self, epoch: int, trainer) -> None:
-        self.warming = self.s.prior == "bbe" and epoch < self.s.warmup
-        if self.s.prior == "bbe" and epoch == self.s.warmup:
+        self.warming = not self.told and epoch < self.s.warmup
+        if not self.told and epoch == self.s.warmup:
             self.pi = self.estimate(self.posterior(trainer.model))
             trainer.fresh_model()
 
@@ -282,11 +302,11 @@ class GRAB(Method):
             self.marginal = baselines.belief_propagation(
                 self.batch, torch.where(self.labelled, baselines.CERTAIN, logit)
             )
-        self.finish_round(trainer)
+        self.end(trainer)
         if not self.done:
             trainer.fresh_model()
 
-    def finish_round(self, trainer) -> None:
+    def end(self, trainer) -> None:
         """Compare the round's lowest loss with the earlier ones, keep the better weights, decide which seeds stop; at
         the end the answers are put into the model."""
         if self.best:
@@ -338,7 +358,9 @@ def _wide(flag: Tensor, like: Tensor) -> Tensor:
 CLASSES: dict[str, type[Method]] = {
     "gpl": GPL,
     "gcn": Method,
+    "gcn-plain": Plain,
     "mlp": Method,
+    "mlp-plain": Plain,
     "gcn-ted": TED,
     "mlp-ted": TED,
     "gcn-nnpu": NNPU,

@@ -2,6 +2,7 @@
 
     python train.py --dataset texas --method gpl --seeds 0 1 2
     python train.py --h 0.7 --method gcn-ted            # generated graph, needs no data
+    python train.py --graph my.pt --positive 2          # a graph of your own (README, "In your own code")
 
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
 """
@@ -18,7 +19,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 import evaluation
-from methods import GRAB
 from settings import NOT_PART_OF_A_RUN, Settings
 from trainer import Trainer
 
@@ -33,20 +33,14 @@ def train(t: Trainer, run: runs.Run) -> Tensor:
         print(f"resuming {run.out} at epoch {start}")
     lines: list[dict[str, Tensor]] = []
     keep_to: int | None = start
-    bar = progress(range(start, method.epochs), f"{s.method} {s.dataset}", method.epochs, start)
+    bar = progress(range(start, method.epochs), f"{s.method} {s.about}", method.epochs, start)
     for epoch in bar:
-        method.begin(epoch, t)
-        if isinstance(method, GRAB) and method.done:
+        loss = t.step(epoch)
+        if loss is None:
             break
-        t.model.train()
-        loss = method.loss(t.model)
-        t.optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()
-        t.optimizer.step()
-
         done = epoch + 1
         if done % s.log_every == 0 or done == method.epochs:
-            lines.append(observe(t, loss.detach(), done))
+            lines.append(observe(t, loss, done))
         if done % s.checkpoint_every == 0 or done == method.epochs:
             flush(t, run, lines, keep_to)
             keep_to, lines = None, []
@@ -54,8 +48,7 @@ def train(t: Trainer, run: runs.Run) -> Tensor:
             t.save(path, done, run.seconds())
     if lines:  # GRAB may end between two checkpoints
         flush(t, run, lines, keep_to)
-    if isinstance(method, GRAB):
-        method.finish_round(t)
+    method.end(t)
     return method.posterior(t.model)
 
 
@@ -64,13 +57,15 @@ def observe(t: Trainer, loss: Tensor, done: int) -> dict[str, Tensor]:
     posterior = t.method.posterior(t.model)
     truth, said = (t.batch.y == 1) & ~t.labelled, (posterior > 0.5) & ~t.labelled
     f1 = 200 * (truth & said).sum(-1) / (truth.sum(-1) + said.sum(-1)).clamp(min=1)
-    pi = t.method.pi
-    return {"step": torch.tensor(done), "loss": loss, "f1": f1, "pi_hat": pi, "pi_true": t.true_pi, **t.method.extra()}
+    line = {"step": torch.tensor(done), "loss": loss, "pi_hat": t.method.pi, **t.method.extra()}
+    if not t.graphs[0].known:
+        return {k: v for k, v in line.items() if k not in ("h_weighted", "s_precision")}
+    return {**line, "f1": f1, "pi_true": t.true_pi}
 
 
 def stop_if_not_finite(t: Trainer, run: runs.Run, loss: Tensor, done: int) -> None:
     """Before anything is written: a loss that is not finite ends the run, and the last good checkpoint stays."""
-    bad = (~loss.detach().isfinite()).nonzero().flatten().tolist()
+    bad = (~loss.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise UserError(
             f"the loss of seed {t.s.seeds[bad[0]]} is not a number at epoch {done}; the checkpoint before it is kept "

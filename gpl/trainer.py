@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import data
+import own
 from evaluation import true_prior
 from methods import CLASSES, Method
 from settings import NOT_PART_OF_A_RUN, Settings
@@ -18,15 +19,27 @@ from settings import NOT_PART_OF_A_RUN, Settings
 class Trainer:
     """Batch, method, model and optimiser of all seeds, and everything a checkpoint needs."""
 
-    def __init__(self, s: Settings, device: torch.device):
+    def __init__(self, s: Settings, device: torch.device, graphs: list[data.Graph] | None = None):
+        """graphs: those of the settings unless given, one for all seeds or one a seed."""
         folder, cache = runs.data_dir(s.data_dir), runs.HERE / "data" / "cache"
-        if s.dataset == "synthetic":
+        if graphs:
+            self.graphs = graphs
+        elif s.graph:
+            self.graphs = [own.read(s.graph, s.positive, s.labelled)]
+        elif s.dataset == "synthetic":
             self.graphs = [data.synthetic(seed, s.h) for seed in s.seeds]
         else:
             self.graphs = [data.load_graph(s.dataset, folder, cache, s.download)]
+        if not self.graphs[0].known and (s.prior == "true" or s.pugnn_priors == "scaled"):
+            raise UserError("the true prior of this graph is not known; pass --prior bbe, rempe, frozen or given")
+        if s.features == "binary":
+            if any((g.x < 0).any() for g in self.graphs):
+                raise UserError("--features binary is for bags of words, these hold negative numbers; pass row")
+            self.graphs = [dataclasses.replace(g, x=(g.x != 0).float()) for g in self.graphs]
         pick = [self.graphs[k % len(self.graphs)] for k in range(len(s.seeds))]
         splits = [
-            data.pu_split(g.y, s.r_p, s.cpe_holdout, s.cpe_holdout_u, k) for g, k in zip(pick, s.seeds, strict=True)
+            data.pu_split(g.y, s.r_p, s.cpe_holdout, s.cpe_holdout_u, k, g.labelled)
+            for g, k in zip(pick, s.seeds, strict=True)
         ]
         self.s, self.device = s, device
         self.batch = data.GraphBatch(self.graphs, len(s.seeds), device)
@@ -48,11 +61,29 @@ class Trainer:
         self.rounds += 1
         seeds = [seed + 1_000_003 * self.rounds for seed in self.s.seeds]
         self.model = self.method.model_class(self.batch, self.s.hidden, self.s.dropout, seeds)
-        # Under the sigmoid loss a saturated logit has next to no gradient, so that any decay wins and every node ends
-        # negative: nnPU, and LSDAN with it, train without. PU-GNN's recipe has none either.
-        plain = self.s.method in ("pugnn", "lsdan") or self.s.method.endswith("nnpu")
-        decay = 0.0 if plain else self.s.weight_decay
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.s.lr, weight_decay=decay, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.s.lr, weight_decay=self.s.weight_decay, fused=True
+        )
+
+    def step(self, epoch: int) -> Tensor | None:
+        """One optimiser step of every seed -> losses [S]; None when the method is done before its last epoch."""
+        self.method.begin(epoch, self)
+        if getattr(self.method, "done", False):
+            return None
+        self.model.train()
+        loss = self.method.loss(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def fit(self) -> Tensor:
+        """All steps, without a run folder -> P(positive) of every node [S, N]."""
+        for epoch in range(self.method.epochs):
+            if self.step(epoch) is None:
+                break
+        self.method.end(self)
+        return self.method.posterior(self.model)
 
     # ------------------------------------------------------------------ checkpoint: every tensor the next step reads
 

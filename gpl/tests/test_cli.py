@@ -265,6 +265,7 @@ def test_scores_by_hand():
     assert out["pi_error"] == 0 and out["predicted_positive"] == 0.6
     assert out["lee_liu"] == pytest.approx(1 / 0.6)
     none = evaluation.scores(np.zeros(6), y, labelled, labelled, float("nan"))
+    assert none["one_class"] == 1.0 and out["one_class"] == 0.0
     assert none["f1"] == 0.0 and none["lee_liu"] == 0.0 and "pi_hat" not in none
 
 
@@ -278,7 +279,7 @@ def fake(method: str, h: float, seed: int, **values: float) -> dict:
 
 def verdicts(records: list[dict]) -> dict[str, str]:
     frame = long(records)
-    return {c.id: c.judge(frame)[0] for c in claims.CLAIMS if c.scale == "demo"}
+    return {c.id: c.judge(frame)[0] for c in claims.CLAIMS if c.scale == "demo" and not c.control}
 
 
 def test_claims_hold_fail_and_stay_open():
@@ -298,11 +299,40 @@ def test_claims_hold_fail_and_stay_open():
     assert set(verdicts([fake("gcn", 0.1, 0, f1=1.0)]).values()) == {UNKNOWN}
 
 
+@pytest.mark.parametrize("gain, word", [(5.0, HOLDS), (-5.0, FAILS)])
+def test_controls_of_the_mask(gain, word):
+    out = []
+    for h, k in itertools.product((0.3, 0.5, 0.7), range(3)):
+        out.append(fake("gpl", h, k, f1=60))
+        out += [fake(m, h, k, f1=60 - gain + k / 10) for m in ("constant", "flipped", "random")]
+        out.append(fake("ideal", h, k, f1=60 + 2 * gain + k / 10))
+    frame = long(out)
+    said = {c.id: c.judge(frame)[0] for c in claims.CLAIMS if c.scale == "demo" and c.control}
+    assert said == dict.fromkeys(["m1", "m2", "m3", "m4"], word)
+    assert "against constant" in claims.bottom_line({"demo": frame})[0]
+    real = long([{**r, "dataset": {0.3: "cora", 0.5: "actor", 0.7: "texas"}[r["data"]["h"]]} for r in out])
+    said = {c.id: c.judge(real)[0] for c in claims.CLAIMS if c.scale == "paper" and c.control}
+    assert said == dict.fromkeys(["M1", "M2", "M3", "M4"], word)
+
+
+def test_a_collapsed_run_is_marked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--method", "mlp", "--lr", "0", "--out", str(tmp_path / "x")])
+    train.main()
+    record = runs.read_record(tmp_path / "x" / "seed0" / "record.json")
+    assert record["metrics"]["one_class"] == float(record["data"]["variant"] == "one class")
+    rows = [{"predicted_positive": 1.0, "one_class": 1.0}]
+    assert evaluation.variant("paper", rows[0]) == "one class"
+    assert evaluation.variant("not in the paper", rows[0]) == "not in the paper, one class"
+
+
 def test_figures_are_drawn_from_records(tmp_path, trained):
     record = {**runs.read_record(trained / "seed0" / "record.json"), "table": "f1", "run": "x"}
     other = {**record, "data": {**record["data"], "h": 0.6}, "dataset": "other", "run": "y"}
     swept = {**other, "table": "rp", "setting": "r_p=0.2", "run": "z"}
     drawn = figures.draw([record, other, swept], tmp_path, "paper")
     assert [p.name for p, _ in drawn] == ["paper-heterophily.png", "paper-labelled-share.png", "paper-edge-weights.png"]
+    masked = [{**r, "method": "constant", "run": f"constant {r['run']}"} for r in (record, other)]
+    drawn = figures.draw([record, other, *masked], tmp_path, "demo")
+    assert [p.name for p, _ in drawn] == ["demo-heterophily.png", "demo-edge-weights.png", "demo-masks.png"]
     assert all(p.stat().st_size > 5000 and caption for p, caption in drawn)
     assert figures.draw([swept], tmp_path, "demo") == [] or len(figures.draw([swept], tmp_path, "demo")) < 3

@@ -7,6 +7,7 @@ from torch_geometric.nn import GCNConv
 
 import data
 import gpl
+import priors
 from data import GraphBatch
 from methods import CLASSES
 from models import Adjacency, Classifier
@@ -98,6 +99,58 @@ def test_gpl_without_lpl_and_selection_is_the_naive_gcn():
     torch.testing.assert_close(
         trained(method="gpl", inner_steps=0, selection="none", **held), trained(method="gcn", **held), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("edges", ["constant", "random", "ideal"])
+def test_fixed_masks_stand_where_the_learned_one_would(edges):
+    held = dict(cpe_holdout=0.4, cpe_holdout_u=0.4)
+    s = Settings(dataset="karate", seeds=(0, 1), warmup=2, epochs=3, edges=edges, **held)
+    s.check()
+    t = Trainer(s, torch.device("cpu"))
+    for epoch in range(5):
+        t.step(epoch)
+        assert bool((t.method.weight == 1).all()) == (epoch < 2)
+    assert torch.equal(t.method.weight, gpl.fixed_mask(t.batch, edges, s.edge_weight, s.seeds))
+
+
+def test_the_flipped_loss_moves_the_mask_the_other_way():
+    weights = {}
+    for edges in ("learned", "flipped"):
+        s = Settings(dataset="karate", seeds=(0,), warmup=2, epochs=1, inner_steps=1, edges=edges, cpe_holdout=0.4)
+        s.check()
+        t = Trainer(s, torch.device("cpu"))
+        t.fit()
+        weights[edges] = t.method.weight[0]
+    moved = {k: (w < 1) for k, w in weights.items()}
+    # The start is the bound: an edge that one sign lowers is held there by the other.
+    assert all(m.any() for m in moved.values()) and not (moved["learned"] & moved["flipped"]).any()
+
+
+def test_each_prior_is_what_it_says():
+    def pi(**words) -> torch.Tensor:
+        s = Settings(method="gcn-ted", dataset="synthetic", seeds=(0, 1), warmup=5, epochs=6, **words)
+        s.check()
+        t = Trainer(s, torch.device("cpu"))
+        seen = []
+        for epoch in range(11):
+            t.step(epoch)
+            seen.append(t.method.pi)
+        return torch.stack(seen[5:]), t
+
+    given, _ = pi(prior="given", pi=0.37)
+    assert (given == torch.tensor(0.37)).all()
+    true, t = pi(prior="true")
+    assert torch.equal(true[-1], t.true_pi)
+    frozen, _ = pi(prior="frozen")
+    bbe, _ = pi(prior="bbe")
+    assert torch.equal(frozen[0], bbe[0]) and (frozen == frozen[0]).all() and not (bbe == bbe[0]).all()
+    rempe, t = pi(prior="rempe")
+    scores = torch.rand(2, 600, generator=torch.Generator().manual_seed(0))
+    got = t.method.estimate(scores)
+    for k in range(2):
+        p, u = (scores[k][m[k]].double().numpy() for m in (t.method.estimate_p, t.method.estimate_u))
+        assert got[k].item() == pytest.approx(priors.regroup(priors.bbe, p, u), abs=1e-6)
+    assert not torch.equal(rempe, bbe)
 
 
 def test_ted_that_drops_nothing_is_the_naive_gcn(monkeypatch):
