@@ -258,7 +258,7 @@ def fit(
     positive: int | None = None,
     labelled: str | Tensor | Sequence[int] | None = None,
     *,
-    prior: str | float = "bbe",
+    prior: str | float = "frozen",
     seed: int = 0,
     warmup: int = 100,
     epochs: int = 100,
@@ -277,11 +277,13 @@ def fit(
 
     data: torch_geometric's Data with x [N, F] and edge_index [2, E']; `labelled`: its known positives, a mask [N], node
     ids or an attribute's name; `positive`: the class of data.y they belong to, needed only if `labelled` is None: then
-    half of that class is labelled, by seed. prior: "bbe", "rempe", or the share of positives among the unlabelled where
-    it is known. `held_out`: share of both sets that no loss sees, for the prior. Does what train.py's gpl does.
+    half of that class is labelled, by seed. prior: "bbe" estimates it every epoch, "rempe" does so after regrouping,
+    "frozen" once after the warm-up; a number is the share of positives among the unlabelled where it is known.
+    `held_out`: share of both sets that no loss sees, for the prior. Does what train.py's gpl does.
     """
-    if isinstance(prior, str) and prior not in ("bbe", "rempe") or not isinstance(prior, str) and not 0 <= prior <= 1:
-        raise ValueError(f"prior must be 'bbe', 'rempe' or a share in [0, 1], not {prior!r}")
+    told = not isinstance(prior, str)
+    if (not 0 <= prior <= 1) if told else prior not in ("bbe", "rempe", "frozen"):
+        raise ValueError(f"prior must be 'bbe', 'rempe', 'frozen' or a share in [0, 1], not {prior!r}")
     graph = data if isinstance(data, Graph) else from_pyg(data, positive, labelled)
     split = pu_split(graph.y, 0.5, held_out, held_out, seed, graph.labelled)
     batch = GraphBatch([graph], 1, device)
@@ -311,8 +313,10 @@ def fit(
             weight, _, _ = learn_mask(weight, adam_start(weight), lpl_of, "clamp", inner_steps, inner_lr, tied=tied)
             adjacency = Adjacency(batch, weight)
             scores = posterior()
-            told = not isinstance(prior, str)
-            pi = scores.new_tensor([prior]) if told else class_prior(scores, for_p, for_u, prior == "rempe")
+            if first and told:
+                pi = scores.new_tensor([prior])
+            elif not told and (first or prior != "frozen"):
+                pi = class_prior(scores, for_p, for_u, prior == "rempe")
             chosen = select(scores, ~known, pi)
         model.train()
         logits = model(adjacency)

@@ -19,8 +19,8 @@ NOT_PART_OF_A_RUN = ("out", "data_dir", "device", "download", "dry_run")  # may 
 # sigmoid loss of nnPU a saturated logit has next to no gradient, so that any decay wins and every node ends negative.
 RECIPE: tuple[float, float, str] = (0.01, 5e-4, "row")
 RECIPES: dict[str, tuple[float, float, str]] = {
-    "gcn-nnpu": (0.01, 0.0, "row"),
-    "mlp-nnpu": (0.01, 0.0, "row"),
+    "gcn-nnpu": (0.003, 0.0, "binary"),
+    "mlp-nnpu": (0.003, 0.0, "binary"),
     "lsdan": (0.01, 0.0, "row"),
     "pugnn": (0.01, 0.0, "row"),
 }
@@ -102,9 +102,9 @@ class Settings:
     """Ablation: `none` trains on P against all of U (no pseudo labels)."""
 
     prior: Literal["bbe", "rempe", "frozen", "given", "true"] | None = None
-    """Class prior of U: BBE's estimate, BBE's after regrouping (ReMPE), BBE's first estimate for good, --pi, or the
-    true one. gpl and TED estimate it every epoch, nnPU and LSDAN once after the warm-up. Default: true for nnPU and
-    LSDAN, bbe for the others."""
+    """Class prior of U: BBE's estimate, every epoch anew (as in the paper); the same after regrouping (ReMPE); BBE's
+    first estimate after the warm-up, for good; --pi; the true one. nnPU and LSDAN estimate it once. Default: true for
+    nnPU and LSDAN, frozen for the others (README, "Equal care")."""
     pi: Number | None = None
     """The prior of --prior given: share of positives among the unlabelled."""
     pugnn_priors: Literal["fixed", "scaled"] = "fixed"
@@ -149,7 +149,7 @@ class Settings:
     def check(self) -> None:
         """Fill in what depends on other settings; raise UserError for a value outside its range."""
         nnpu = self.method in ("gcn-nnpu", "mlp-nnpu", "lsdan")
-        self.prior = self.prior or ("true" if nnpu else "bbe")
+        self.prior = self.prior or ("true" if nnpu else "frozen")
         lr, decay, features = RECIPES.get(self.method, RECIPE)
         if not self.graph and (self.positive is not None or self.labelled):
             raise UserError("--positive and --labelled describe --graph, which is not given")

@@ -78,14 +78,15 @@ def test_what_cannot_be_right_is_refused(change, words, expected):
         own.from_pyg(d, **words)
 
 
-def test_fit_is_what_train_does():
+@pytest.mark.parametrize("prior", ["frozen", "bbe"])
+def test_fit_is_what_train_does(prior):
     """Two writings of Algorithm 1, one to read and one that resumes: the same numbers to the last bit."""
     g = own.from_pyg(example(), positive=2)
-    s = Settings(dataset="karate", seeds=(5,), **QUICK)
+    s = Settings(dataset="karate", seeds=(5,), prior=prior, **QUICK)
     s.check()
     t = Trainer(s, torch.device("cpu"), [g])
     want = t.fit()[0]
-    found = gpl.fit(g, seed=5, prior="bbe", **QUICK)
+    found = gpl.fit(g, seed=5, prior=prior, **QUICK)
     assert torch.equal(found.posterior, want) and torch.equal(found.weight, t.method.weight[0])
     assert found.prior == t.method.pi.item() and (found.weight < 1).any()
 
