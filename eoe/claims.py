@@ -279,7 +279,8 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     near = ("beyond_irrelevant", "near", OWN["near"]), ("beyond_irrelevant", "near", PUBLISHED)
     list_ = OWN["fine-grained"]
     fine = [("beyond_irrelevant", list_), ("beyond_animals", list_), ("beyond_animals", list_ + KINDLESS)]
-    own, published, far = (part(*x) for x in (*near, ("beyond_irrelevant", FAR, OWN[FAR])))
+    far_both = ((what, FAR, OWN[FAR]) for what in ("beyond_irrelevant", "beyond_nouns"))
+    own, published, far, nouns = (part(*x) for x in (*near, *far_both))
     fine, animals, bare = (part(what, "fine-grained", method) for what, method in fine)
     if {own, published, fine, far} == {"not measured"}:
         return []
@@ -287,7 +288,8 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     known = f" (CIFAR-10: {accuracy:.1f} %)" if accuracy is not None else ""
     return [
         f"On real images, by a zero-shot classifier without CLIP{known}, EOE's names lower FPR95 by this many points "
-        f"more than as many names that say nothing of the classes: near {published} with the published names and {own} "
+        f"more than as many irrelevant names: near {published} with the published names and {own} "
         f"with own ones, fine-grained {fine} ({animals} over as many random animals, {bare} without names of OOD "
-        f"classes and kinds of them), far {far}; the own lists were written knowing the OOD sets."
+        f"classes and kinds of them), far {far} ({nouns} over as many random nouns: many irrelevant names are of "
+        "signs and writing, which the far sets show); the own lists were written knowing the OOD sets."
     ]

@@ -36,7 +36,7 @@ class EnvisionSettings:
     variant: Variant = "resemble"
     """What the names shall be to the ID classes; the paper's is resemble (Table 23 has the others)."""
     n: int = 500
-    """Names asked for (paper: 500; near: for each ID class, paper: 3)."""
+    """Names asked for (paper: 500). near: for each ID class, so give --n 3 there, as the paper does."""
     provider: Literal["endpoint", "local"] = "endpoint"
     """endpoint: any OpenAI-compatible server. local: a chat model that transformers loads."""
     url: Annotated[str, tyro.conf.arg(aliases=["--base-url"])] = "https://api.openai.com/v1"

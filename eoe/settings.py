@@ -92,7 +92,7 @@ class EvalSettings:
     """Which envisioned names to use with --id/--ood."""
     labels: str = "own"
     """own: the lists of this project; released: the published lists under <data-dir>/eoe; or a name file. (--images:
-    own asks --model.)"""
+    own asks --model, or without one takes the lists of this project.)"""
     llm: str = "gpt-3.5-turbo-16k"
     """released only: whose lists (paper: gpt-3.5-turbo-16k, three runs = seeds 0 1 2)."""
     n: int = 0
@@ -114,7 +114,8 @@ class EvalSettings:
     classes: str = ""
     """--images: the ID names, with commas between them: "cat,dog,garden chair"."""
     envision: Literal["", "near", "far", "fine"] = ""
-    """--images: which prompt the envisioned names come from: those of --model, or of the file that --labels names."""
+    """--images: which prompt the envisioned names come from: those of --model, of the file that
+    --labels names, or (near) of this project."""
     known: str = ""
     """--images: folder of pictures that are of the classes; flagged is then what scores below 95 % of them. Without:
     what is nearer to an envisioned name than to any class."""

