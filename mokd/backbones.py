@@ -109,9 +109,9 @@ class Timm(nn.Module):
             warnings.simplefilter("ignore")
             try:
                 self.body = self._made(timm, name, size, pretrained)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # of the hub, of its HTTP library, of the system
                 if not (pretrained or online):
-                    raise UserError(f"--backbone {name} cannot be made for --size {size}: {error}") from None
+                    raise
                 raise UserError(
                     f"the weights of {name} cannot be fetched ({type(error).__name__}); go online once, or fetch the "
                     "file elsewhere and give it by --weights"

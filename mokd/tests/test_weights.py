@@ -94,14 +94,15 @@ def test_published_weights_that_cannot_be_had(monkeypatch):
         backbones.build("nothing", 64, pretrained=True)
     asked = {}
 
+    class Unreachable(Exception):
+        """As the HTTP library of the hub has it: no error of the system."""
+
     def offline(name, **options):
         asked.update(options, name=name)
-        raise OSError("offline")
+        raise Unreachable("offline")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    for name in ("resnet18", "resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"):
-        if name == "resnet18":
-            continue  # the paper's own network of that name
+    for name in ("resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"):
         with pytest.raises(UserError, match="cannot be fetched"):
             backbones.build(name, 64, pretrained=True)
         assert asked["name"] == name and asked["pretrained"]
