@@ -263,7 +263,7 @@ def fit(
     warmup: int = 100,
     epochs: int = 100,
     inner_steps: int = 5,
-    inner_lr: float = 0.3,
+    inner_lr: float = 0.003,
     alpha: float = 0.5,
     steps: int = 5,
     hidden: int = 16,
