@@ -172,6 +172,8 @@ class Settings:
         for name in ("select", "rmu_layer", "alpha_step", "alpha_tolerance", "noise_rate"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie in (0, 1], not {getattr(self, name):g}")
+        if self.alpha_tolerance < 1e-6:  # the search halves an interval until it is so short
+            raise UserError(f"--alpha-tolerance must be at least 1e-6, not {self.alpha_tolerance:g}")
         for name in ("cap_weight", "early_stop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name):g}")

@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from workspace import lacking  # noqa: E402
 
+NONE = "—"
 SCALES = {"real": "Scale real", "demo": "Scale demo", "paper": "The paper's tables"}
 
 
@@ -135,7 +136,7 @@ def results_page(folder: str, report: dict | None, docs: Path) -> str:
 
 
 def facts(folder: Path) -> list[str]:
-    """The printed numbers that plan.yaml lists as facts: settings and other recipes, which no run of the plan can fill."""
+    """The printed numbers that plan.yaml lists as facts: settings and other recipes, which no run can fill."""
     plan, printed = folder / "plan.yaml", folder / "paper.csv"
     names = yaml.safe_load(plan.read_text(encoding="utf-8")).get("facts", []) if plan.is_file() else []
     if not names or not printed.is_file():
@@ -145,9 +146,8 @@ def facts(folder: Path) -> list[str]:
     lines = ["", "## Printed elsewhere", "", "Numbers of other sources and recipes; no run here can fill them.", ""]
     for name in names:
         own = [r for r in rows if r["table"] == name]
-        shown = [[r[k] or "—" for k in ("dataset", "setting", "method", "metric", "value", "unit", "source")] for r in own]
-        body = [f"<tr>{''.join(f'<td>{e(x)}</td>' for x in r)}</tr>" for r in shown]
-        head = ("data", "setting", "method", "metric", "value", "unit", "source")
+        head = ("dataset", "setting", "method", "metric", "value", "unit", "source")
+        body = [f"<tr>{''.join(f'<td>{e(r[k] or NONE)}</td>' for k in head)}</tr>" for r in own]
         title = f"{e(name.replace('-', ' ').replace('_', ' '))}: {len(own)} numbers"
         lines += [f"<details><summary>{title}</summary>{front.table(head, body)}</details>", ""]
     return lines

@@ -124,7 +124,7 @@ def test_grab_keeps_the_round_of_the_lowest_loss_and_stops_after_two_worse_ones(
         t.optimizer.step()
     else:
         close(seen)
-    method.finish_round(t)
+    method.end(t)
     for k in range(2):
         rounds = history[k][: at_stop.get(k, len(history[k]))]
         lowest, state = min(rounds, key=lambda pair: pair[0])

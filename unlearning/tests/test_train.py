@@ -334,6 +334,7 @@ def test_broken_and_foreign_checkpoints_are_told(done, tmp_path, capsys, monkeyp
         (["--lr", "-2"], "--lr must be above 0"),
         (["--retain-weight", "-0.5"], "--retain-weight must not be negative"),
         (["--alpha-step", "2"], "--alpha-step must lie in (0, 1]"),
+        (["--alpha-tolerance", "1e-30"], "--alpha-tolerance must be at least 1e-6"),
         (["--early-stop", "1.5"], "--early-stop must lie in [0, 1]"),
         (["--cap", "-1"], "--cap must be at least 0"),
         (["--unlearn-epochs", "0"], "--unlearn-epochs must be at least 1"),
