@@ -40,8 +40,9 @@ def over_estimation(f: pd.DataFrame) -> Difference:
 
 
 def prior_error(f: pd.DataFrame) -> Difference:
-    ours, ted = (values(f, "pi_error", method=m, dataset=demo(0.7)) for m in ("gpl", "gcn-ted"))
-    return Difference("GCN + TED minus GPL, |prior error|", paired(ted, ours), digits=3)
+    """Of the priors that both estimate every epoch: the first estimates, which are kept by default, hardly differ."""
+    ours, ted = (values(f, "pi_error", method=m, dataset=demo(0.7), table="lpl") for m in ("bbe", "gcn-ted-bbe"))
+    return Difference("GCN + TED minus GPL, |prior error|, estimated every epoch", paired(ted, ours), digits=3)
 
 
 def gain(f: pd.DataFrame, h: float) -> pd.Series:

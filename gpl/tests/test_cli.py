@@ -288,9 +288,11 @@ def test_claims_hold_fail_and_stay_open():
         out = []
         for h, k in itertools.product((0.1, 0.3, 0.5, 0.7), range(3)):
             lead = gain if h == 0.7 else 0.0
-            out.append(fake("gpl", h, k, f1=60 + lead, pi_error=0.1, h_weighted=h - 0.05 * np.sign(gain)))
-            out.append(fake("gcn-ted", h, k, f1=60 + noise * k * (-1) ** k, pi_error=0.1 + 0.02 * np.sign(gain)))
+            out.append(fake("gpl", h, k, f1=60 + lead, h_weighted=h - 0.05 * np.sign(gain)))
+            out.append(fake("gcn-ted", h, k, f1=60 + noise * k * (-1) ** k))
             out.append(fake("BBE", h, k, pi_signed_error=h * np.sign(gain)))
+            for m, error in (("bbe", 0.1), ("gcn-ted-bbe", 0.1 + 0.02 * np.sign(gain))):  # every epoch anew
+                out.append({**fake(m, h, k, pi_error=error), "table": "lpl"})
         return out
 
     assert verdicts(world(5.0)) == dict.fromkeys(["a", "b", "c1", "c2", "d", "e"], HOLDS)
