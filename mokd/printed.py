@@ -57,7 +57,7 @@ class Averages:
         return f"{len(self.wrong)} of {self.count} differ: {'; '.join(self.wrong)}"
 
 
-def averages(f: pd.DataFrame | None = None) -> Averages:
+def averages() -> Averages:
     """Every printed average of Tables 1 and 2 whose rows are all printed, recomputed from them."""
     wrong, count = [], 0
     for table, rows in SPANS.items():
