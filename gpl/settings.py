@@ -193,6 +193,8 @@ class Settings:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.weight_decay > 1:  # its square, in Adam's state, must stay a number
+            raise UserError(f"--weight-decay must lie in [0, 1], not {self.weight_decay:g}")
         for name in ("warmup", "inner_steps", "lr", "inner_lr", "weight_decay", "lambda_neg"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")

@@ -186,6 +186,7 @@ def test_estimators_write_a_record_each(tmp_path, monkeypatch):
         (["--r-p", "1.5"], ["--r-p must lie in [0, 1]"]),
         (["--r-p", "0.001", "--dataset", "karate"], ["no labelled positive"]),
         (["--alpha", "1"], ["--alpha must lie strictly between"]),
+        (["--weight-decay", "1e30"], ["--weight-decay must lie in [0, 1]"]),
         (["--epochs", "0"], ["--epochs must be at least 1"]),
         (["--dataset", "karate", "--out", "{tmp}"], ["fewer than two of 6", "raise it"]),
         (["--h", "0.95"], ["not possible"]),
