@@ -27,9 +27,7 @@ def here(tmp_path, monkeypatch):
 def junit(folder: Path, **numbers):
     (folder / "runs").mkdir(parents=True)
     told = " ".join(f'{k}="{v}"' for k, v in numbers.items())
-    (folder / "runs" / "junit.xml").write_text(
-        f"<testsuites><testsuite {told}/></testsuites>"
-    )
+    (folder / "runs" / "junit.xml").write_text(f"<testsuites><testsuite {told}/></testsuites>")
 
 
 def test_tests_are_summed_and_a_crash_counts_as_a_failure(here, capsys):
@@ -37,9 +35,7 @@ def test_tests_are_summed_and_a_crash_counts_as_a_failure(here, capsys):
     junit(here / "b", tests=3, failures=0, errors=0, skipped=0)
     assert workspace.count("a=1", "b=0") == "9 passed, 2 failed, 2 skipped"
     assert "a: 6 passed, 2 failed, 2 skipped" in capsys.readouterr().out
-    assert (
-        workspace.count("b=2") == "3 passed, 1 failed, 0 skipped"
-    )  # all passed, and yet not 0
+    assert workspace.count("b=2") == "3 passed, 1 failed, 0 skipped"  # all passed, and yet not 0
     assert workspace.count("gone=0") == "0 passed, 1 failed, 0 skipped"
 
 
@@ -50,9 +46,7 @@ def test_lint_names_twins_reaches_imports_and_locks(here):
         (here / name / "requirements.txt").write_text("numpy==1\n")
     assert workspace.lint("a b", "a b", "same.py: a b") == ""
     (here / "b" / "same.py").write_text("x = 2\n")
-    (here / "a" / "bad.py").write_text(
-        "import b\nfrom b.c import d\nimport a\npath = '../b/x'\n"
-    )
+    (here / "a" / "bad.py").write_text("import b\nfrom b.c import d\nimport a\npath = '../b/x'\n")
     (here / "a" / ".venv").mkdir()
     (here / "a" / ".venv" / "other.py").write_text("import b\n")
     (here / "b" / "requirements.txt").write_text("--index-url https://example.org\n")
@@ -64,32 +58,22 @@ def test_lint_names_twins_reaches_imports_and_locks(here):
         "b/requirements.txt: names a package index: make lock-b",
     ]
     (here / "b" / "same.py").unlink()
-    assert "b/same.py: missing, its twin a/same.py is there" in workspace.lint(
-        "a b", "a b", "same.py: a b"
-    )
+    assert "b/same.py: missing, its twin a/same.py is there" in workspace.lint("a b", "a b", "same.py: a b")
 
 
 def test_lint_names_circles_inside_functions_too_and_long_modules(here):
     (here / "a" / "room").mkdir(parents=True)
     (here / "a" / "requirements.txt").write_text("numpy==1\n")
     (here / "a" / "one.py").write_text("import two\n")
-    (here / "a" / "two.py").write_text(
-        "def f():\n    from room.three import g\n    return g\n"
-    )
+    (here / "a" / "two.py").write_text("def f():\n    from room.three import g\n    return g\n")
     (here / "a" / "room" / "three.py").write_text("from room import four\n")
     (here / "a" / "room" / "four.py").write_text("import five\n")
     (here / "a" / "five.py").write_text("import math\n")
     assert workspace.lint("a", "a") == ""
     (here / "a" / "five.py").write_text("def f():\n    import one\n")
-    assert (
-        workspace.lint("a", "a")
-        == "a: import each other in a circle: five, one, room.four, room.three, two"
-    )
+    assert workspace.lint("a", "a") == "a: import each other in a circle: five, one, room.four, room.three, two"
     (here / "a" / "five.py").write_text("x = 1\n" * 401)
-    assert (
-        workspace.lint("a", "a")
-        == "a/five.py: 401 lines, more than 400: split it by what it serves"
-    )
+    assert workspace.lint("a", "a") == "a/five.py: 401 lines, more than 400: split it by what it serves"
 
 
 def test_twins_are_folders_too_and_sync_copies_them(here):
@@ -104,10 +88,7 @@ def test_twins_are_folders_too_and_sync_copies_them(here):
         "b/lab/x.py: missing, its twin a/lab/x.py is there: make sync FROM=a",
     ]
     assert workspace.sync("a", "a b", "lab: a b") == "b/lab/x.py"
-    assert (
-        workspace.lint("a b", "a b", "lab: a b") == ""
-        and not (here / "b" / "lab" / "old.py").exists()
-    )
+    assert workspace.lint("a b", "a b", "lab: a b") == "" and not (here / "b" / "lab" / "old.py").exists()
 
 
 def test_a_lock_that_would_be_compiled_is_named_once_for_all(here):
@@ -119,22 +100,16 @@ def test_a_lock_that_would_be_compiled_is_named_once_for_all(here):
     uv.chmod(0o755)
     told = workspace.wheels(str(uv), "a").splitlines()
     assert len(told) == len(workspace.PLATFORMS) and "no usable wheels" in told[0]
-    assert (
-        here / "asked"
-    ).read_text() == "numpy==1"  # what is pure Python is not asked for
+    assert (here / "asked").read_text() == "numpy==1"  # what is pure Python is not asked for
     uv.write_text("#!/bin/sh\nexit 0\n")
     assert workspace.wheels(str(uv), "a") == ""
     uv.write_text("#!/bin/sh\nexit 1\n")
-    assert (
-        workspace.wheels(str(uv), "a") == ""
-    )  # the same lock is not asked about again
+    assert workspace.wheels(str(uv), "a") == ""  # the same lock is not asked about again
 
 
 def test_targets_run_side_by_side_with_their_lines_together(here, capfd):
     make = here / "make.sh"
-    make.write_text(
-        "#!/bin/bash\necho first $1; sleep 0.2; echo second $1; [[ $1 != *-b ]]\n"
-    )
+    make.write_text("#!/bin/bash\necho first $1; sleep 0.2; echo second $1; [[ $1 != *-b ]]\n")
     make.chmod(0o755)
     with pytest.raises(SystemExit) as stop:
         workspace.together("2", str(make), "test", "a", "b", "report")
@@ -142,27 +117,17 @@ def test_targets_run_side_by_side_with_their_lines_together(here, capfd):
     out, err = capfd.readouterr()
     assert sorted(out.split()) == [".ci=0", "a=0", "b=1"]
     for name in ("a", "b", "report"):
-        assert (
-            f"=== test: {name}\nfirst test-{name}\nsecond test-{name}\n=== test: {name} ended with"
-            in err
-        )
+        assert f"=== test: {name}\nfirst test-{name}\nsecond test-{name}\n=== test: {name} ended with" in err
 
 
 def test_two_makes_wait_for_each_other(here):
     """The second shell gets the lock when the first one ends, and says that it waits."""
     helper = f"{sys.executable} {ROOT}/.ci/workspace.py wait gpl/.venv"
     script = f'exec 9>>lock; {helper}; echo "$1 begins" >> log; sleep 1; echo "$1 ends" >> log'
-    both = [
-        subprocess.Popen(
-            ["bash", "-euc", script, "x", n], stderr=subprocess.PIPE, text=True
-        )
-        for n in "ab"
-    ]
+    both = [subprocess.Popen(["bash", "-euc", script, "x", n], stderr=subprocess.PIPE, text=True) for n in "ab"]
     said = [p.communicate(timeout=60)[1] for p in both]
     lines = (here / "log").read_text().split("\n")
-    assert [line[2:] for line in lines[:4]] == ["begins", "ends"] * 2 and [
-        p.returncode for p in both
-    ] == [0, 0]
+    assert [line[2:] for line in lines[:4]] == ["begins", "ends"] * 2 and [p.returncode for p in both] == [0, 0]
     assert sorted(said) == ["", "waiting for another make: gpl/.venv\n"]
 
 
@@ -201,11 +166,7 @@ def test_audit_has_command_cost_missing_data_and_differences(here, monkeypatch):
 
 
 def make(*words, **environment):
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "REPRO_DATA", "GPUS")
-    }
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "REPRO_DATA", "GPUS")}
     return subprocess.run(
         ["make", *words],
         cwd=ROOT,
@@ -275,24 +236,14 @@ def test_an_environment_that_cannot_be_built_says_why(here):
         shutil.copy(ROOT / name, here / name)
     fake = here / "bin" / "uv"
     fake.parent.mkdir()
-    fake.write_text(
-        '#!/bin/sh\n[ "$1" != pip ] || { echo "error: no compiler named cc" >&2; exit 1; }\n'
-    )
+    fake.write_text('#!/bin/sh\n[ "$1" != pip ] || { echo "error: no compiler named cc" >&2; exit 1; }\n')
     fake.chmod(0o755)
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "FOLDERS")
-    }
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "FOLDERS")}
     words = ["make", "env-gpl", "FOLDERS=gpl", f"PYTHON={sys.executable}"]
     env["PATH"] = f"{fake.parent}:{env['PATH']}"
     done = subprocess.run(words, cwd=here, capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "error: no compiler named cc" in done.stderr, (
-        done.stderr
-    )
-    assert (
-        "gpl: the environment could not be built, for the reason above" in done.stderr
-    )
+    assert done.returncode == 2 and "error: no compiler named cc" in done.stderr, done.stderr
+    assert "gpl: the environment could not be built, for the reason above" in done.stderr
     assert "index" not in done.stderr and not (here / "gpl/.venv/.stamp").exists()
 
 
@@ -300,34 +251,18 @@ def test_no_code_comes_with_weights():
     """Libraries that pick a class by a file's words are told, in each call, not to run code that lies beside it."""
     found = 0
     for path in sorted(
-        p
-        for f in TEN
-        for p in (ROOT / f).rglob("*.py")
-        if ".venv" not in p.parts and "tests" not in p.parts
+        p for f in TEN for p in (ROOT / f).rglob("*.py") if ".venv" not in p.parts and "tests" not in p.parts
     ):
         for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith(
-                ".from_pretrained"
-            ):
+            if not isinstance(call, ast.Call) or not ast.unparse(call.func).endswith(".from_pretrained"):
                 continue
-            if ast.unparse(call.func).startswith(
-                "Auto"
-            ) and "AutoencoderKL" not in ast.unparse(call.func):
-                said = [
-                    k
-                    for k in call.keywords
-                    if k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"
-                ]
-                given = (
-                    any(k.arg is None for k in call.keywords)
-                    and '"trust_remote_code": False' in path.read_text()
-                )
+            if re.match(r"Auto[A-Z]", ast.unparse(call.func)):  # AutoencoderKL is a class of its own
+                said = [k for k in call.keywords if k.arg == "trust_remote_code" and ast.unparse(k.value) == "False"]
+                given = any(k.arg is None for k in call.keywords) and '"trust_remote_code": False' in path.read_text()
                 assert said or given, f"{path.relative_to(ROOT)}:{call.lineno}"
                 found += 1
             for k in call.keywords:
-                assert (
-                    k.arg != "trust_remote_code" or ast.unparse(k.value) == "False"
-                ), path
+                assert k.arg != "trust_remote_code" or ast.unparse(k.value) == "False", path
     assert found >= 5
 
 
@@ -366,17 +301,10 @@ def test_a_machine_with_gpus_runs_as_many_at_once(tmp_path):
 def test_a_changed_snakefile_is_read_again(tmp_path):
     """Snakemake reads its copy of the Snakefile, and never renews one: each start needs a place of its own."""
     lines = workflow().splitlines()
-    assert any(
-        'workspace.py" wait' in line for line in lines
-    )  # one workflow of a folder at a time
+    assert any('workspace.py" wait' in line for line in lines)  # one workflow of a folder at a time
     place = next(line for line in lines if line.startswith("sources="))
     script = f'mkdir -p .snakemake; {place}; echo "$sources"'
-    told = [
-        subprocess.run(
-            ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True
-        )
-        for _ in range(2)
-    ]
+    told = [subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True) for _ in range(2)]
     assert told[0].stdout.startswith(".snakemake/") and told[0].stdout != told[1].stdout
     assert '--runtime-source-cache-path "$sources"' in "\n".join(lines)
 
@@ -405,9 +333,7 @@ def limits(*words, **environment):
     told = [line for line in lines if line.startswith(("threads=", "limits"))]
     script = "\n".join([*told, 'printf "%s\\n" "${limits[@]}"'])
     env = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | environment
-    return subprocess.run(
-        ["bash", "-euc", script], capture_output=True, text=True, check=True, env=env
-    ).stdout.split()
+    return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True, env=env).stdout.split()
 
 
 def test_several_processes_of_a_run_need_one_run_at_a_time_or_a_cluster():
@@ -447,11 +373,7 @@ def test_runs_share_the_cores_of_this_machine():
 def test_a_cluster_is_not_limited_by_the_machine_that_submits():
     profile = ["--profile", f"{ROOT}/profiles/slurm"]
     assert limits("PROFILE=slurm", "GPUS=1", "CORES=2") == profile
-    assert (
-        limits("PROFILE=slurm", "JOBS=7")
-        == limits("PROFILE=slurm", JOBS="7")
-        == [*profile, "--jobs", "7"]
-    )
+    assert limits("PROFILE=slurm", "JOBS=7") == limits("PROFILE=slurm", JOBS="7") == [*profile, "--jobs", "7"]
     assert limits("PROFILE=slurm", OMP_NUM_THREADS="3") == [
         *profile,
         "--set-threads",
@@ -474,15 +396,9 @@ def test_the_readmes_table_of_findings_is_that_of_the_records(tmp_path, monkeypa
         {"scale": "real", "verdict": "not measured"},
         {"scale": "paper", "verdict": "does not hold"},
     ]
-    (results / "report.json").write_text(
-        json.dumps({"claims": claims, "finding": ["A | B.", "More."]})
-    )
-    (tmp_path / "README.md").write_text(
-        f"a\n{workspace.BEGIN}\nold\n{workspace.END}\nb\n"
-    )
-    assert "is not that of the committed records" in workspace.findings(
-        "check", "README.md", "one", "two"
-    )
+    (results / "report.json").write_text(json.dumps({"claims": claims, "finding": ["A | B.", "More."]}))
+    (tmp_path / "README.md").write_text(f"a\n{workspace.BEGIN}\nold\n{workspace.END}\nb\n")
+    assert "is not that of the committed records" in workspace.findings("check", "README.md", "one", "two")
     assert "old" in (tmp_path / "README.md").read_text()
     assert workspace.findings("write", "README.md", "one", "two")
     text = (tmp_path / "README.md").read_text()

@@ -128,7 +128,7 @@ def test_train_on_a_file(tmp_path, monkeypatch, capsys, form):
     [
         (["--graph", "none.pt"], "no such file"),
         (["--graph", "my.csv"], "neither .pt nor .npz"),
-        (["--graph", "{bad}"], "cannot be read"),
+        (["--graph", "{bad}"], "is damaged, or holds more than tensors"),
         (["--graph", "{good}"], "say which class"),
         (["--graph", "{good}", "--positive", "2", "--prior", "given"], "--pi"),
         (["--graph", "{good}", "--labelled", "few", "--method", "gcn-nnpu"], "true prior of this graph is not known"),
