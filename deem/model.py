@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import recipe
-from diffusion import Denoiser, Latents, Pixels, csr_error, load_diffusion, nip_error, squeezed_steps
+from deem import csr_loss
+from diffusion import Denoiser, Latents, Pixels, load_diffusion, nip_error
 from documents import sequences
 from documents.sequences import Batch
 from evaluation.answering import Answering, Seen
@@ -339,44 +340,57 @@ class Deem(Answering, nn.Module):
         def stream(k: int) -> torch.Generator | None:
             return None if seed is None else torch.Generator(dev).manual_seed((seed * 4 + k) % 2**63)
 
-        z0 = den.latents.encode(b.targets, stream(0))
-        noisy, times, conditions, targets, maps, there = [], [], [], [], [], []
-        if w.csr > 0:
-            g = stream(1)
-            t = squeezed_steps(torch.randint(den.steps, (n,), generator=g, device=dev), w.squeeze)
-            z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
-            noisy, times, targets, conditions = [z], [t], [target], [seen.condition]
-            if w.csr_maps:
-                maps.append(seen.maps)
-                there.append(torch.ones(n, dtype=torch.bool))
+        z0, out = den.latents.encode(b.targets, stream(0)), {}
+        following, target = [], None
         if h is not None:
-            places = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]  # an image that opens a document has zero loss
-            learned, previous = (sent(v, dev) for v in (places, b.previous[places].clamp(min=0)))
-            g = stream(2)
-            z0 = den.latents.encode(2 * b.targets - 1, stream(0)) if w.twice else z0
-            t = torch.randint(den.steps, (n,), generator=g, device=dev)
-            z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
-            drop = torch.rand(n, 1, 1, generator=g, device=dev) < w.null_share
-            own = replace(b, row=b.row[places], soi=b.soi[places], bos=b.bos[places])
-            c = self.context_reader(*self.image_context(h, own)) if len(learned) else den.null[:0]
-            conditions.append(torch.where(drop[learned], den.null.to(c.dtype), c))
-            noisy, times, targets = [*noisy, z[learned]], [*times, t[learned]], [*targets, target[learned]]
-            maps.append([m[previous] for m in seen.maps])
-            there.append(b.previous[places] >= 0)
-        if not sum(map(len, noisy)):
-            return {"nip": seen.text.sum() * 0.0}
-        joined = [torch.cat(m) for m in zip(*maps, strict=True)] if maps and sum(map(len, there)) else None
-        first = sum(map(len, noisy)) - sum(map(len, there))
-        c = torch.cat([x.to(z0.dtype) for x in conditions])
-        more = {"maps": joined, "seen": torch.cat(there) if there else None, "first": first}
-        dtype = next(den.unet.parameters()).dtype
-        found = den(torch.cat(noisy).to(dtype), torch.cat(times), c.to(dtype), **more)
-        out, parts = {}, list(found.split([len(z) for z in noisy]))
+            again = den.latents.encode(2 * b.targets - 1, stream(0)) if w.twice else z0
+            rider, target = self.next_image(b, seen, h, again, stream(2))
+            following = [rider] if len(target) else []
+        found = []
+
+        def u_net(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            """CSR's samples and, behind them in the same call, NIP's."""
+            there = torch.ones(n, dtype=torch.bool)
+            own = (z, t, condition, seen.maps, there) if w.csr_maps else (z, t, condition, None, None)
+            first, *rest = self.predict([own, *following])
+            found.extend(rest)
+            return first
+
         if w.csr > 0:
-            out["csr"] = csr_error(parts.pop(0), targets[0], b.masks)
+            more = {"prediction": den.kind, "masks": b.masks, "squeeze": w.squeeze, "generator": stream(1)}
+            out["csr"] = csr_loss(u_net, seen.condition, z0, den.abar, **more)
+        elif following:
+            found = self.predict(following)
         if h is not None:
-            out["nip"] = nip_error(parts.pop(0), targets[-1], n)
+            out["nip"] = nip_error(found[0], target, n) if found else seen.text.sum() * 0.0
         return out
+
+    def next_image(self, b: Batch, seen: Seen, h: Tensor, z0: Tensor, g: torch.Generator | None):
+        """((noised latents, t, condition, maps of the image before, whether there is one), target) of the images that
+        NIP draws from the text before them; one that opens a document has zero loss and is left out."""
+        den, dev, n = self.denoiser, z0.device, len(z0)
+        places = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]
+        learned, previous = (sent(v, dev) for v in (places, b.previous[places].clamp(min=0)))
+        t = torch.randint(den.steps, (n,), generator=g, device=dev)
+        z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
+        drop = torch.rand(n, 1, 1, generator=g, device=dev) < self.loss.null_share
+        own = replace(b, row=b.row[places], soi=b.soi[places], bos=b.bos[places])
+        c = self.context_reader(*self.image_context(h, own)) if len(places) else den.null[:0]
+        c = torch.where(drop[learned], den.null.to(c.dtype), c)
+        maps = [m[previous] for m in seen.maps]
+        return (z[learned], t[learned], c, maps, b.previous[places] >= 0), target[learned]
+
+    def predict(self, parts: list[tuple]) -> list[Tensor]:
+        """One call of the U-Net for parts (z, t, condition, maps, seen); parts without maps (None) come first."""
+        z, t, c, maps, there = zip(*parts, strict=True)
+        maps, there = ([x for x in some if x is not None] for some in (maps, there))
+        joined = [torch.cat(m) for m in zip(*maps, strict=True)] if maps else None
+        more = {"maps": joined, "seen": torch.cat(there) if there else None}
+        more["first"] = sum(map(len, z)) - sum(map(len, there))
+        dtype = next(self.denoiser.unet.parameters()).dtype
+        condition = torch.cat([x.to(z[0].dtype) for x in c]).to(dtype)
+        found = self.denoiser(torch.cat(z).to(dtype), torch.cat(t), condition, **more)
+        return list(found.split([len(x) for x in z]))
 
     forward = losses  # what DistributedDataParallel and FSDP wrap
 

@@ -1,4 +1,4 @@
-"""Noise, targets, the two losses, residuals beside the U-Net, drawing, loading of a Stable Diffusion folder."""
+"""Noise, targets, NIP's error, residuals beside the U-Net, drawing, loading of a Stable Diffusion folder."""
 
 import json
 
@@ -8,23 +8,8 @@ import pytest
 import torch
 from conftest import batch_of, documents, make
 from diffusers import DDPMScheduler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from diffusion import Denoiser, Latents, Pixels, Residuals, csr_error, load_diffusion, nip_error, squeezed_steps
-
-
-def test_squeezed_steps():
-    t = squeezed_steps(torch.arange(1000), 0.6)
-    assert (t.min(), t.max()) == (200, 799) and t.dtype == torch.long
-    assert torch.equal(squeezed_steps(torch.arange(1000), 1.0), torch.arange(1000))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 999), st.floats(0.05, 1.0))
-def test_squeezing_keeps_order_and_range(t, factor):
-    a, b = squeezed_steps(torch.tensor([t, min(t + 1, 999)]), factor).tolist()
-    assert 0 <= a <= b <= 999 and abs(a - 500) <= factor * abs(t - 500) + 1
+from diffusion import Denoiser, Latents, Pixels, Residuals, load_diffusion, nip_error
 
 
 def test_noise_and_targets_are_diffusers():
@@ -42,21 +27,6 @@ def test_noise_and_targets_are_diffusers():
         Denoiser(
             model.denoiser.unet, Pixels(), DDPMScheduler(prediction_type="sample"), value_width=64, levels=3, tokens=8
         )
-
-
-def test_csr_error_by_hand():
-    found, target = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
-    assert torch.allclose(csr_error(found, target), ((found - target) ** 2).mean())
-    mask = torch.zeros(2, 6, 6)
-    mask[:, :3] = 1
-    total = 0.0
-    for b in range(2):
-        for c in range(4):
-            for y in range(6):
-                for x in range(6):
-                    total += (found - target)[b, c, y, x] ** 2 * mask[b, y, x] * 36 / mask[b].sum()
-    assert torch.allclose(csr_error(found, target, mask), total / (2 * 4 * 36), atol=1e-5)
-    assert csr_error(found, target, torch.zeros(2, 6, 6)) == 0
 
 
 def test_nip_error_counts_openers_as_zero():
