@@ -73,8 +73,16 @@ class Cell:
     values: pd.DataFrame  # rows of the long frame, one a seed
     expected: bool  # paper.csv has a row for it, known or not
 
-    def text(self, digits: int, beside: bool, seeds: int) -> str:
-        """`printed / measured`, or the measured number alone where the paper has no such table."""
+    @property
+    def variants(self) -> list[str]:
+        """Names of data that are not the paper's own and have to be said."""
+        return sorted(set(self.values["variant"]) - {"paper", "", "generated", "wheel"}) if len(self.values) else []
+
+    def text(self, digits: int, beside: bool, seeds: int, said: list[str]) -> str:
+        """`printed / measured`, or the measured number alone where the paper has no such table.
+
+        The number of seeds and the data are named where they are others than `seeds` and `said`, the table's.
+        """
         n = len(self.values)
         measured = NOT_RUN
         if n:
@@ -82,8 +90,8 @@ class Cell:
             measured = number(v.mean(), v.std(ddof=0) if n > 1 else float("nan"), digits)
             if self.values["metric"].iloc[0].startswith("data.") and v.nunique() == 1:
                 measured = f"{v.iloc[0]:.6g}"  # a property of the data, the same for every seed
-            variants = sorted(set(self.values["variant"]) - {"paper", "", "generated", "wheel"})
-            measured += (f" (n={n})" if n != seeds else "") + "".join(f" [{v}]" for v in variants)
+            other = [] if self.variants == said else self.variants
+            measured += (f" (n={n})" if n != seeds else "") + "".join(f" [{v}]" for v in other)
         if not beside:
             return measured
         known = self.printed == self.printed
@@ -156,6 +164,8 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     beside = any(c.expected for c in grid.values())
     counts = [len(c.values) for c in grid.values() if len(c.values)]
     seeds = max(counts, default=0)
+    filled = [c.variants for c in grid.values() if len(c.values)]
+    said = filled[0] if filled and all(v == filled[0] for v in filled) else []  # of all cells alike: once, in the head
     head = "printed / measured" if beside else "measured"
     lines = [f"### {view['title']}", ""]
     if view.get("note"):
@@ -164,10 +174,12 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     own = [cell for cell in grid.values() if cell.expected]
     if not grid:
         return "\n".join([*lines, "No records yet.", ""]), 0, 0
-    lines += [f"Cells: {head}{unit}" + (f", mean ± std (ddof 0) over {seeds} seeds." if seeds else "."), ""]
+    of = f", mean ± std (ddof 0) over {seeds} seeds" if seeds > 1 else ", one seed" if seeds else ""
+    on = f", on {' and '.join(said)}" if said else ""
+    lines += [f"Cells: {head}{unit}{of}{on}.", ""]
     lines += ["| | " + " | ".join(str(labels.get(c, c)) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for r in rows:
-        shown = [grid[r, c].text(digits, beside and r not in view.get("extra_rows", {}), seeds) for c in columns]
+        shown = [grid[r, c].text(digits, beside and r not in view.get("extra_rows", {}), seeds, said) for c in columns]
         lines.append(f"| {labels.get(r, r)} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n", sum(len(c.values) > 0 for c in own), len(own)
 

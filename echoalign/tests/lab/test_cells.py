@@ -40,6 +40,15 @@ def test_other_data_and_fewer_seeds_are_said(printed):
     assert rows_of(cells.render(VIEW, frame(*found), printed)[0])["m1"][1] == "— / 50.00 (n=1) [jpeg]"
 
 
+def test_what_all_cells_share_is_said_once(printed):
+    jpeg = {"data": {"variant": "jpeg"}}
+    text, *_ = cells.render(VIEW, frame(record(**jpeg), record(dataset="d2", **jpeg)), printed)
+    assert "measured, one seed, on jpeg.\n" in text and rows_of(text)["m1"] == [
+        "48.00 ± 1.00 / 50.00 (+2.00)",
+        "— / 50.00",
+    ]
+
+
 def test_order_labels_and_extra_rows(printed):
     view = {
         **VIEW,
