@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import checkpoints, runs
-from lab.runs import UserError
+from lab.runs import UserError, sent
 
 import numpy as np
 import torch
@@ -42,11 +42,6 @@ YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.5
 def colours(device: torch.device) -> tuple[Tensor, Tensor]:
     """YIQ and its inverse, [3, 3] each: made once, since a step that copies or inverts waits for the device."""
     return YIQ.to(device), torch.linalg.inv(YIQ).to(device)
-
-
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device; a GPU fetches it out of pinned memory while the host goes on."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def augment(x: Tensor, u: Tensor) -> Tensor:
