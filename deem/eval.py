@@ -40,7 +40,7 @@ def again(folder: Path, device) -> None:
             raise UserError(f"{folder} was not trained on the digit scenes; name a --benchmark to score it on")
         metrics, _ = study.score(model, s, seed)
         path = folder / f"seed{seed}" / "record.json"
-        keys = ("csr_ratio", "probe_uncaptioned", "POPE_accuracy", "RobustVQA_accuracy", "MMVP_accuracy")
+        keys = ("csr_ratio", "probe_uncaptioned", "caption_accuracy", "POPE_accuracy", "MMVP_accuracy")
         print(f"seed {seed}: " + ", ".join(f"{k} {metrics[k]:.4g}" for k in keys if k in metrics))
         if path.is_file():
             old = runs.read_record(path)["metrics"]
@@ -57,23 +57,20 @@ def main() -> None:
     folder = Path(s.run).expanduser()
     if folder.name.startswith("seed") and (folder.parent / "settings.json").is_file():
         folder = folder.parent  # runs/x/seed0 -> runs/x
-    if s.run and not (folder / "settings.json").is_file():
+    if not (folder / "settings.json").is_file():
         raise UserError(f"no run in {folder} (settings.json is missing); train it first")
     if not s.benchmark:
         return again(folder, device)
     root = runs.data_dir(s.data_dir) / "deem"
     check_data(s, root)
     name = "-".join(s.benchmark)
-    default = f"{folder}-eval-{name}" if s.run else runs.default_out(s.scale, f"{name}-{s.clip}")
-    run = runs.Run(Path(s.out or default), s, NOT_PART_OF_AN_EVALUATION)
+    run = runs.Run(Path(s.out or f"{folder}-eval-{name}"), s, NOT_PART_OF_AN_EVALUATION)
     if run.complete:
         print(f"{run.out} is complete; delete it to evaluate again")
     else:
         for seed in s.seeds:
-            model, form, label = None, s.form or "paper", s.label or s.clip
-            if s.run:
-                model, trained = load(folder, device, seed)
-                form, label = s.form or trained.prompt_form, s.label or trained.label
+            model, trained = load(folder, device, seed)
+            form, label = s.form or trained.prompt_form, s.label or trained.label
             evaluate(s, run, seed, model, form, label, root, device)
     for record in run.finish():
         show(record)

@@ -17,7 +17,7 @@ VARIANTS = ("deem", "deem-star", "clean", "both", "llava", "llava-csr")
 CSR = {"deem": True, "deem-star": False, "clean": False, "both": True, "llava": False, "llava-csr": True}
 LABELS = {
     **{"deem": "DEEM", "deem-star": "DEEM* (baseline)", "clean": "DEEM without CSR", "both": "DEEM + MM-Interleaved"},
-    **{"llava": "LLaVA", "llava-csr": "LLaVA + CSR", "diva": "DIVA"},
+    **{"llava": "LLaVA", "llava-csr": "LLaVA + CSR"},
 }
 
 # Rows of the paper's tables for the models of later stages.

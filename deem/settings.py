@@ -33,7 +33,9 @@ class Settings:
     then_steps: int = 0
     """Steps of each stage of --then; 0: that stage's default."""
     form: Literal["paper", "official"] = "paper"
-    """Where equations and released code differ: paper's form or the code's, for all that stands on auto below."""
+    """Where equations and released code differ: the paper's form, or the code's in all: maps of the own image and
+    timesteps 200..799 in CSR, flips tossed apart, NIP's target mapped to [-1, 1] twice where CSR runs first, NIP
+    computed in stage 2 with weight 0, drop-path of a frozen trunk active, the language model's rate."""
     init: str = ""
     """Run folder of an earlier stage to start from (the same seeds)."""
     seeds: tuple[int, ...] = (0,)
@@ -62,16 +64,8 @@ class Settings:
     """CSR: the U-Net also reads the maps of the image it denoises; auto: off (paper, Eq. 5), on (code)."""
     squeeze: Number = -1.0
     """CSR: factor that draws timesteps towards 500; -1: 1 (paper: none), 0.6 (code: 200..799)."""
-    flip: Literal["auto", "none", "shared", "independent"] = "auto"
-    """Mirroring in stage 1: one toss for both views, or one each; auto: shared, independent (code); none on digits."""
-    nip_target: Literal["auto", "right", "twice"] = "auto"
-    """twice: NIP's image goes to [-1, 1] a second time, as the code's in-place step does; auto: right, twice (code)."""
-    nip_in_stage2: Literal["auto", "skip", "waste"] = "auto"
-    """Compute NIP in stage 2 and give it weight 0; auto: skip, waste (code)."""
     null_share: Number = 0.1
     """NIP: share of samples with the learned null condition (paper: 0.1)."""
-    frozen: Literal["auto", "eval", "train"] = "auto"
-    """Mode of a frozen trunk: with train its drop-path stays active; auto: eval, train (code)."""
 
     steps: int = 0
     """Optimizer steps; 0: 10000 (paper), digits 400 in stage 1 and 150 later."""
@@ -132,8 +126,8 @@ class Settings:
     """digits: steps of the denoiser's pretraining on complete descriptions."""
     scene_count: int = 6000
     """digits: training scenes."""
-    questions: int = 60
-    """digits: scenes of each tiny-POPE list (6 questions a scene)."""
+    questions: int = 170
+    """digits: scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
 
     benchmarks: tuple[str, ...] = ()
     """Sets of eval.py to answer after training; `stage`: those the paper reports for the stage (in stages of --then
@@ -166,6 +160,18 @@ class Settings:
     @property
     def small(self) -> bool:
         return self.preset in SMALL
+
+    @property
+    def flip(self) -> str:
+        """Mirroring in stage 1: one toss for both views, in the code one each; none on digits."""
+        if self.preset == "digits" or self.stage > 1:
+            return "none"
+        return "independent" if self.form == "official" else "shared"
+
+    @property
+    def drop_paths(self) -> bool:
+        """Whether a frozen trunk's drop-path stays active, as in the code."""
+        return self.form == "official"
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -240,12 +246,6 @@ class Settings:
         self.warmup = min(20 if self.small else (1000, 500, 500)[k], self.steps - 1) if self.warmup < 0 else self.warmup
         self.csr_use_mmfs = ("on" if code else "off") if self.csr_use_mmfs == "auto" else self.csr_use_mmfs
         self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze
-        tossed = "none" if digits or self.stage > 1 else "independent" if code else "shared"
-        self.flip = tossed if self.flip == "auto" else self.flip
-        slip = code and recipe.CSR[self.variant]  # without CSR's pass in front NIP's is the first and maps once
-        self.nip_target = ("twice" if slip else "right") if self.nip_target == "auto" else self.nip_target
-        self.nip_in_stage2 = ("waste" if code else "skip") if self.nip_in_stage2 == "auto" else self.nip_in_stage2
-        self.frozen = ("train" if code else "eval") if self.frozen == "auto" else self.frozen
         self.prompt_form = "plain" if self.dataset == "digits" else self.prompt_form
         r = self.rates()
         self.lr, self.trunk_lr, self.unet_lr, self.llm_lr = r.base, r.trunk, r.unet, r.llm
@@ -281,12 +281,13 @@ class Settings:
 
     def loss(self) -> Loss:
         csr, stage = recipe.CSR[self.variant], self.stage
+        slip = self.form == "official" and csr  # without CSR's pass in front NIP's is the first and maps once
         return Loss(
             ntp=self.lambda_ntp,
             nip=self.lambda_nip if stage == 1 and self.preset != "llava" else 0.0,
             csr=self.lambda_csr if csr and stage < 3 else 0.0,
             squeeze=self.squeeze, csr_maps=self.csr_use_mmfs == "on", null_share=self.null_share,
-            twice=self.nip_target == "twice", waste=stage == 2 and self.nip_in_stage2 == "waste" and csr,
+            twice=slip, waste=stage == 2 and slip,
             share=self.images_share,
         )  # fmt: skip
 
@@ -296,7 +297,7 @@ class EvalSettings:
     """Score a run on the paper's benchmarks; without --benchmark, score a finished digit run again."""
 
     run: str = ""
-    """Run folder written by train.py. Not needed for mmvp-vlm, which scores a CLIP model."""
+    """Run folder written by train.py."""
     benchmark: tuple[Literal[tuple(BENCHMARKS)], ...] = ()
     """Benchmarks, one or more; none: the run's own measurements again."""
     data_dir: str = ""
@@ -328,7 +329,7 @@ class EvalSettings:
     samples: int = 0
     """Drawn pictures a caption, best by CLIP kept; 0: 8 for MS-COCO, 1 for LN-COCO (paper)."""
     clip: str = "ViT-L-14"
-    """open_clip model that re-ranks drawn pictures and answers mmvp-vlm."""
+    """open_clip model that re-ranks drawn pictures."""
     clip_weights: str = "openai"
     """Its weights: open_clip tag or file."""
     export: bool = False
@@ -351,5 +352,5 @@ class EvalSettings:
     def check(self) -> None:
         if self.items < 0 or self.beams < 0 or self.samples < 0 or self.batch_size < 1 or self.draw_steps < 1:
             raise UserError("--items, --beams and --samples take 0 or more, --batch-size and --draw-steps 1 or more")
-        if not self.run and set(self.benchmark) != {"mmvp-vlm"}:
-            raise UserError("give --run RUN, a folder that train.py wrote (only mmvp-vlm works without)")
+        if not self.run:
+            raise UserError("give --run RUN, a folder that train.py wrote")

@@ -252,16 +252,8 @@ def stages(s: Settings, given: Settings, seed: int, run: runs.Run | None, later:
 
 
 def show(records: list[dict]) -> None:
-    keys = (
-        "csr_ratio",
-        "probe_uncaptioned",
-        "POPE_accuracy",
-        "RobustVQA_accuracy",
-        "MMVP_accuracy",
-        "ntp",
-        "csr",
-        "nip",
-    )
+    keys = ("caption_accuracy", "caption_guess", "text_accuracy", "csr_ratio", "probe_uncaptioned", "probe_shape")
+    keys += ("POPE_accuracy", "MMVP_accuracy", "MMVP_single_accuracy", "ntp", "csr", "nip")
     for r in records:
         m = r["metrics"]
         found = ", ".join(f"{k} {m[k]:.3g}" for k in keys if k in m)

@@ -104,9 +104,9 @@ class Trainer:
         self.step, self.before = 0, 0.0
 
     def modes(self) -> None:
-        """Training mode; a frozen trunk's drop-path is off unless --frozen train."""
+        """Training mode; a frozen trunk's drop-path is off but in the code's form."""
         self.model.train()
-        if self.s.frozen == "eval" and "trunk" not in recipe.trained(self.s.stage, self.s.variant):
+        if not self.s.drop_paths and "trunk" not in recipe.trained(self.s.stage, self.s.variant):
             self.model.encoder.trunk.eval()
         if self.model.denoiser is not None:
             self.model.denoiser.latents.eval()

@@ -2,8 +2,8 @@
 
 A scene has 2x2 cells, each empty or with one digit, moved by up to one pixel. Digits keep company (3 with 8, 1 with 7,
 ...: in `company` of the scenes with two or more), so that language alone gives a guess about what else is there. A
-caption names one digit, the most frequent kind in the scene, and is wrong now and then. Every draw comes from a stream
-of its own (streams.py).
+short caption names one digit, the most frequent kind in the scene, and is wrong now and then; a listing names all of
+them. No text tells where a digit stands or how it is written. Every draw comes from a stream of its own (streams.py).
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,7 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 from documents.readers import Document, Picture, Text
 from streams import stream
@@ -26,8 +24,10 @@ FREQUENCY = 1 / (2 + np.arange(10))  # digit 0 is named most often; a caption na
 COUNTS = (0.1, 0.2, 0.3, 0.4)  # share of scenes with 1, 2, 3, 4 digits
 SHAPES = 12  # principal components that describe the shape of a scan
 SPARE = 600  # scans kept for tests
-WORDS = (*NAMES, *"there is a an and the in image main object this on left digits yes no . ? ,".split())
-WORDS = (*WORDS, "digit", "two", "mirrored", "please", "answer", "or", "are")
+NUMBERS = ("one", "two", "three", "four")
+WORDS = (*NAMES, *NUMBERS, *"there is a an and the in image on left digits are yes no . ? ,".split())
+LISTED = 0.5  # share of captions that name all digits
+QUESTIONS = {"there": 0.5, "left": 0.25, "count": 0.25}  # of instruction tuning: presence, side, number
 
 
 @cache
@@ -126,46 +126,53 @@ def listing(digits) -> str:
     return "there is " + " and ".join(f"a {d}" for d in sorted({int(d) for d in digits if d >= 0})) + " ."
 
 
-def ask(kind: str, digit: int) -> str:
-    """The wordings of tiny-POPE, tiny-RobustVQA and tiny-MMVP."""
+def ask(kind: str, what: int) -> str:
+    """The wordings of tiny-POPE and tiny-MMVP; `what` is a digit, or how many there are."""
     return {
-        "there": f"Is there a {digit} in the image?",
-        "main": f"Is {digit} the main object in this image?",
-        "left": f"Is the {digit} on the left?",
-        "two": "Are there two digits in the image?",
-        "mirrored": f"Is the {digit} mirrored?",
+        "there": f"Is there a {what} in the image?",
+        "left": f"Is the {what} on the left?",
+        "count": f"Are there {NUMBERS[what - 1] if kind == 'count' else what} digits in the image?",
     }[kind]
 
 
-def truth(kind: str, cells: np.ndarray, digit: int) -> bool:
+def truth(kind: str, cells: np.ndarray, what: int) -> bool:
     if kind == "left":
-        return bool((cells[[0, 2]] == digit).any())
-    if kind == "two":
-        return int((cells >= 0).sum()) == 2
-    return bool((cells == digit).any())
+        return bool((cells[[0, 2]] == what).any())
+    if kind == "count":
+        return int((cells >= 0).sum()) == what
+    return bool((cells == what).any())
 
 
-def question(rng: np.random.Generator, cells: np.ndarray) -> tuple[str, str]:
-    """A random question about a scene and its answer; half of those about presence ask for what is there."""
+def question(rng: np.random.Generator, cells: np.ndarray, kind: str) -> tuple[str, str]:
+    """A random question of a kind about a scene and its answer; half of those about presence ask for what is there,
+    half of those about number for the right one."""
     present = sorted({int(d) for d in cells if d >= 0})
-    kind = str(rng.choice(["there", "main", "left", "two"], p=[0.6, 0.15, 0.15, 0.1]))
-    if kind == "left":
-        digit = int(rng.choice(present))
-    elif rng.random() < 0.5:
-        digit = int(rng.choice(present))
+    right = rng.random() < 0.5
+    if kind == "count":
+        count = int((cells >= 0).sum())
+        what = count if right else int(rng.choice([n for n in range(1, CELLS + 1) if n != count]))
     else:
-        digit = int(rng.choice([d for d in range(10) if d not in present]))
-    return ask(kind, digit), "yes" if truth(kind, cells, digit) else "no"
+        absent = [d for d in range(10) if d not in present]
+        what = int(rng.choice(present if right or kind == "left" else absent))
+    return ask(kind, what), "yes" if truth(kind, cells, what) else "no"
+
+
+def questions(rng: np.random.Generator, cells: np.ndarray, kinds: dict[str, float], most: int = 3) -> list[Text]:
+    """One to `most` questions about a scene, each followed by its answer; the answers are learned."""
+    out = []
+    for kind in rng.choice([*kinds], size=1 + rng.integers(most), p=[*kinds.values()]):
+        asked, answer = question(rng, cells, str(kind))
+        out += [Text(f" {asked}", learn=False), Text(f" {answer}")]
+    return out
 
 
 def speech(rng: np.random.Generator, company: float = 0.8) -> list[Text]:
-    """A text without picture for the warm-up of the language model: a description, complete or not, and a question."""
+    """A text without picture for the warm-up of the language model: a description and questions about it. A listing
+    holds the answers about presence; after a short caption the company that digits keep is all there is to go by."""
     s = make_cells(rng, company)
-    told = listing(s) if rng.random() < 0.6 else caption(min(int(d) for d in s if d >= 0))
-    if rng.random() < 0.3:
-        return [Text(told)]
-    asked, answer = question(rng, s)
-    return [Text(told), Text(f"{asked} "), Text(answer)]
+    listed = rng.random() < 0.75
+    told = listing(s) if listed else caption(min(int(d) for d in s if d >= 0))
+    return [Text(told), *questions(rng, s, {"there": 0.9, "left": 0.05, "count": 0.05}, most=4)]
 
 
 def make_cells(rng: np.random.Generator, company: float) -> np.ndarray:
@@ -189,8 +196,8 @@ def to_picture(image: np.ndarray) -> Picture:
 class SceneReader:
     """Endless documents over fixed training scenes; a function of seed and position alone, like the readers of files.
 
-    stage 1: picture and caption, in either order with equal chance; a quarter of the documents hold two scenes.
-    stage 2: picture, question, answer; the answer alone is learned."""
+    stage 1: picture and caption, short or a listing, in either order with equal chance; a quarter of the documents hold
+    two scenes. stage 2: picture and up to three questions with answers; the answers alone are learned."""
 
     def __init__(
         self, seed: int, stage: int, *, n: int = 6000, company: float = 0.8, noise: float = 0.05, rank: int = 0,
@@ -215,13 +222,13 @@ class SceneReader:
         self.at += self.world
         if self.stage > 1:
             i = int(rng.integers(len(self.scenes)))
-            asked, answer = question(rng, self.scenes.cells[i])
-            return Document((self.pictures[i], Text(asked, learn=False), Text(answer)), f"scene {i}")
+            return Document((self.pictures[i], *questions(rng, self.scenes.cells[i], QUESTIONS)), f"scene {i}")
         parts: list[Text | Picture] = []
         for _ in range(2 if rng.random() < 0.25 else 1):
             i = int(rng.integers(len(self.scenes)))
             named = self.captioned[i] if rng.random() >= self.noise else int(rng.integers(10))
-            pair = [self.pictures[i], Text(caption(named))]
+            told = listing(self.scenes.cells[i]) if rng.random() < LISTED else caption(named)
+            pair = [self.pictures[i], Text(told)]
             parts += pair if rng.random() < 0.5 else pair[::-1]
         return Document(tuple(parts), "scenes")
 
@@ -229,63 +236,25 @@ class SceneReader:
 # ----------------------------------------------------------------------------------------------------------- benchmarks
 
 
-@cache
-def small_clip(seed: int, labelled: int = 200) -> LogisticRegression:
-    """The miniature of the CLIP that mines RobustVQA: logistic regression on pixels of a few scans."""
-    images, labels, _ = scans()
-    chosen = stream(seed, "small clip").choice(pools()[0], labelled, replace=False)
-    return LogisticRegression(max_iter=500).fit(images[chosen].reshape(labelled, -1), labels[chosen])
-
-
-def renditions(scans_: np.ndarray) -> np.ndarray:
-    """Inverted picture and its edges, half and half."""
-    edges = np.stack([np.hypot(ndimage.sobel(x, 0), ndimage.sobel(x, 1)) for x in scans_])
-    edges /= edges.max((1, 2), keepdims=True).clip(1e-6)
-    return np.clip(0.5 * (1 - scans_) + 0.5 * edges, 0, 1).astype(np.float32)
-
-
-def rotated(scans_: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turned by up to 15 degrees, with noise."""
-    turned = [ndimage.rotate(x, rng.uniform(-15, 15), reshape=False, order=1) for x in scans_]
-    return np.clip(np.stack(turned) + rng.normal(0, 0.15, scans_.shape), 0, 1).astype(np.float32)
-
-
-def mined(seed: int) -> dict[str, list[tuple[np.ndarray, str, str]]]:
-    """{subset: (scene with one digit, true name, wrong name)} of the test scans that the miniature CLIP gets wrong:
-    as they are (A), as renditions (R), turned and noisy (V)."""
-    images, labels, _ = scans()
-    test, clip, out = pools()[1], small_clip(seed), {}
-    rng = stream(seed, "mined")
-    kinds = {"A": images[test], "R": renditions(images[test]), "V": rotated(images[test], rng)}
-    for name, given in kinds.items():
-        said = clip.predict(given.reshape(len(given), -1))
-        wrong = np.flatnonzero(said != labels[test])[:150]
-        out[name] = [(alone(given[i], rng), NAMES[labels[test][i]], NAMES[said[i]]) for i in wrong]
-    return out
-
-
 def pairs(seed: int, n: int = 60) -> list[tuple[tuple, tuple]]:
-    """tiny-MMVP: (scene, question, answer) pairs that differ in the side of a digit, the count, or by mirroring."""
+    """tiny-MMVP: n pairs of (scene, question, answer) that differ in one thing, in turn the side of a digit and the
+    number of digits."""
     images, labels, _ = scans()
     rng, test, out = stream(seed, "pairs"), pools()[1], []
     for k in range(n):
-        i = int(rng.choice(test))
-        d, a, b = int(labels[i]), np.zeros((SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), np.float32)
-        if k % 3 == 0:
-            row = 2 * int(rng.integers(2))
-            paste(a, images[i], row, 0, 0)
-            paste(b, images[i], row + 1, 0, 0)
-            asked = ask("left", d)
-        elif k % 3 == 1:
-            j, other = rng.choice(test, 2, replace=False)
-            for canvas, many in ((a, (i, j)), (b, (i, j, other))):
-                for cell, scan in enumerate(many):
-                    paste(canvas, images[scan], cell, 0, 0)
-            asked = ask("two", d)
+        a, b = np.zeros((SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), np.float32)
+        if k % 2 == 0:
+            i, row, moved = int(rng.choice(test)), 2 * int(rng.integers(2)), rng.integers(-1, 2, size=2)
+            paste(a, images[i], row, *moved)
+            paste(b, images[i], row + 1, *moved)
+            asked = ask("left", int(labels[i]))
         else:
-            cell = int(rng.integers(CELLS))
-            paste(a, images[i][:, ::-1], cell, 0, 0)
-            paste(b, images[i], cell, 0, 0)
-            asked = ask("mirrored", d)
-        out.append(((a, asked, "yes"), (b, asked, "no")))
+            count, cells = 1 + int(rng.integers(CELLS - 1)), rng.permutation(CELLS)
+            for j, scan in enumerate(rng.choice(test, count + 1, replace=False)):
+                moved = rng.integers(-1, 2, size=2)
+                for canvas in (a, b) if j < count else (b,):
+                    paste(canvas, images[scan], cells[j], *moved)
+            asked = ask("count", count)
+        first, second = (a, asked, "yes"), (b, asked, "no")
+        out.append((first, second))
     return out

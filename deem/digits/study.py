@@ -1,5 +1,6 @@
 """What the demo measures on held-out digit scenes: whether image tokens help to denoise their own image, what a linear
-probe finds in them, and the answers to tiny-POPE, tiny-RobustVQA and tiny-MMVP.
+probe finds in them, whether the language model reads texts and sees pictures, and its answers to tiny-POPE and
+tiny-MMVP.
 
 `score` is called by train.py at the end of a run and by eval.py, which scores a finished run again.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 from digits import scenes
 from digits.pretrain import images_of, views
 from documents import prompts
+from documents.document import Text
 from evaluation import benchmarks, parsers
 from model import Deem, Seen
 from streams import stream, torch_seed
@@ -20,7 +22,7 @@ from streams import stream, torch_seed
 TIMES = (100, 300, 500, 700, 900)
 PROBE = (1500, 500)  # scenes that fit the probe, scenes that test it
 RIDGE = 1.0
-SUBSETS = {"A": "RobustVQA-A", "R": "RobustVQA-R", "V": "RobustVQA-V"}
+LOOKS = 1000  # scenes of the checks whether the language model reads and sees
 
 
 @torch.no_grad()
@@ -53,24 +55,53 @@ def features(model: Deem, part: scenes.Scenes) -> np.ndarray:
 
 
 def probe(model: Deem, seed: int) -> dict[str, float]:
-    """Ridge regression from the tokens to what stands in each cell (11 kinds): accuracy in per cent over cells with a
-    digit that captions do not name, over those with the named one, and over all."""
+    """Ridge regression from the tokens to what stands in each cell (11 kinds), accuracy in per cent: over cells with a
+    digit that short captions do not name, over those with the named one, and over all. `probe_shape`: the same to what
+    no text tells, how each digit is moved and written; per cent of its variance over cells with a digit (R^2)."""
     fit = scenes.make(PROBE[0], stream(seed, "probe"), scenes.pools()[0])
     held = scenes.make(PROBE[1], stream(seed, "probe held out"), scenes.pools()[1])
     x, y = features(model, fit), features(model, held)
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, y = (np.c_[(a - mean) / std, np.ones(len(a))] for a in (x, y))
-    targets = np.eye(11)[fit.cells + 1].reshape(len(fit), -1)
-    w = np.linalg.solve(x.T @ x + RIDGE * len(x) / 100 * np.eye(x.shape[1]), x.T @ targets)
-    said = (y @ w).reshape(len(held), scenes.CELLS, 11).argmax(2) - 1
+    kinds, shapes = np.eye(11)[fit.cells + 1].reshape(len(fit), -1), fit.details.reshape(len(fit), -1)
+    w = np.linalg.solve(x.T @ x + RIDGE * len(x) / 100 * np.eye(x.shape[1]), x.T @ np.c_[kinds, shapes])
+    said = (y @ w)[:, : kinds.shape[1]].reshape(len(held), scenes.CELLS, 11).argmax(2) - 1
     right, there = said == held.cells, held.cells >= 0
+    drawn = (y @ w)[:, kinds.shape[1] :].reshape(held.details.shape)[there]
+    spread = held.details[there] - fit.details[fit.cells >= 0].mean(0)
+    shape = 1 - ((held.details[there] - drawn) ** 2).sum() / (spread**2).sum()
     named = there & (held.cells == held.captioned()[:, None])
     parts = {"uncaptioned": there & ~named, "captioned": named, "cells": np.ones_like(there)}
-    return {f"probe_{k}": 100 * float(right[m].mean()) for k, m in parts.items()}
+    return {f"probe_{k}": 100 * float(right[m].mean()) for k, m in parts.items()} | {"probe_shape": 100 * float(shape)}
+
+
+@torch.no_grad()
+def looks(model: Deem, seed: int, batch: int = 250) -> dict[str, float]:
+    """Whether the language model sees and reads, in per cent. `caption_accuracy`: the digit that it finds most probable
+    behind a picture and "there is a" is the caption's; `caption_guess`: what the most frequent digit would get;
+    `caption_gain`: their difference, 0 for a model that does not look. `text_accuracy`: answers to "Is there a d?" with
+    the listing as text in place of the picture, half of them yes."""
+    held = scenes.make(LOOKS, stream(seed, "looks"), scenes.pools()[1])
+    rng, named = stream(seed, "reading"), held.captioned()
+    right = read = 0
+    for index in np.array_split(np.arange(len(held)), max(1, len(held) // batch)):
+        seen = model.encode_images(images_of(model, held, index))
+        begun = [[scenes.to_picture(held.images[i]), Text("there is a", learn=False)] for i in index]
+        said = model.word_scores(begun, scenes.NAMES, seen).argmax(1).cpu().numpy()
+        right += int((said == named[index]).sum())
+        asked, answers_ = zip(*(scenes.question(rng, held.cells[i], "there") for i in index), strict=True)
+        told = [scenes.listing(held.cells[i]) for i in index]
+        texts = [[Text(f"{t} {q}", learn=False)] for t, q in zip(told, asked, strict=True)]
+        yes, no = model.yes_no(texts).cpu().numpy().T
+        read += int(((yes > no) == (np.array(answers_) == "yes")).sum())
+    guess = 100 * float(np.bincount(named).max()) / len(held)
+    found = {"caption_accuracy": 100 * right / len(held), "caption_guess": guess}
+    return {**found, "caption_gain": 100 * right / len(held) - guess, "text_accuracy": 100 * read / len(held)}
 
 
 def questions(seed: int, count: int) -> tuple[list[benchmarks.Question], list[np.ndarray]]:
-    """All questions of the demo; `Question.image` is an index into the pictures beside them."""
+    """All questions of the demo, 6 `count` in each tiny-POPE list and in tiny-MMVP; `Question.image` is an index into
+    the pictures beside them."""
     images: list[np.ndarray] = []
     out: list[benchmarks.Question] = []
     pool = scenes.make(6 * count, stream(seed, "benchmarks"), scenes.pools()[1])
@@ -80,16 +111,8 @@ def questions(seed: int, count: int) -> tuple[list[benchmarks.Question], list[np
     for kind in benchmarks.POPE_KINDS:
         for q in benchmarks.build_pope(lists, scenes.NAMES, kind=kind, images=None, seed=seed):
             out.append(named(q, "POPE", kind))
-    mined: dict[str, list[dict]] = {}
-    for subset, rows in scenes.mined(seed).items():
-        mined[subset] = []
-        for image, right, wrong in rows:
-            mined[subset].append({"file_name": len(images), "gt_caption": right, "error_caption": wrong})
-            images.append(image)
-    for subset, qs in benchmarks.build_robustvqa(mined).items():
-        out += [named(q, "RobustVQA", subset) for q in qs]
     pairs = []
-    for pair in scenes.pairs(seed):
+    for pair in scenes.pairs(seed, 3 * count):
         row = []
         for image, asked, answer in pair:
             row.append((len(images), asked, answer))
@@ -128,27 +151,29 @@ def answers(model: Deem, asked: list[benchmarks.Question], images: list[np.ndarr
 def answer_scores(rows: list[dict]) -> dict[str, float]:
     """Accuracy, F1, precision, recall and yes ratio of each list, means over lists, and what always-yes would get."""
     out: dict[str, float] = {}
-    for name, groups in (("POPE", benchmarks.POPE_KINDS), ("RobustVQA", SUBSETS)):
-        for group in groups:
-            some = [r for r in rows if (r["benchmark"], r["group"]) == (name, group)]
-            found = parsers.score_yes_no(some)
-            keys = ("accuracy", "f1", "precision", "recall", "yes_ratio", "unparsed", "pope_accuracy")
-            out |= {f"{name}_{group}_{k}": found[k] for k in keys}
-            out[f"{name}_{group}_n"] = len(some)
-            always = parsers.score_yes_no([{**r, "answer": "yes"} for r in some])["accuracy"]
-            out[f"{name}_{group}_always_yes"] = always
-        out[f"{name}_accuracy"] = float(np.mean([out[f"{name}_{g}_accuracy"] for g in groups]))
-        out[f"{name}_yes_ratio"] = float(np.mean([out[f"{name}_{g}_yes_ratio"] for g in groups]))
+    keys = ("accuracy", "f1", "precision", "recall", "yes_ratio", "unparsed", "pope_accuracy")
+    for group in benchmarks.POPE_KINDS:
+        some = [r for r in rows if (r["benchmark"], r["group"]) == ("POPE", group)]
+        found = parsers.score_yes_no(some)
+        out |= {f"POPE_{group}_{k}": found[k] for k in keys}
+        out[f"POPE_{group}_n"] = len(some)
+        out[f"POPE_{group}_always_yes"] = parsers.score_yes_no([{**r, "answer": "yes"} for r in some])["accuracy"]
+    for key in ("accuracy", "yes_ratio"):
+        out[f"POPE_{key}"] = float(np.mean([out[f"POPE_{g}_{key}"] for g in benchmarks.POPE_KINDS]))
     pairs = [{**r, "right": r["answer"] == r["label"]} for r in rows if r["benchmark"] == "MMVP"]
-    found = parsers.score_pairs(pairs)
-    return out | {"MMVP_accuracy": found["accuracy"], "MMVP_single_accuracy": found["single_accuracy"]}
+    found, words = parsers.score_pairs(pairs), {"left": "left", "count": "digits"}
+    out |= {"MMVP_accuracy": found["accuracy"], "MMVP_single_accuracy": found["single_accuracy"], "MMVP_n": len(pairs)}
+    for kind, word in words.items():
+        if some := [r for r in pairs if word in r["question"]]:
+            out[f"MMVP_{kind}_accuracy"] = parsers.score_pairs(some)["accuracy"]
+    return out
 
 
 @torch.no_grad()
 def score(model: Deem, s, seed: int) -> tuple[dict[str, float], list[dict]]:
     """(metrics of the record, a dict a question) of a run on the digit scenes."""
     model.eval()
-    out = probe(model, seed)
+    out = probe(model, seed) | looks(model, seed)
     if model.denoiser is not None:
         held = scenes.make(256, stream(seed, "denoising scenes"), scenes.pools()[1])
         out |= denoising(model, held, seed, maps=s.csr_use_mmfs == "on")

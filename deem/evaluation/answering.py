@@ -1,6 +1,7 @@
 """How a Deem answers: texts by beam search, yes or no, scores of options, pictures drawn from a document or from an
 image's tokens. What the losses need stands in model.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lab.runs import UserError, sent
@@ -88,9 +89,14 @@ class Answering:
     @torch.no_grad()
     def yes_no(self, prompts: list[list], images: Seen | None = None) -> Tensor:
         """(B, 2): log-probability that the first token of the answer is yes, and no; one pass, no search."""
+        return self.word_scores(prompts, ("yes", "no"), images)
+
+    @torch.no_grad()
+    def word_scores(self, prompts: list[list], words: Sequence[str], images: Seen | None = None) -> Tensor:
+        """(B, words): log-probability that the first token behind a prompt is a word's first; one pass, no search."""
         b, seen = self.prepare(prompts, images, left=True)
         scores = self.llm.lm_head(self.hidden(b, seen)[:, -1]).float().log_softmax(-1)
-        return torch.stack([scores[:, self.tok.answers(w)].logsumexp(1) for w in ("yes", "no")], 1)
+        return torch.stack([scores[:, self.tok.answers(w)].logsumexp(1) for w in words], 1)
 
     @torch.no_grad()
     def option_scores(self, prompts: list[list], options: list[list[str]], images: Seen | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Questions with yes/no and choice answers: POPE, RobustVQA, MMVP, MMVP-VLM. Builders and readers; how answers are read
+"""Questions with yes/no and choice answers: POPE, RobustVQA, MMVP. Builders and readers; how answers are read
 and scored stands in parsers.py."""
 
 import csv
@@ -15,17 +15,6 @@ from lab.runs import UserError, command, parse, write_text
 POPE_KINDS = ("random", "popular", "adversarial")
 ROBUST_SETS = {"imagenet_a": "RobustVQA-A", "imagenet_r": "RobustVQA-R", "imagenet_v2": "RobustVQA-V"}
 ROBUST_SEED = 8823
-PATTERNS = (  # the nine visual patterns of MMVP-VLM, 15 pairs each
-    "Orientation and Direction",
-    "Presence of Specific Features",
-    "State and Condition",
-    "Quantity and Count",
-    "Positional and Relational Context",
-    "Color and Appearance",
-    "Structural Characteristics",
-    "Texts",
-    "Viewpoint and Perspective",
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,8 @@ def build_pope(
     `per_image` present objects (label yes), each followed by an absent one (label no) that is chosen by `kind`:
     random = uniform over the names; popular = the most frequent name not yet asked; adversarial = the name that occurs
     most often together with the present one. Where no such name is left, a random one. Frequencies are counted over the
-    drawn pictures, ties go by the order of `names`, and no name is asked twice for a picture.
+    drawn pictures, ties go to the name that appears first in them, as the authors' builder breaks them (a list of names
+    is read in its order, a set in that of `names`), and no name is asked twice for a picture.
 
     Pictures and present objects depend on `seed` alone, so the three kinds ask about the same of them. UserError:
     unknown kind, a name outside `names`, too few pictures, or a picture without enough absent names.
@@ -77,12 +67,13 @@ def build_pope(
     if per_image < 1 or (images is not None and images < 1):
         raise UserError("POPE needs at least one question a picture and one picture")
     rank = {name: k for k, name in enumerate(names)}
-    scenes = [list(dict.fromkeys(s)) for s in scene_lists]
+    scenes = [
+        sorted(s, key=lambda n: rank.get(n, 0)) if isinstance(s, set) else [*dict.fromkeys(s)] for s in scene_lists
+    ]
     for k, scene in enumerate(scenes):
         unknown = [name for name in scene if name not in rank]
         if unknown:
             raise UserError(f"picture {k} holds {unknown[0]}, which is not among the {len(rank)} names")
-        scene.sort(key=rank.__getitem__)  # sets have no order of their own
     chosen = [k for k, scene in enumerate(scenes) if len(scene) >= per_image]
     draw = random.Random(f"pope {seed} pictures")
     if images is not None:
@@ -95,8 +86,8 @@ def build_pope(
         for name in scenes[k]:
             together[name].update(other for other in scenes[k] if other != name)
     annotated = [name for name in names if count[name]]  # as the authors: names that occur in the drawn pictures
-    popular = sorted(annotated, key=lambda n: (-count[n], rank[n]))
-    near = {n: sorted(c, key=lambda m: (-c[m], rank[m])) for n, c in together.items()}
+    popular = [n for n, _ in count.most_common()]
+    near = {n: [m for m, _ in c.most_common()] for n, c in together.items()}
 
     negatives, out = random.Random(f"pope {seed} {kind}"), []
     for k in chosen:
@@ -253,21 +244,6 @@ def split_options(text: str) -> list[tuple[str, str]]:
     """'(a) Open (b) Closed' -> [('(a)', 'Open'), ('(b)', 'Closed')]."""
     parts = text.replace("(", "\n(").split("\n")
     return [(p[:3], p[3:].strip()) for p in map(str.strip, parts) if len(p) > 3 and p[0] == "(" and p[2] == ")"]
-
-
-def read_mmvp_vlm(folder: Path) -> list[Question]:
-    """MMVP-VLM as published: Questions.csv (Question ID, Type, Statement), `MLLM_VLM Images/<Type>/<id>.jpg`;
-    consecutive rows are a pair of pictures and statements."""
-    rows = _csv(folder / "Questions.csv", ("Question ID", "Type", "Statement"))
-    if len(rows) % 2:
-        raise UserError(f"{folder / 'Questions.csv'} has an odd number of statements; fetch it again")
-    out = []
-    for k, row in enumerate(rows):
-        first = rows[k - k % 2]
-        image = f"MLLM_VLM Images/{first['Type'].strip()}/{int(row['Question ID'])}.jpg"
-        meta = {"question_id": int(row["Question ID"]), "slot": k % 2}
-        out.append(Question(image, row["Statement"].strip(), "yes", first["Type"].strip(), f"vlm-{k // 2}", meta))
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

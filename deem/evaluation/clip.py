@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from documents.readers import Picture
 from vision.encoder import MEAN, STD
 
 
@@ -88,17 +87,3 @@ def imagenet_classes(path: Path | None = None) -> tuple[list[str], list[str]]:
     lines = (folder / "imagenet_synset_to_lemma.txt").read_text().splitlines()
     lemma = dict(line.split("\t", 1) for line in lines)
     return wnids, [lemma[w].split(", ")[0].replace(" ", "_") for w in wnids]
-
-
-def score_vlm(clip: Clip, questions: Sequence, root: Path, crop: bool = True) -> list[dict]:
-    """A record a pair of MMVP-VLM: both statements must be closest to their own picture. Texts are "a photo of ..." and
-    a statement is given to the first picture only where that is strictly closer, as officially."""
-    out = []
-    for first, second in zip(questions[::2], questions[1::2], strict=True):
-        images = clip.image_features([Picture(root / q.image).load() for q in (first, second)], crop)
-        texts = clip.text_features([f"a photo of {q.question}" for q in (first, second)])
-        images, texts = (torch.nn.functional.normalize(x, dim=-1) for x in (images, texts))
-        chosen = [0 if row[0] > row[1] else 1 for row in (texts @ images.T).tolist()]
-        for slot, q in enumerate((first, second)):
-            out.append({"pair": q.pair, "group": q.group, "chosen": chosen[slot], "right": chosen[slot] == slot})
-    return out

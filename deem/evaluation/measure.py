@@ -12,8 +12,6 @@ import torch
 from documents.document import Picture
 from evaluation import parsers, scores
 from evaluation.asking import GENERATION, SHORT, ask, seconds_of
-from evaluation.benchmarks import Question
-from evaluation.clip import load_clip, score_vlm
 from evaluation.drawing import draw
 from evaluation.sets import BENCHMARKS, SETTINGS_OF, Set, digest, questions_of, variant_of
 from settings import EvalSettings
@@ -21,7 +19,7 @@ from settings import EvalSettings
 HEADLINE = {
     **{"yesno": "accuracy", "choice": "accuracy", "name": "accuracy", "vqa": "accuracy", "vizwiz": "accuracy"},
     **{"exact": "accuracy", "rank": "ndcg", "caption": "cider", "paragraph": "cider", "region": "cider"},
-    **{"draw": "fid", "clip": "accuracy"},
+    **{"draw": "fid"},
 }
 
 
@@ -116,8 +114,6 @@ def _evaluate(s: EvalSettings, run: runs.Run, seed: int, model, form: str, label
             records: list[dict] = []
             if one.kind == "draw":
                 metrics = draw(model, s, one, questions, root, folder / f"drawn-{slug}", seed, form, device)
-            elif one.kind == "clip":
-                metrics = score_clip(s, questions, root / one.images, device)
             else:
                 generation = {**GENERATION.get(one.kind, SHORT), **({"num_beams": s.beams} if s.beams else {})}
                 records = ask(
@@ -143,16 +139,6 @@ def _evaluate(s: EvalSettings, run: runs.Run, seed: int, model, form: str, label
             where["scale"], data["sha256"] = s.scale, digest(questions)
             more = {"data": data, "metrics": metrics, "where": where, "device": device}
             run.record(seed, seconds=spent, suffix=f"-{slug}", **more)
-
-
-def score_clip(s: EvalSettings, questions: Sequence[Question], root: Path, device) -> dict[str, float]:
-    """MMVP-VLM of a CLIP model: pair accuracy in all and by visual pattern."""
-    clip = load_clip(s.clip, s.clip_weights, device, s.download)
-    records = score_vlm(clip, questions, root)
-    out = parsers.score_pairs(records)
-    for group in dict.fromkeys(q.group for q in questions):
-        out[f"accuracy {group}"] = parsers.score_pairs([r for r in records if r["group"] == group])["accuracy"]
-    return out
 
 
 def show(record: dict) -> None:

@@ -17,7 +17,7 @@ from evaluation.benchmarks import Question
 class Set:
     """One column of a table: its questions, how they are asked and scored.
 
-    `kind`: yesno, choice, name (Table 9), vqa, vizwiz, exact, rank, caption, paragraph, region, draw, clip.
+    `kind`: yesno, choice, name (Table 9), vqa, vizwiz, exact, rank, caption, paragraph, region, draw.
     `images` is joined to a question's image below `<data-dir>/deem`.
     """
 
@@ -67,7 +67,6 @@ BENCHMARKS: dict[str, list[Set]] = {
     "robustvqa-wrong-first": [Set(label, _robust(key, "wrong"), "name") for key, label in bm.ROBUST_SETS.items()],
     "robustvqa-right-first": [Set(label, _robust(key, "right"), "name") for key, label in bm.ROBUST_SETS.items()],
     "mmvp": [Set("MMVP", _mmvp, "choice", "mmvp")],
-    "mmvp-vlm": [Set("MMVP-VLM", lambda root: bm.read_mmvp_vlm(root / "mmvp_vlm"), "clip", "mmvp_vlm")],
     "vqav2": [Set("VQAv2", vqa.vqav2, "vqa")],
     "okvqa": [Set("OKVQA", vqa.okvqa, "vqa")],
     "vizwiz": [Set("VizWiz", vqa.vizwiz, "vizwiz")],
@@ -103,7 +102,7 @@ def questions_of(s, one: Set, root: Path) -> list[Question]:
         raise UserError(f"{one.label} has no question in {root}")
     if s.items:
         n = s.items
-        if one.kind in ("choice", "clip"):
+        if one.kind == "choice":
             n += n % 2
         found = found[:n]
     gone = sorted({str(q.image) for q in found if not (root / one.images / str(q.image)).is_file()})

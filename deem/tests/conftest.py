@@ -74,6 +74,7 @@ def quick_study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "PROBE", (150, 50))
         patch.setattr(study, "TIMES", (300, 700))
+        patch.setattr(study, "LOOKS", 60)
         yield
 
 

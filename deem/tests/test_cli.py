@@ -109,13 +109,10 @@ def test_every_planned_run_parses():
     """Names, options and values of plan.yaml are those of the commands."""
     import dataclasses
 
-    import diva
-
     classes = {
         "train.py": Settings,
         "bench.py": bench.BenchSettings,
         "eval.py": EvalSettings,
-        "diva.py": diva.DivaSettings,
     }
     plan = load_plan()
     for scale in plan["scales"]:

@@ -5,6 +5,7 @@ import random
 
 from lab.runs import UserError
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vision import encoder
 from vision.encoder import Encoder, make_trunk
 from vision.grids import binary_mask, resized, sincos_2d
 from vision.resampler import Resampler
-from vision.views import two_views
+from vision.views import centre_crop, two_views
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,32 @@ def test_views_crop_or_squeeze():
     assert a.shape == (3, 8, 8) and b.shape == (3, 20, 20) and a.max() < 0.05
     a, _ = two_views(wide, (8, 20), crop=False, flip="none", rng=random.Random(0))
     assert a.max() > 0.9
+
+
+def test_a_large_picture_is_halved_before_the_bicubic_step():
+    """Means of 2 x 2 pixels, rows first, while the shorter side is twice the view or more; then one step."""
+    rng = np.random.default_rng(0)
+    for width, height, halvings in ((64, 64, 2), (96, 68, 2), (40, 30, 0), (50, 34, 1)):
+        whole = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        small = whole.astype(np.float64)
+        for _ in range(halvings):
+            assert min(small.shape[:2]) >= 32
+            small = np.floor((small[:, 0::2] + small[:, 1::2]) / 2 + 0.5)
+            small = np.floor((small[0::2] + small[1::2]) / 2 + 0.5)
+        assert min(small.shape[:2]) < 32
+        step = Image.fromarray(small.astype(np.uint8))
+        scale = 16 / min(step.size)
+        if scale != 1:
+            step = step.resize((round(step.width * scale), round(step.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (step.width - 16) // 2, (step.height - 16) // 2
+        want = np.asarray(step)[top : top + 16, left : left + 16].astype(int)
+        found = np.asarray(centre_crop(Image.fromarray(whole), 16)).astype(int)
+        assert found.shape == (16, 16, 3) and np.abs(found - want).max() <= 1
+        plain = Image.fromarray(whole).resize(
+            (round(width * 16 / min(width, height)), round(height * 16 / min(width, height))), Image.Resampling.BICUBIC
+        )
+        off = np.abs(np.asarray(plain)[: want.shape[0], : want.shape[1]].astype(int) - want).max()
+        assert not halvings or off > 3  # another picture than one bicubic step makes
 
 
 def test_parameter_count_of_the_papers_trunk():

@@ -538,8 +538,6 @@ def everything(data) -> Path:
     )
     for k in (1, 2):
         put(f"mmvp/MMVP Images/{k}.jpg", None)
-        put(f"mmvp_vlm/MLLM_VLM Images/Texts/{k}.jpg", None)
-    put("mmvp_vlm/Questions.csv", "Question ID,Type,Statement\n1,Texts,a sign\n2,Texts,no sign\n")
     return data
 
 
@@ -557,30 +555,6 @@ def test_every_other_benchmark_end_to_end(monkeypatch, trained, everything, tmp_
     assert len(paragraph["answer"].split()) > 60  # 90 tokens, some of them special
     log = rows(tmp_path / "o" / "seed0" / "answers-visdial_visdial.jsonl")
     assert len(log[0]["scores"]) == 2 and all(x < 0 for x in log[0]["scores"])
-
-
-def test_mmvp_vlm_needs_no_run(monkeypatch, everything, tmp_path):
-    import open_clip
-    from test_mining import CONFIG
-
-    (tmp_path / "tiny-clip.json").write_text(json.dumps(CONFIG))
-    runs.write_tensors(tmp_path / "w.safetensors", open_clip.CLIP(**CONFIG).state_dict())
-    words = ["--benchmark", "mmvp-vlm", "--data-dir", everything, "--out", tmp_path / "o", "--device", "cpu"]
-    call(
-        monkeypatch,
-        *words,
-        "--clip",
-        tmp_path / "tiny-clip.json",
-        "--clip-weights",
-        tmp_path / "w.safetensors",
-        "--label",
-        "tiny",
-    )
-    (record,) = rows(tmp_path / "o" / "records.jsonl")
-    m = record["metrics"]
-    # Both pictures are the same file, so no statement can be closer to its own: both go to the second.
-    assert m["accuracy"] == 0.0 and m["single_accuracy"] == 50.0 and m["accuracy Texts"] == 0.0
-    assert record["method"] == "tiny" and record["data"]["name"] == "MMVP-VLM"
 
 
 def test_regions_are_asked_with_their_masks():

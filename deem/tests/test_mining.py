@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mining
-from evaluation import benchmarks, parsers, robustvqa
-from evaluation.clip import MEAN, STD, imagenet_classes, load_clip, score_vlm
+from evaluation import benchmarks, robustvqa
+from evaluation.clip import MEAN, STD, imagenet_classes, load_clip
 
 CONFIG = {
     "embed_dim": 16,
@@ -321,19 +321,6 @@ class Directions:
 
     def text_features(self, texts):
         return torch.tensor([[255.0 * (w in t) for w in ("red", "green", "blue")] for t in texts]).double()
-
-
-def test_mmvp_vlm_pairs(tmp_path):
-    folder = tmp_path / "MLLM_VLM Images" / "Texts"
-    folder.mkdir(parents=True)
-    colors = [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 255, 0)]
-    for k, color in enumerate(colors, 1):
-        Image.new("RGB", (4, 4), color).save(folder / f"{k}.jpg", "PNG")
-    rows = ["1,Texts,red", "2,Texts,blue", "3,Texts,red or green", "4,Texts,green"]  # the third ties: second picture
-    (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n" + "\n".join(rows))
-    records = score_vlm(Directions(), benchmarks.read_mmvp_vlm(tmp_path), tmp_path)
-    assert [r["chosen"] for r in records] == [0, 1, 1, 1]
-    assert parsers.score_pairs(records) == {"accuracy": 50.0, "single_accuracy": 75.0, "n": 2}
 
 
 def test_shuffling_is_not_disturbed_by_the_global_generator():

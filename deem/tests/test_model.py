@@ -339,7 +339,7 @@ def test_the_net_beside_the_unet_begins_with_nothing():
 
 
 def test_traps_four_and_seven():
-    model, _ = make("digits", nip_target="twice", lambda_csr=0.0)
+    model, _ = make("digits", form="official", lambda_csr=0.0)
     b = batch_of(model, documents(8))
     model.eval()
     a = model.losses(b, 0)["nip"]
@@ -357,15 +357,15 @@ def test_traps_four_and_seven():
 def test_official_form_sets_every_switch():
     s = Settings(preset="deem", dataset="paper", form="official", stage=2)
     s.resolve()
-    assert (s.csr_use_mmfs, s.squeeze, s.frozen, s.llm_lr) == ("on", 0.6, "train", 1e-5)
+    assert (s.csr_use_mmfs, s.squeeze, s.drop_paths, s.llm_lr) == ("on", 0.6, True, 1e-5)
     s = Settings(preset="deem", dataset="paper", form="official")
     s.resolve()
-    assert (s.flip, s.nip_target, s.trunk_lr, s.lr, s.batch, s.max_images, s.resolution) == (
-        "independent", "twice", 2e-5, 1e-4, 4, 15, 256,
+    assert (s.flip, s.loss().twice, s.trunk_lr, s.lr, s.batch, s.max_images, s.resolution) == (
+        "independent", True, 2e-5, 1e-4, 4, 15, 256,
     )  # fmt: skip
     s = Settings(preset="deem", dataset="paper", form="official", variant="deem-star")
     s.resolve()  # no CSR pass in front: NIP's picture is mapped once
-    assert s.nip_target == "right" and s.flip == "independent"
+    assert not s.loss().twice and s.flip == "independent"
     s = Settings(preset="deem", dataset="paper", stage=3)
     s.resolve()
     assert (s.flip, s.squeeze, s.llm_lr, s.batch, s.resolution, s.warmup, s.steps) == (

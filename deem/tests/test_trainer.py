@@ -67,10 +67,11 @@ def test_steps_against_a_loop(stage, betas, eps):
 
 
 def test_a_frozen_trunk_and_the_latents_are_in_evaluation_mode_unless_asked():
-    for frozen, variant, trunk in (
-        ("eval", "deem-star", False), ("train", "deem-star", True), ("eval", "deem", True), ("train", "deem", True),
+    for form, variant, trunk in (
+        ("paper", "deem-star", False), ("official", "deem-star", True), ("paper", "deem", True),
+        ("official", "deem", True),
     ):  # fmt: skip
-        t = trainer(1, variant, frozen=frozen)
+        t = trainer(1, variant, form=form)
         assert ("trunk" in recipe.trained(1, variant)) == (variant == "deem")
         t.model.eval()
         t.modes()

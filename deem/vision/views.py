@@ -19,7 +19,10 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side becomes `size` (bicubic), then the middle square."""
+    """The shorter side becomes `size`, then the middle square. As released: a picture whose shorter side is at least
+    twice as long is halved first (means of 2 x 2 pixels), as often as that is so; the rest is one bicubic step."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     w, h = image.size
     if min(w, h) != size:
         scale = size / min(w, h)
