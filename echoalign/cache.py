@@ -1,11 +1,15 @@
-"""What takes long is kept under a fingerprint of what it depends on; two processes that want the same: one waits."""
+"""What takes long is kept under a fingerprint of what it depends on; of two processes that want the same one waits."""
 
 import contextlib
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from lab import runs
+
+from torch import Tensor
 
 
 def fingerprint(value: dict) -> str:
@@ -25,3 +29,14 @@ def alone(folder: Path) -> Iterator[None]:
         for left in folder.glob(".*.tmp"):  # half a file of a process that was killed: nobody else writes here
             left.unlink(missing_ok=True)
         yield
+
+
+def kept(folder: Path, make: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of folder/result.safetensors, made when missing; make(checkpoint) may leave a checkpoint to go on
+    from, which is removed at the end."""
+    path, half = folder / "result.safetensors", folder / "checkpoint.safetensors"
+    with alone(folder):
+        if not path.is_file():
+            runs.write_tensors(path, make(half))
+            half.unlink(missing_ok=True)
+        return runs.read_tensors(path)[0]

@@ -271,6 +271,6 @@ def check(agreement: float, similarity: float, least: float) -> None:
     if agreement < least:
         raise UserError(
             f"the generator ignores the label: {100 * agreement:.1f} % of the modified images of wrong-labelled "
-            f"samples fit their label, --check asks for {100 * least:.0f} %; weaken the control (--control-scale, "
-            "--control-end), raise --strength or train longer"
+            f"samples fit their label, --check asks for {100 * least:.0f} %; weaken the control "
+            "(--edit.control-scale, --edit.control-end), raise --strength or train longer"
         )

@@ -25,7 +25,7 @@ def open_run(run: str, **changed):
     folder, only = Path(run), None
     if not (folder / "settings.json").is_file() and (folder.parent / "settings.json").is_file():
         folder, only = folder.parent, folder.name
-    s = runs.settings_from(folder / "settings.json", Settings, download=False, check=False, **changed)
+    s = runs.settings_from(folder / "settings.json", Settings, download=False, **changed)
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:
         raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")
@@ -34,7 +34,7 @@ def open_run(run: str, **changed):
 
 def main() -> None:
     e = runs.parse(EvalSettings, __doc__)
-    changed = {"data_dir": e.data_dir, "device": e.device, **({"cache": e.cache} if e.cache else {})}
+    changed = {"data_dir": e.data_dir, "device": e.device, "check": e.check, **({"cache": e.cache} if e.cache else {})}
     s, folder, seeds = open_run(e.run, **changed)
     torch.set_float32_matmul_precision("high")
     device = runs.device(s.device)
@@ -64,7 +64,7 @@ def main() -> None:
             raise UserError("--taus looks at modified images, and this run has none; give a run with echoalign")
         for tau in e.taus:
             kept = by_threshold(p.similarity, tau)
-            q = quality(kept, p.right) if p.right is not None else {"selected": int(kept.sum())}
+            q = quality(kept, p.right)
             numbers = "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in q.items())
             print(f"seed {seed} tau {tau:.3f}: {numbers}")
         if e.check:

@@ -70,7 +70,7 @@ def gallery(p, path: Path, n: int = 8) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [("label right", p.right), ("label wrong", ~p.right)] if p.right is not None else [("", p.modified.ok)]
+    rows = [("label right", p.right), ("label wrong", ~p.right)]
     rows = [(t, spread(mask, n)) for t, mask in rows if mask.any()]
     figure, axes = plt.subplots(2 * len(rows), n, figsize=(1.25 * n, 2.7 * len(rows)), squeeze=False)
     for axis in axes.flat:
@@ -80,7 +80,7 @@ def gallery(p, path: Path, n: int = 8) -> None:
             for k, image in enumerate((p.data.train.x[i], p.modified.small[i])):
                 axis = axes[2 * r + k, c]
                 axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
-                true = f"true {int(p.data.train.y[i])}, " if p.right is not None else ""
+                true = f"true {int(p.data.train.y[i])}, "
                 text = f"{true}given {int(p.y[i])}" if k == 0 else f"s = {float(p.similarity[i]):.2f}"
                 axis.set_title(text, fontsize=7)
         axes[2 * r, 0].text(
@@ -105,13 +105,13 @@ def thumbnails(p, n: int = 6) -> dict:
 
 
 def report(p, path: Path) -> None:
-    """A line a sample, least similar first: index, given label, similarity, kept; the true label where it is known."""
+    """A line a sample, least similar first: index, given label, similarity, kept, true label."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["index", "given_label", "similarity", "kept_original", "modified_ok", "true_label"])
     order = torch.argsort(torch.nan_to_num(p.similarity, nan=-2.0), stable=True)
     for i in order.tolist():
-        true = int(p.data.train.y[i]) if p.right is not None else ""
+        true = int(p.data.train.y[i])
         kept, fine = int(p.selected[i]), int(p.modified.ok[i])
         out.writerow([i, int(p.y[i]), f"{float(p.similarity[i]):.6f}", kept, fine, true])
     runs.write_text(path, text.getvalue())

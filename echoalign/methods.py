@@ -7,8 +7,6 @@ from torch import Tensor
 import echoselect
 from trainer import Learner, Phase
 
-# ---------------------------------------------------------------------------------------------------------- EchoAlign
-
 
 class Echo(Learner):
     """Weighted loss on D_mix, then fine-tuning on the selected originals with the optimiser as it is."""
@@ -18,7 +16,7 @@ class Echo(Learner):
         weights = echoselect.loss_weights(self.task.c)
         weights = {"cross": weights, "swapped": weights.flip(0), "equal": torch.ones(2)}[self.s.weighting]
         self.weights = weights.to(self.device)
-        self.tune = self.place(self.task.tune.x), self.task.tune.y.to(self.device)
+        self.tune = self.task.tune.x.to(self.device), self.task.tune.y.to(self.device)
 
     def phases(self) -> list[Phase]:
         return [Phase("main", self.s.epochs), Phase("finetune", self.s.finetune if len(self.tune[0]) > 1 else 0)]
@@ -40,6 +38,3 @@ class Echo(Learner):
             self.step(loss)
             total += torch.stack([loss.detach(), torch.ones_like(loss)])
         return total[0] / total[1].clamp(min=1)
-
-
-# ------------------------------------------------------------------------------------ losses with a transition matrix

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = ("cnn", "resnet18", "resnet34", "resnet50")
+NAMES = ("cnn", "resnet18", "resnet18-w16", "resnet34")
 
 
 class Classifier(nn.Module):
@@ -49,34 +49,23 @@ class Block(nn.Module):
         return F.relu(self.b2(self.c2(out)) + self.short(x))
 
 
-def resnet(channels: int, blocks: tuple[int, ...]) -> nn.Sequential:
-    """CIFAR form: 3x3 stem of stride 1, no max-pool, stages 64, 128, 256, 512."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    last = 64
+def resnet(channels: int, blocks: tuple[int, ...], width: int = 64) -> nn.Sequential:
+    """CIFAR form: 3x3 stem of stride 1, no max-pool, stages of width x 1, 2, 4, 8 channels."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    last = width
     for stage, n in enumerate(blocks):
         for k in range(n):
-            layers.append(Block(last, 64 * 2**stage, 2 if stage and k == 0 else 1))
-            last = 64 * 2**stage
+            layers.append(Block(last, width * 2**stage, 2 if stage and k == 0 else 1))
+            last = width * 2**stage
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build(name: str, classes: int, channels: int, mean: tuple, std: tuple, weights: str = "") -> Classifier:
-    """weights: for resnet50, "imagenet" (torchvision's default weights) or a state_dict file; "" is random."""
+def build(name: str, classes: int, channels: int, mean: tuple, std: tuple) -> Classifier:
+    """A network of NAMES, random weights, for images of so many channels; resnet18-w16: a quarter of its width."""
     if name == "cnn":
         return Classifier(cnn(channels), 128, classes, mean, std)
-    if name in ("resnet18", "resnet34"):
-        blocks = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
-        return Classifier(resnet(channels, blocks), 512, classes, mean, std)
-    if name != "resnet50":
+    if name not in NAMES:
         raise UserError(f"--model {name} is unknown; use one of {', '.join(NAMES)}")
-    import torchvision
-
-    try:
-        found = "DEFAULT" if weights == "imagenet" else None
-        body = torchvision.models.resnet50(weights=found)
-        if weights and weights != "imagenet":
-            body.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"weights {weights} of ResNet-50 could not be read ({str(error)[:160]})") from None
-    body.fc = nn.Identity()
-    return Classifier(body, 2048, classes, mean, std)
+    width = 16 if name.endswith("-w16") else 64
+    blocks = (3, 4, 6, 3) if name == "resnet34" else (2, 2, 2, 2)
+    return Classifier(resnet(channels, blocks, width), 8 * width, classes, mean, std)

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import truncnorm
 
 from classes import next_in_superclass
+from readers import JPEG
 
 SYNTHETIC = ("instance", "symmetric", "pair", "asymmetric")
 # --noise -> (file, key) of the human labels (Wei et al. 2022).
@@ -101,8 +102,13 @@ def draw(p: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
     return (edges <= u[:, None]).sum(1).astype(np.int64)  # right-sided search
 
 
-def human(kind: str, dataset: str, variant: str, y: np.ndarray, folder: Path) -> np.ndarray:
-    """CIFAR-10N / CIFAR-100N labels; their order is that of CIFAR itself, which is checked."""
+def human(kind: str, dataset: str, variant: str, y: np.ndarray, index: np.ndarray, folder: Path) -> np.ndarray:
+    """CIFAR-10N / CIFAR-100N labels of the images at `index` [N] of the whole training part, whose true labels are y
+    [N] -> int64 [N].
+
+    The files follow CIFAR's own order. The JPEG copy is ordered by class and keeps that order within a class: its k-th
+    image of class c is the k-th place whose `clean_label` is c. The true labels are compared either way.
+    """
     name, key = HUMAN[kind]
     wanted = "cifar100" if "100" in name else "cifar10"
     if dataset != wanted:
@@ -115,12 +121,15 @@ def human(kind: str, dataset: str, variant: str, y: np.ndarray, folder: Path) ->
             clean, noisy = found["clean_label"].astype(np.int64), found[key].astype(np.int64)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again") from None
-    if len(clean) != len(y) or (clean != y).any():
+    if variant == JPEG:
+        order = np.argsort(clean, kind="stable")
+        clean, noisy = clean[order], noisy[order]
+    if len(y) and (index.max() >= len(clean) or (clean[index] != y).any()):
         raise UserError(
             f"--noise {kind}: clean labels in {path} are not those of the {len(y)} images ({variant}); the human "
-            "labels follow the order of cifar-10-batches-py or cifar-100-python, so use those files and no --pretrain"
+            "labels follow the order of cifar-10-batches-py or cifar-100-python: use those files, or the JPEG copy"
         )
-    return noisy
+    return noisy[index]
 
 
 @dataclass
@@ -145,16 +154,19 @@ def make(
     classes: int,
     folder: Path,
     cache: Path,
+    index: np.ndarray | None = None,
     norm_std: float = 0.1,
     scale: str = "unit",
 ) -> Labels:
-    """The noisy labels of a setting, drawn or read, kept as cache/noise/<name>.npz with the images' fingerprint."""
+    """The noisy labels of a setting, drawn or read, kept as cache/noise/<name>.npz with the images' fingerprint; index:
+    places [N] of the images in the training part, for human labels."""
     if kind not in HUMAN and kind not in ("none", *SYNTHETIC):
         raise UserError(f"--noise {kind} is unknown; use none, {', '.join(SYNTHETIC)} or {', '.join(HUMAN)}")
     if not 0 <= rho < 1:
         raise UserError(f"--rate must lie in [0, 1), not {rho:g}")
     digest = hashlib.sha256(np.ascontiguousarray(y).tobytes())
     digest.update(np.ascontiguousarray(x).tobytes() if kind == "instance" else b"")
+    digest.update(variant.encode() + index.tobytes() if kind in HUMAN and index is not None else b"")
     source = digest.hexdigest()
     more = f"-{norm_std:g}-{scale}" if kind == "instance" else ""
     name = f"{dataset}-{kind}-{rho:g}{more}-seed{seed}-{source[:10]}"
@@ -173,7 +185,8 @@ def make(
         elif kind == "instance":
             noisy = instance_dependent(x, y, rho, classes, seed, norm_std, scale)
         elif kind in HUMAN:
-            noisy = human(kind, dataset, variant, y, folder)
+            where = np.arange(len(y)) if index is None else index
+            noisy = human(kind, dataset, variant, y, where, folder)
         else:
             noisy = class_conditional(y, transition(kind, rho, classes, dataset), seed)
         noisy = noisy.astype(np.int64)

@@ -1,12 +1,12 @@
-"""Everything before the classifier: data, noise, modified images, features, similarities, selections; each kept.
+"""Everything before the classifier: data, noise, modified images, features, similarities, selections, and what follows
+what.
 
-What takes long lies under --cache by a fingerprint of what it depends on, so that runs of other methods on the same
-setting share it. Two processes that want the same thing: one makes it, the other waits.
+What takes long lies under --cache by a fingerprint of what it depends on (cache.py), so that runs of other methods on
+the same setting share it.
 """
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +26,13 @@ import noise
 import readers
 from baselines import selection
 from baselines.semi import clean_probability, scaled
-from cache import alone, fingerprint
+from cache import alone, fingerprint, kept
 from generator.build import build
 from readers import Part
 from trainer import Learner, Task, fit
 from warmup import WarmUp
+
+READY = ("lite0", "clip")  # features of networks that other people trained
 
 
 class Prepared:
@@ -45,29 +47,22 @@ class Prepared:
         d = self.data
         if len(d.train) < 2:
             raise UserError(f"{d.kind.title}: {len(d.train)} training images are too few; lower --pretrain")
-        if d.clean:
-            self.noisy = noise.make(
-                kind=s.noise,
-                rho=s.rate,
-                seed=seed,
-                dataset=s.dataset,
-                variant=d.variant,
-                x=d.train.x.numpy(),
-                y=d.train.y.numpy(),
-                classes=d.kind.classes,
-                folder=self.folder,
-                cache=self.cache,
-                norm_std=s.norm_std,
-                scale=s.noise_scale,
-            )
-            self.y = torch.from_numpy(self.noisy.y)
-            self.right = self.y == d.train.y
-        else:
-            if s.noise != "none":
-                raise UserError(f"{d.kind.title} comes with noisy labels of its own; use --noise none")
-            sha = hashlib.sha256(d.train.y.numpy().tobytes()).hexdigest()
-            self.noisy, self.y = noise.Labels(d.train.y.numpy(), sha, float("nan"), Path()), d.train.y
-            self.right = None
+        self.noisy = noise.make(
+            kind=s.noise,
+            rho=s.rate,
+            seed=seed,
+            dataset=s.dataset,
+            variant=d.variant,
+            x=d.train.x.numpy(),
+            y=d.train.y.numpy(),
+            index=None if d.train.index is None else d.train.index.numpy(),
+            classes=d.kind.classes,
+            folder=self.folder,
+            cache=self.cache,
+            scale=s.noise_scale,
+        )
+        self.y = torch.from_numpy(self.noisy.y)
+        self.right = self.y == d.train.y
         n = len(self.y)
         rng = np.random.RandomState(seed)
         part = np.sort(rng.choice(n, n - int(round(n * s.val_fraction)), replace=False))
@@ -88,9 +83,9 @@ class Prepared:
 
     def modify(self, rank: int = 0, world: int = 1) -> echomod.Modified | None:
         told = echomod.fingerprint(self.generator, self.data.sha256, self.noisy.sha256, self.seed)
-        told |= {"limit": self.s.train_limit, "pretrain": self.s.pretrain, "batch": self.s.edit_batch}
-        folder = self.cache / "modified" / fingerprint({**told, "shard": self.s.shard})
-        sizes = {"shard": self.s.shard, "batch": self.s.edit_batch, "show": self.show}
+        told |= {"limit": self.s.train_limit, "pretrain": self.s.pretrain, "batch": self.s.edit.batch}
+        folder = self.cache / "modified" / fingerprint({**told, "shard": self.s.edit.shard})
+        sizes = {"shard": self.s.edit.shard, "batch": self.s.edit.batch, "show": self.show}
         with alone(folder) if world == 1 else contextlib.nullcontext():
             return echomod.modify(
                 *(self.generator, self.data.train.x, self.y, self.seed, folder, told),
@@ -106,17 +101,11 @@ class Prepared:
     # ------------------------------------------------------------------------------------------------ what was learnt
 
     def _learnt(self, name: str, told: dict, make: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors under cache/<name>/<fingerprint>, made when missing."""
+        """What a training gives, under cache/<name>/<fingerprint>."""
         s = self.s
-        keys = ("dataset", "model", "lr", "momentum", "weight_decay", "batch", "precision", "train_limit", "pretrain")
+        keys = ("dataset", "model", "lr", "weight_decay", "batch", "precision", "train_limit", "pretrain")
         told = {**told, **{k: getattr(s, k) for k in keys}, "seed": self.seed, "data": self.data.sha256}
-        folder = self.cache / name / fingerprint(told)
-        with alone(folder):
-            path = folder / "result.safetensors"
-            if not path.is_file():
-                runs.write_tensors(path, make(folder / "checkpoint.safetensors"))
-                (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-            return runs.read_tensors(path)[0]
+        return kept(self.cache / name / fingerprint(told), make)
 
     @functools.cached_property
     def pretrained(self) -> tuple[Learner, float]:
@@ -131,7 +120,7 @@ class Prepared:
             fit(learner, checkpoint, show=self.show, label="pretraining classifier")
             return learner.plain[0].state_dict()
 
-        told = {"epochs": s.epochs, "milestones": list(s.milestones), "decay": s.lr_decay}
+        told = {"epochs": s.epochs, "milestones": list(s.milestones)}
         state = self._learnt("pretrained", told, make)
         learner = Learner(replace(s, compile=False), task, self.seed, self.device)
         learner.plain[0].load_state_dict(state)
@@ -158,29 +147,27 @@ class Prepared:
         s, d = self.s, self.data
         if s.features == "clip":
             return features.Clip(
-                s.clip_model, self.local(s.clip_weights, ".safetensors"), self.device, s.feature_batch, s.download
+                s.clip.model, self.local(s.clip.weights, ".safetensors"), self.device, download=s.download
             )
+        if s.features == "lite0":
+            return features.Lite0(self.device)
         if not len(d.pre):
-            raise UserError(f"--features {s.features} is fitted to clean images: give --pretrain, or use clip")
+            raise UserError(f"--features {s.features} is fitted to clean images: give --pretrain, or use lite0 or clip")
         if s.features == "pca":
             return features.Pca(d.pre.x, s.pca_width, self.seed)
         return features.Penultimate(self.pretrained[0].plain[0], d.size, self.device)
 
     def _features(self, what: str, told: dict, images: Callable[[], Tensor]) -> Tensor:
-        if self.s.features != "clip":  # quick, and clean images they are fitted to differ by seed
+        if self.s.features not in READY:  # quick, and clean images they are fitted to differ by seed
             return self.extractor(images())
         told = {**told, **self.extractor.about(), "what": what, "limit": self.s.train_limit}
         told |= {"pretrain": self.s.pretrain, "seed": self.seed if self.s.pretrain or self.s.train_limit else 0}
-        folder = self.cache / "features" / fingerprint(told)
-        with alone(folder):
-            path = folder / "features.safetensors"
-            if not path.is_file():
-                runs.write_tensors(path, {"f": self.extractor(images())})
-            return runs.read_tensors(path)[0]["f"]
+        made = kept(self.cache / "features" / fingerprint(told), lambda _: {"f": self.extractor(images())})
+        return made["f"]
 
     @functools.cached_property
     def original_features(self) -> Tensor:
-        """They do not depend on labels: CLIP's are kept for every noise setting."""
+        """They do not depend on labels: those of networks that are not fitted here are kept for every noise setting."""
         return self._features("original", {"data": self.data.sha256}, lambda: self.data.train.x)
 
     @functools.cached_property
@@ -229,9 +216,12 @@ class Prepared:
 
     @functools.cached_property
     def prior(self) -> Tensor:
-        """Posteriors [n, C] of what knows no noisy label: CLIP zero-shot, else the pretrained classifier."""
+        """Posteriors [n, C] of what knows no noisy label: CLIP zero-shot, ImageNet's classes, else the pretrained
+        classifier."""
         if self.s.features == "clip":
             return self.extractor.zero_shot(self.original_features, classes.names(self.s.dataset))
+        if self.s.features == "lite0":
+            return self.extractor.grouped(self.original_features, tuple(classes.IMAGENET10.values()))
         return torch.softmax(self.pretrained[0].predict(self.data.train.x), 1).cpu()
 
     @functools.cached_property
@@ -255,20 +245,20 @@ class Prepared:
         def wanted(name: str) -> bool:
             return not only or name in only
 
-        if wanted("EchoSelect"):
+        if wanted("EchoSelect") and s.generator != "none":
             mine = self.selected if self.rule == "similarity" else None
             yield "EchoSelect", self.similarity, mine
         if wanted("small-loss"):
             yield "small-loss", -self.warm_losses["mean"].double(), self.by_small_loss
         if wanted("GMM on loss"):
             p = clean_probability(scaled(self.warm_losses["last"]))
-            yield "GMM on loss", -self.warm_losses["last"].double(), p > s.divide_threshold
+            yield "GMM on loss", -self.warm_losses["last"].double(), p > 0.5
         if wanted("kNN agreement"):
-            value = selection.knn_agreement(self.original_features, y, s.neighbours)
+            value = selection.knn_agreement(self.original_features, y)
             yield "kNN agreement", value, value > 0.5
         if wanted("cleanlab"):
             yield "cleanlab", *selection.cleanlab(self.out_of_sample, y)
-        if s.features != "clip" and not len(self.data.pre):
+        if s.features == "lite0" and s.dataset != "cifar10" or s.features not in READY and not len(self.data.pre):
             return
         if wanted("prior"):
             p = selection.label_probability(self.prior, y)
@@ -279,7 +269,7 @@ class Prepared:
 
     @property
     def prior_name(self) -> str:
-        return "CLIP zero-shot" if self.s.features == "clip" else "pretrained classifier"
+        return {"clip": "CLIP zero-shot", "lite0": "ImageNet's classes"}.get(self.s.features, "pretrained classifier")
 
     # -------------------------------------------------------------------------------------------------- about the edits
 
@@ -302,13 +292,12 @@ class Prepared:
         m, d, out = self.modified, self.data, {}
         s = self.similarity
         out["edit_failed"] = int((~m.ok).sum())
-        if self.right is not None:
-            seen, before = self.judge(m.small, False) == self.y, self.judge(d.train.x, True) == self.y
-            for name, mask in (("wrong", ~self.right), ("right", self.right)):
-                if mask.any():
-                    out[f"agreement_{name}"] = 100 * float(seen[mask].double().mean())
-                    out[f"original_agreement_{name}"] = 100 * float(before[mask].double().mean())
-                    out[f"similarity_{name}"] = float(s[mask].nanmean())
+        seen, before = self.judge(m.small, False) == self.y, self.judge(d.train.x, True) == self.y
+        for name, mask in (("wrong", ~self.right), ("right", self.right)):
+            if mask.any():
+                out[f"agreement_{name}"] = 100 * float(seen[mask].double().mean())
+                out[f"original_agreement_{name}"] = 100 * float(before[mask].double().mean())
+                out[f"similarity_{name}"] = float(s[mask].nanmean())
         out["edge_ssim"] = features.edge_ssim(d.train.x, m.small)
         test = self.extractor(d.test.x).numpy()
         old, new = self.original_features.numpy(), self.modified_features.numpy()
@@ -323,11 +312,11 @@ class Prepared:
 
     def check(self) -> None:
         """The generator's own check: it must neither ignore the label nor return the instance."""
-        if self.right is None or bool(self.right.all()):
+        if bool(self.right.all()):
             return
         wrong = ~self.right
         agreement = float((self.judge(self.modified.small[wrong], False) == self.y[wrong]).double().mean())
-        echomod.check(agreement, float(self.similarity[wrong].nanmean()), self.s.check_agreement)
+        echomod.check(agreement, float(self.similarity[wrong].nanmean()), self.s.check)
 
     def part(self, mask: Tensor) -> Part:
         """Originals of the training part with their noisy labels."""

@@ -7,14 +7,12 @@ features; it stands for the web-scale data of a pretrained model), `train` (its 
 import gzip
 import hashlib
 import lzma
-import re
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from lab.progress import progress
 from lab.runs import HERE, UserError, read_tensors, write_tensors
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Kind:
-    """Constants of a data set. `pad`, `flip`, `crop` are the training augmentation, mean and std the code's."""
+    """Constants of a data set. `pad`, `flip` are the training augmentation, mean and std the code's."""
 
     title: str
     classes: int
@@ -33,8 +31,6 @@ class Kind:
     std: tuple[float, ...]
     pad: int = 0
     flip: bool = False
-    crop: int = 0
-    """Side of the crop that the classifier sees; 0: the image's own."""
     where: str = ""
     """Where the raw files are expected below --data-dir, and who publishes them."""
 
@@ -55,37 +51,31 @@ KINDS: dict[str, Kind] = {
         *("CIFAR-100", 100, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276), 4, True),
         where="cifar100/cifar-100-python/ (cs.toronto.edu/~kriz/cifar.html)",
     ),
-    "clothing1m": Kind(
-        *("Clothing1M", 14, (0.6959, 0.6537, 0.6371), (0.3113, 0.3192, 0.3214), 0, True, 224),
-        where="clothing1m/{noisy,clean_val,clean_test}/<class>/*.jpg (by request to its authors, Xiao et al. 2015)",
-    ),
-    "animal10n": Kind(
-        *("Animal-10N", 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 8, True),
-        where="animal10n/{training,testing}/<label>_<number>.jpg (dm.kaist.ac.kr/datasets/animal-10n)",
-    ),
 }
 WHEEL = ("mnist5k", "digits")
-# Labels of these come noisy with the pictures; which ones are wrong is not known.
-REAL = ("clothing1m", "animal10n")
+PHOTOGRAPHS = ("cifar10", "cifar100")
+JPEG = "cifar10-jpeg75"  # variant: the JPEG copy, its training images ordered by class
 
 
 @dataclass
 class Part:
-    """Images uint8 [N, H, W, C] and labels int64 [N]."""
+    """Images uint8 [N, H, W, C], labels int64 [N], and each image's place int64 [N] in the order its reader gives the
+    training images in (labels by other people are found by it); None where nobody asks."""
 
     x: Tensor
     y: Tensor
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def __getitem__(self, index) -> "Part":
-        return Part(self.x[index], self.y[index])
+        return Part(self.x[index], self.y[index], None if self.index is None else self.index[index])
 
 
 @dataclass
 class Data:
-    """A data set with its provenance. `clean`: whether the labels of `train` are the true ones."""
+    """A data set with its provenance; all labels are the true ones."""
 
     name: str
     kind: Kind
@@ -94,7 +84,6 @@ class Data:
     pre: Part
     train: Part
     test: Part
-    clean: bool
 
     @property
     def size(self) -> int:
@@ -150,7 +139,7 @@ def _cifar(name: str, folder: Path, download: bool) -> tuple:
             raise UserError(f"{KINDS[name].title} in {root} could not be fetched or read ({error})") from None
         return tuple(v for p in parts for v in (p.data, np.array(p.targets))), "paper"
     if name == "cifar10" and ((folder / "cifar10" / "train").is_dir() or _tar(folder).is_file()):
-        return _cifar_jpeg(folder), "cifar10-jpeg75"
+        return _cifar_jpeg(folder), JPEG
     raise missing(name, folder)
 
 
@@ -159,7 +148,8 @@ def _tar(folder: Path) -> Path:
 
 
 def _cifar_jpeg(folder: Path) -> tuple:
-    """The JPEG copy, decoded once. Its pixels and its order are not those of CIFAR-10, which the record says."""
+    """The JPEG copy, decoded once. Its pixels are not those of CIFAR-10, which the record says. Its images are ordered
+    by class; within a class the order is CIFAR's own, which noise.human goes by."""
     unpacked = (folder / "cifar10" / "train").is_dir()
     stamp = "folder" if unpacked else hashlib.sha256(_tar(folder).read_bytes()).hexdigest()[:12]
     cache = HERE / "data" / "cache" / f"cifar10-jpeg75-{stamp}.safetensors"
@@ -221,66 +211,12 @@ def _mnist(folder: Path, download: bool) -> tuple:
     return tuple(out), "paper"
 
 
-def _pictures(name: str, items: list[tuple[Path, int]], side: int, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of any size as one uint8 array [N, side, side, 3], decoded once to disk and mapped from there: a million
-    of them do not fit in memory."""
-    stamp = hashlib.sha256("\n".join(f"{p.parent.name}/{p.name} {k}" for p, k in items).encode()).hexdigest()[:12]
-    cache = HERE / "data" / "cache" / f"{name}-{tag}-{side}-{stamp}.npy"
-    if not cache.is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        half = cache.with_suffix(".half")
-        out = np.lib.format.open_memmap(half, mode="w+", dtype=np.uint8, shape=(len(items), side, side, 3))
-        for i, (path, _) in enumerate(progress(items, f"decoding {name} {tag}", len(items))):
-            try:
-                picture = Image.open(path).convert("RGB")
-            except (UnidentifiedImageError, OSError) as error:
-                raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
-            out[i] = np.asarray(picture if picture.size == (side, side) else picture.resize((side, side)))
-        out.flush()
-        del out
-        half.rename(cache)
-    return np.load(cache, mmap_mode="c"), np.array([k for _, k in items])
-
-
-def _clothing1m(folder: Path, download: bool) -> tuple:
-    root, out = folder / "clothing1m", []
-    for split in ("noisy", "clean_test"):
-        found = sorted((p for p in (root / split).glob("*") if p.is_dir()), key=_natural)
-        if len(found) != 14:
-            if not found:
-                raise missing("clothing1m", folder, download=False)
-            raise UserError(f"{root / split} has {len(found)} class folders instead of 14; complete it")
-        items = [(p, k) for k, c in enumerate(found) for p in sorted(c.iterdir())]
-        out += _pictures("clothing1m", items, 256, split)
-    return tuple(out), "paper"
-
-
-def _natural(path: Path) -> list:
-    return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", path.name)]
-
-
-def _animal10n(folder: Path, download: bool) -> tuple:
-    root, out = folder / "animal10n", []
-    for split in ("training", "testing"):
-        files = sorted((root / split).glob("*_*.jpg"))
-        if not files:
-            raise missing("animal10n", folder, download=False)
-        try:
-            items = [(p, int(p.name.split("_")[0])) for p in files]
-        except ValueError:
-            raise UserError(f"{root / split}: file names must begin with the label, as in 3_00012.jpg") from None
-        out += _pictures("animal10n", items, 64, split)
-    return tuple(out), "paper"
-
-
 READERS: dict[str, Callable[[Path, bool], tuple]] = {
     "mnist5k": _mnist5k,
     "digits": _digits,
     "mnist": _mnist,
     "cifar10": lambda folder, download: _cifar("cifar10", folder, download),
     "cifar100": lambda folder, download: _cifar("cifar100", folder, download),
-    "clothing1m": _clothing1m,
-    "animal10n": _animal10n,
 }
 
 
@@ -313,21 +249,18 @@ def load(
     """
     kind, (parts, variant) = KINDS[name], READERS[name](folder, download)
     digest = hashlib.sha256()
-    for (
-        part
-    ) in parts:  # a hash of a million pictures would take longer than to read them: labels and shape stand for it
-        whole = isinstance(part, np.memmap)
-        digest.update(str(part.shape).encode() if whole else np.ascontiguousarray(np.asarray(part)).tobytes())
+    for part in parts:
+        digest.update(np.ascontiguousarray(np.asarray(part)).tobytes())
     labels = np.asarray(parts[1])
     if labels.min() < 0 or labels.max() >= kind.classes:
         raise UserError(f"{name} has labels outside 0..{kind.classes - 1}; the data are damaged")
     if name in SHARES:
-        x, y = torch.as_tensor(parts[0]), torch.as_tensor(parts[1])
+        x, y = torch.as_tensor(parts[0]), torch.as_tensor(parts[1]).long()
         index = [torch.from_numpy(i) for i in stratified(labels, SHARES[name], seed)]
         pre, train, test = (Part(x[i], y[i]) for i in index)
     else:
         x, y, x_test, y_test = (torch.as_tensor(p) for p in parts)
-        train, test = Part(x, y.long()), Part(x_test, y_test.long())
+        train, test = Part(x, y.long(), torch.arange(len(y))), Part(x_test, y_test.long())
         first = np.zeros(0, np.int64)
         if pretrain:
             first = stratified(labels, (pretrain // kind.classes,), seed)[0]
@@ -339,5 +272,4 @@ def load(
     if train_limit:
         keep = np.sort(np.random.RandomState(seed).permutation(len(train))[:train_limit])
         train = train[torch.from_numpy(keep)]
-    data = Data(name, kind, variant, digest.hexdigest(), pre, train, test, clean=name not in REAL)
-    return replace(data, train=Part(train.x, train.y.long()), pre=Part(pre.x, pre.y.long()))
+    return Data(name, kind, variant, digest.hexdigest(), pre, train, test)

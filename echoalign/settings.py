@@ -1,16 +1,23 @@
-"""What train.py can be told: every option with its default, the published values behind it, and the checks."""
+"""What train.py can be told: every option with its default, the published values behind it, and the checks.
 
-from dataclasses import dataclass
+`--help` lists what concerns every run. The options of one part stand under it and in a help of their own: `--sd.help`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Literal
 
+from lab import runs
 from lab.runs import Number, UserError, default_out
+
+import tyro
 
 import methods
 import models
 import noise as label_noise
 import readers
 from baselines import promix, semi, single
-from generator import hints, stable
+from generator import stable
 from trainer import Learner
 
 # --methods -> (row of the tables, class of the loop)
@@ -42,6 +49,166 @@ METHODS: dict[str, tuple[str, type[Learner]]] = {
 PUBLISHED_TAU = {("cifar10", "instance"): "0.52", ("cifar100", "instance"): "0.52", ("cifar10", "random1"): "0.43"}
 
 
+# ------------------------------------------------------------------------------------------- options of parts, --part.*
+
+
+@dataclass
+class Edit:
+    """How EchoMod edits, whichever generator it has."""
+
+    steps: int = 0
+    """Denoising steps; 0: 10, sd 20. With sd the steps made are int(steps x strength)."""
+    sampler: Literal["ddim", "dpm"] = "ddim"
+    """ddim (eta 0) or dpm (DPM-Solver++ 2M)."""
+    guidance: Number = -1.0
+    """Classifier-free guidance; -1: small networks 2, sd 9."""
+    control: Literal["auto", "ink", "box", "canny", "tile", "none"] = "auto"
+    """Structure the generator is held to; auto: ink (small networks), canny (sd)."""
+    control_scale: Number = -1.0
+    """Strength of the control; -1: small networks 0.5, sd 1."""
+    control_end: Number = -1.0
+    """Share of the steps after which control ends; -1: small networks 0.5, sd 1."""
+    batch: int = 64
+    """Images edited at once."""
+    shard: int = 512
+    """Images in a file of the modification pass; a pass that was cut goes on after the last file."""
+
+
+@dataclass
+class Net:
+    """The small diffusion networks (--generator concat, controlnet) and their training on clean images."""
+
+    widths: tuple[int, ...] = (16, 32)
+    """Channels of the levels."""
+    layers: int = 1
+    """Blocks of a level."""
+    steps: int = 600
+    """Training steps."""
+    batch: int = 64
+    """Images a step."""
+    lr: Number = 2e-3
+    """AdamW's highest rate."""
+    checkpoint: int = 200
+    """Steps between checkpoints."""
+    control_dropout: Number = 0.5
+    """Share of training images whose control is blanked."""
+
+
+@dataclass
+class Sd:
+    """Stable Diffusion with ControlNet (--generator sd)."""
+
+    mode: Literal["img2img", "start"] = "img2img"
+    """From the noised original, or from pure noise with structure by the control alone."""
+    base: str = stable.BASE
+    """Hub id or local folder of the base model."""
+    controlnet: str = ""
+    """Hub id or local folder of the ControlNet; default by --edit.control."""
+    resolution: int = 512
+    """Shorter side the images are brought to."""
+    canny: tuple[Number, Number] = (100.0, 200.0)
+    """Thresholds of the edge map, after upscaling."""
+    control_start: Number = 0.0
+    """Share of the steps before control sets in."""
+    prompt: str = stable.PROMPT
+    """Prompt; {name} is the class."""
+    negative: str = stable.NEGATIVE
+    """Negative prompt."""
+
+
+@dataclass
+class Clip:
+    """CLIP (--features clip)."""
+
+    model: str = "ViT-B-32"
+    """open_clip's model name (released code)."""
+    weights: str = "laion2b_s34b_b79k"
+    """open_clip's weights name (released code) or a local checkpoint."""
+
+
+@dataclass
+class Transition:
+    """Forward, Reweight, T-Revision and PTD, which estimate a transition matrix T."""
+
+    estimate_epochs: int = 0
+    """Epochs before T is estimated; 0: a tenth of --epochs."""
+    percentile: Number = 97.0
+    """Percentile of the anchor point; 100: the highest."""
+    revise_epochs: int = 0
+    """T-Revision, PTD: epochs of revision; 0: a quarter of --epochs (published: 50)."""
+    parts: int = 10
+    """PTD: parts (published: 10)."""
+    parts_steps: int = 1500
+    """PTD: steps that fit the parts' matrices (published)."""
+
+
+@dataclass
+class Pair:
+    """Co-teaching and JoCoR, which are two networks."""
+
+    forget_rate: Number = -1.0
+    """Share left out at the end; -1: the noise rate, half of it for asymmetric and pair."""
+    ramp: int = 10
+    """Epochs until that share is reached."""
+    jocor_lambda: Number = 0.9
+    """JoCoR: weight of the agreement (published: 0.9 on CIFAR-10, 0.85 on CIFAR-100)."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam at --pair.lr, flat then straight to 0 (published), or SGD as the others."""
+    lr: Number = 1e-3
+    """Adam's rate."""
+
+
+@dataclass
+class Cores:
+    """CORES."""
+
+    beta: Number = 2.0
+    """Weight of the confidence regulariser after its ramp."""
+    warmup: int = 0
+    """Epochs before the sieve; 0: 10 (30 with 100 classes), wheel sets 5."""
+
+
+@dataclass
+class Divide:
+    """DivideMix."""
+
+    warmup: int = 0
+    """Epochs of plain training; 0: 10 (30 with 100 classes), wheel sets 5."""
+    lr: Number = 0.02
+    """Rate (published: 0.02)."""
+    batch: int = 64
+    """Labelled images a step (published: 64)."""
+    threshold: Number = 0.5
+    """Posterior above which a sample counts as clean (published: 0.5)."""
+    lambda_u: Number = -1.0
+    """Weight of the unlabelled loss; -1: 0 for asymmetric and 20 % symmetric, 150 from 80 % on, else 25."""
+
+
+@dataclass
+class Promix:
+    """ProMix."""
+
+    warmup: int = 0
+    """Epochs of plain training; 0: 10 (30 with 100 classes), wheel sets 5."""
+    lr: Number = 0.05
+    """Rate (published: 0.05)."""
+    batch: int = 256
+    """Images a step (published: 256)."""
+    tau: Number = -1.0
+    """Confidence that adds a sample; -1: 0.99 (10 classes), 0.95."""
+    rho: Number = 0.5
+    """Share of a class in the base selection (published: 0.7 for 20 % symmetric noise, else 0.5)."""
+    debias: Number = -1.0
+    """Strength of the debiasing; -1: 0.8 (10 classes), 0.5 (published)."""
+    ramp: int = 50
+    """Epochs over which strong views and mixing come in (published: 50)."""
+    expand: int = 250
+    """Last epochs, with label guessing (published: 250)."""
+
+
+# -------------------------------------------------------------------------------------------------- options of all runs
+
+
 @dataclass
 class Settings:
     methods: tuple[Literal[tuple(METHODS)], ...] = ("ce", "modified-only", "selected-only", "echoalign")
@@ -51,14 +218,13 @@ class Settings:
     classifiers."""
     dataset: Literal[tuple(readers.KINDS)] = "mnist5k"
     """Data set; mnist5k and digits lie inside wheels."""
-    noise: Literal[("none", *label_noise.SYNTHETIC, *label_noise.HUMAN)] = "instance"
-    """Label noise: part-dependent (instance), symmetric, pair, asymmetric, or the human labels of CIFAR-10N/100N."""
+    noise: Literal[("none", *label_noise.SYNTHETIC, *label_noise.HUMAN, "worst")] = "instance"
+    """Label noise: part-dependent (instance), symmetric, pair, asymmetric, or the human labels of CIFAR-10N/100N; worst
+    is another word for worse."""
     rate: Number = 0.5
     """Noise rate of the synthetic kinds (paper: 0.3 and 0.5 are known); human labels: the rate given to selectors."""
     seeds: tuple[int, ...] = (0,)
     """Seeds, one after the other; each gives its own split, noise, edits, weights and order (released code: 1)."""
-    norm_std: Number = 0.1
-    """instance: standard deviation of the flip rates (released code: 0.1)."""
     noise_scale: Literal["unit", "raw"] = "unit"
     """instance: pixels in [0, 1] (released code) or in [0, 255] (Xia et al. 2020)."""
     pretrain: int = 0
@@ -68,77 +234,20 @@ class Settings:
     val_fraction: Number = -1.0
     """Share held out for validation, noisy too and used for nothing; -1: 0.1 (released code), wheel sets 0."""
 
-    generator: Literal["exact", "concat", "controlnet", "sd"] = "exact"
-    """EchoMod's generator: closed form on clean images, small diffusion networks trained on them, or Stable Diffusion
-    with ControlNet (the paper's kind)."""
+    generator: Literal["exact", "concat", "controlnet", "sd", "none"] = "exact"
+    """EchoMod's generator: closed form on clean images (not of photographs: it would give back the nearest one), small
+    diffusion networks trained on them, Stable Diffusion with ControlNet (the paper's kind), or none."""
     strength: Number = -1.0
     """How far an image is noised before it is denoised towards its label, in [0, 1]; 0 returns it. -1: exact 0.1, small
     networks 0.5, sd 0.75 (the paper's: not known)."""
-    edit_steps: int = 0
-    """Denoising steps; 0: 10, sd 20. With sd the steps made are int(steps x strength)."""
-    sampler: Literal["ddim", "dpm", "unipc"] = "ddim"
-    """ddim (eta 0), dpm (DPM-Solver++ 2M) or, with sd, unipc."""
-    guidance: Number = -1.0
-    """Classifier-free guidance; -1: small networks 2, sd 9."""
-    control: Literal["auto", "ink", "box", "canny", "softedge", "tile", "shuffle", "none"] = "auto"
-    """Structure the generator is held to; auto: ink (small networks), canny (sd)."""
-    control_scale: Number = -1.0
-    """Strength of the control; -1: small networks 0.5, sd 1."""
-    control_start: Number = 0.0
-    """sd: share of the steps before control sets in."""
-    control_end: Number = -1.0
-    """Share of the steps after which control ends; -1: small networks 0.5, sd 1."""
-    edit_batch: int = 64
-    """Images edited at once."""
-    shard: int = 512
-    """Images in a file of the modification pass; a pass that was cut goes on after the last file."""
-    check: bool = False
-    """Stop with exit code 2 if the generator ignores the label or returns the instance."""
-    check_agreement: Number = 0.5
-    """--check: least share of wrong-labelled samples whose modified image fits the label."""
-    widths: tuple[int, ...] = (16, 32)
-    """Small networks: channels of the levels."""
-    generator_layers: int = 1
-    """Small networks: blocks of a level."""
-    generator_steps: int = 600
-    """Small networks: training steps."""
-    generator_batch: int = 64
-    """Small networks: images a step."""
-    generator_lr: Number = 2e-3
-    """Small networks: AdamW's highest rate."""
-    generator_checkpoint: int = 200
-    """Small networks: steps between checkpoints."""
-    control_dropout: Number = 0.5
-    """Small networks: share of training images whose control is blanked."""
-    sd_mode: Literal["img2img", "start"] = "img2img"
-    """sd: from the noised original, or from pure noise with structure by the control alone."""
-    sd_base: str = stable.BASE
-    """sd: hub id or local folder of the base model."""
-    sd_controlnet: str = ""
-    """sd: hub id or local folder of the ControlNet; default by --control."""
-    sd_annotators: str = hints.ANNOTATORS
-    """sd: hub id or local folder of HED's weights, for --control softedge."""
-    resolution: int = 512
-    """sd: shorter side the images are brought to."""
-    eta: Number = 0.0
-    """sd: eta of DDIM."""
-    canny: tuple[Number, Number] = (100.0, 200.0)
-    """sd: thresholds of the edge map, after upscaling."""
-    prompt: str = stable.PROMPT
-    """sd: prompt; {name} is the class."""
-    negative_prompt: str = stable.NEGATIVE
-    """sd: negative prompt."""
+    check: Number = 0.0
+    """Stop with exit code 2 if the generator returns the instance, or if fewer than this share of the wrong-labelled
+    samples' edited images fit their label; 0: no check."""
 
-    features: Literal["pca", "cnn", "clip"] = "pca"
-    """Features of the similarity: of clean images (pca, cnn), or CLIP (released code)."""
+    features: Literal["pca", "cnn", "lite0", "clip"] = "pca"
+    """Features of the similarity: of clean images (pca, cnn), EfficientNet-Lite0, or CLIP (released code)."""
     pca_width: int = 40
     """pca: components."""
-    clip_model: str = "ViT-B-32"
-    """clip: open_clip's model name (released code)."""
-    clip_weights: str = "laion2b_s34b_b79k"
-    """clip: open_clip's weights name (released code) or a local checkpoint."""
-    feature_batch: int = 512
-    """Images a batch of the feature extractor."""
     similarity_size: Literal["full", "small"] = "full"
     """Compare with the modified image at the generator's resolution (released code) or at the data set's."""
     threshold: str = "auto"
@@ -150,27 +259,20 @@ class Settings:
     """Warm-up of the small-loss rule; 0: 70 (released code), wheel sets 15."""
     small_loss_ratio: Number = -1.0
     """Share of each class the rule keeps; -1: min(1 - 1.2 rate, 0.9 (1 - rate)) (released code)."""
-    neighbours: int = 10
-    """kNN agreement: neighbours."""
     judge: Literal["auto", "nearest", "clip"] = "auto"
     """Who says what a modified image shows; auto: clip with --features clip, else nearest truly labelled image."""
 
     model: Literal[("auto", *models.NAMES)] = "auto"
-    """Classifier; auto: resnet18 (CIFAR-10), resnet34 (CIFAR-100), resnet50 (Clothing1M), cnn (wheel sets, MNIST)."""
-    backbone_weights: str = ""
-    """resnet50: "imagenet" (released scripts) or a state_dict file."""
+    """Classifier; auto: resnet18 (CIFAR-10), resnet34 (CIFAR-100), cnn (wheel sets, MNIST); resnet18-w16: a
+    quarter of the width."""
     epochs: int = 0
     """Epochs; 0: 200 (released code), wheel sets 30."""
     finetune: int = -1
-    """Epochs on the selected originals after that; -1: 40 (released code), wheel sets 6, Clothing1M 0."""
+    """Epochs on the selected originals after that; -1: 40 (released code), wheel sets 6."""
     milestones: tuple[int, ...] = ()
-    """Epochs at which the rate falls; default: half and three quarters (released code: 100, 150), Clothing1M 30 40."""
+    """Epochs at which the rate falls; default: half and three quarters (released code: 100, 150)."""
     lr: Number = 0.1
-    """Learning rate of SGD (released code: 0.1)."""
-    lr_decay: Number = 0.1
-    """Factor at a milestone (released code: 0.1)."""
-    momentum: Number = 0.9
-    """Momentum, not Nesterov's (released code: 0.9)."""
+    """Learning rate of SGD with momentum 0.9 (released code: 0.1); a tenth of it from each milestone on."""
     weight_decay: Number = 1e-4
     """L2 on every parameter (released code: 1e-4)."""
     batch: int = 128
@@ -188,59 +290,20 @@ class Settings:
     compile: bool = False
     """torch.compile the networks."""
 
-    estimate_epochs: int = 0
-    """Forward, Reweight, T-Revision, PTD: epochs before T is estimated; 0: a tenth of --epochs."""
-    anchor_percentile: Number = 97.0
-    """Forward and its kin: percentile of the anchor point; 100: the highest."""
-    revise_epochs: int = 0
-    """T-Revision, PTD: epochs of revision; 0: a quarter of --epochs (published: 50)."""
-    revision_lr: Number = 5e-7
-    """T-Revision, PTD: Adam's rate in the revision (published)."""
-    parts: int = 10
-    """PTD: parts (published: 10)."""
-    parts_steps: int = 1500
-    """PTD: steps that fit the parts' matrices (published)."""
-    anchors: int = 20
-    """PTD: anchor points a class."""
-    forget_rate: Number = -1.0
-    """Co-teaching, JoCoR: share left out at the end; -1: the noise rate, half of it for asymmetric and pair."""
-    forget_ramp: int = 10
-    """Co-teaching, JoCoR: epochs until that share is reached."""
-    jocor_lambda: Number = 0.9
-    """JoCoR: weight of the agreement (published: 0.9 on CIFAR-10, 0.85 on CIFAR-100)."""
-    pair_optimizer: Literal["adam", "sgd"] = "adam"
-    """Co-teaching, JoCoR: Adam at --pair-lr, flat then straight to 0 (published), or SGD as the others."""
-    pair_lr: Number = 1e-3
-    """Co-teaching, JoCoR: Adam's rate."""
-    cores_beta: Number = 2.0
-    """CORES: weight of the confidence regulariser after its ramp."""
-    warmup: int = 0
-    """CORES, DivideMix, ProMix: epochs of plain training; 0: 10 (30 with 100 classes), wheel sets 5."""
-    semi_lr: Number = 0.02
-    """DivideMix, ProMix: rate (published: DivideMix 0.02, ProMix 0.05)."""
-    semi_batch: int = 64
-    """DivideMix: labelled images a step (published: 64); ProMix: images a step (256)."""
-    divide_threshold: Number = 0.5
-    """DivideMix, GMM on loss: posterior above which a sample counts as clean."""
-    lambda_u: Number = -1.0
-    """DivideMix: weight of the unlabelled loss; -1: 0 for asymmetric and 20 % symmetric, 150 from 80 % on, else 25."""
-    promix_tau: Number = -1.0
-    """ProMix: confidence that adds a sample; -1: 0.99 (10 classes), 0.95."""
-    promix_rho: Number = 0.5
-    """ProMix: share of a class in the base selection (published: 0.7 for 20 % symmetric noise, else 0.5)."""
-    promix_debias: Number = -1.0
-    """ProMix: strength of the debiasing; -1: 0.8 (10 classes), 0.5 (published)."""
-    promix_ramp: int = 50
-    """ProMix: epochs over which strong views and mixing come in (published: 50)."""
-    promix_expand: int = 250
-    """ProMix: last epochs, with label guessing (published: 250)."""
+    edit: Edit = field(default_factory=Edit)
+    net: Net = field(default_factory=Net)
+    sd: Sd = field(default_factory=Sd)
+    clip: Clip = field(default_factory=Clip)
+    transition: Transition = field(default_factory=Transition)
+    pair: Pair = field(default_factory=Pair)
+    cores: Cores = field(default_factory=Cores)
+    divide: Divide = field(default_factory=Divide)
+    promix: Promix = field(default_factory=Promix)
 
     eval_every: int = 0
     """Epochs between evaluations; 0: 5, wheel sets 10; the last ones are always measured."""
     eval_last: int = 10
     """So many last epochs are measured each."""
-    test_batch: int = 500
-    """Images a batch in evaluation."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""
     table: str = "own"
@@ -272,42 +335,19 @@ class Settings:
             raise UserError("--label names the row of one method; give one --methods")
         if not 0 <= self.rate < 1:
             raise UserError(f"--rate must lie in [0, 1), not {self.rate:g}")
-        at_least = {"edit_batch": 1, "shard": 1, "generator_steps": 1, "generator_batch": 1, "generator_layers": 1}
-        at_least |= {"generator_checkpoint": 1, "resolution": 1, "pca_width": 1, "feature_batch": 1, "neighbours": 1}
-        at_least |= {"batch": 2, "test_batch": 1, "checkpoint_every": 1, "eval_last": 1, "parts": 1, "parts_steps": 1}
-        at_least |= {"anchors": 1, "forget_ramp": 1, "semi_batch": 2, "epochs": 0, "edit_steps": 0, "pretrain": 0}
-        at_least |= {"train_limit": 0, "small_loss_epochs": 0, "estimate_epochs": 0, "revise_epochs": 0, "warmup": 0}
-        at_least |= {"promix_ramp": 0, "promix_expand": 0}
-        at_least |= {"eval_every": 0, "finetune": -1, "lr": 0, "weight_decay": 0, "norm_std": 1e-6}
-        for name, low in at_least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {max(low, 0)}, not {getattr(self, name)}")
-        share = (
-            "strength",
-            "control_end",
-            "val_fraction",
-            "forget_rate",
-            "small_loss_ratio",
-            "promix_tau",
-            "promix_debias",
-        )
-        plain = (
-            "control_start",
-            "control_dropout",
-            "check_agreement",
-            "divide_threshold",
-            "promix_rho",
-            "jocor_lambda",
-        )
-        for name in (*share, *plain, "momentum"):
-            v = getattr(self, name)
-            if not (0 <= v <= 1 or v == -1 and name in share):
-                raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1], not {v:g}")
-        if self.generator != "sd" and (self.sampler == "unipc" or self.control in stable.CONTROLNETS):
-            raise UserError(f"--sampler unipc, --control {', '.join(stable.CONTROLNETS)} belong to --generator sd")
-        if self.generator == "sd" and self.control in ("ink", "box"):
+        for name, low in AT_LEAST.items():
+            if self.value(name) < low:
+                raise UserError(f"{option(name)} must be at least {max(low, 0)}, not {self.value(name)}")
+        for name in (*SHARES, *OR_DEFAULT):
+            v = self.value(name)
+            if not (0 <= v <= 1 or v == -1 and name in OR_DEFAULT):
+                raise UserError(f"{option(name)} must lie in [0, 1], not {v:g}")
+        control = self.edit.control
+        if self.generator in ("concat", "controlnet", "exact") and control in stable.CONTROLNETS:
+            raise UserError(f"--edit.control {', '.join(stable.CONTROLNETS)} belong to --generator sd")
+        if self.generator == "sd" and control in ("ink", "box"):
             raise UserError(
-                f"--control ink and box belong to the small networks; use {', '.join(stable.CONTROLNETS)} or none"
+                f"--edit.control ink and box belong to the small networks; use {', '.join(stable.CONTROLNETS)} or none"
             )
         if self.threshold not in ("auto", "gmm", "otsu"):
             try:
@@ -318,41 +358,45 @@ class Settings:
                 raise UserError(
                     f"--threshold {self.threshold} is no cosine in [-1, 1]; give a number, auto, gmm or otsu"
                 )
-        if not 0 <= self.anchor_percentile <= 100:
-            raise UserError(f"--anchor-percentile must lie in [0, 100], not {self.anchor_percentile:g}")
+        if not 0 <= self.transition.percentile <= 100:
+            raise UserError(f"--transition.percentile must lie in [0, 100], not {self.transition.percentile:g}")
         if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
             raise UserError("--milestones must be rising epoch numbers from 1 on")
-        if self.backbone_weights == "imagenet" and not self.download:
-            raise UserError("--backbone-weights imagenet is fetched by torchvision: add --download, or give a file")
-        if "{name}" not in self.prompt:
-            raise UserError("--prompt must contain {name}, the class")
+        if "{name}" not in self.sd.prompt:
+            raise UserError("--sd.prompt must contain {name}, the class")
+
+    def value(self, name: str):
+        """Of `lr` or `pair.lr`."""
+        part, _, last = name.rpartition(".")
+        return getattr(getattr(self, part) if part else self, last)
 
     def resolve(self) -> None:
         """Put the published values where -1, 0, auto or nothing was given."""
         sd, small = self.generator == "sd", self.dataset in readers.WHEEL
         wide = readers.KINDS[self.dataset].classes > 10
-        shop = self.dataset == "clothing1m"
-        defaults = {
-            "strength": 0.75 if sd else 0.1 if self.generator == "exact" else 0.5,
-            "guidance": 9.0 if sd else 2.0,
-            "control_scale": 1.0 if sd else 0.5,
-            "control_end": 1.0 if sd else 0.5,
-            "val_fraction": 0.0 if small or self.dataset in readers.REAL else 0.1,
-            "finetune": 6 if small else 0 if shop else 40,
-        }
-        for name, value in defaults.items():
-            if getattr(self, name) == -1:
-                setattr(self, name, value)
-        self.edit_steps = self.edit_steps or (20 if sd else 10)
-        self.control = ("canny" if sd else "ink") if self.control == "auto" else self.control
+        self.noise = "worse" if self.noise == "worst" else self.noise
+        edit = self.edit
+        for part, name, value in (
+            (self, "strength", 0.75 if sd else 0.1 if self.generator == "exact" else 0.5),
+            (self, "val_fraction", 0.0 if small else 0.1),
+            (self, "finetune", 6 if small else 40),
+            (edit, "guidance", 9.0 if sd else 2.0),
+            (edit, "control_scale", 1.0 if sd else 0.5),
+            (edit, "control_end", 1.0 if sd else 0.5),
+        ):
+            if getattr(part, name) == -1:
+                setattr(part, name, value)
+        edit.steps = edit.steps or (20 if sd else 10)
+        edit.control = ("canny" if sd else "ink") if edit.control == "auto" else edit.control
         self.epochs = self.epochs or (30 if small else 200)
-        self.milestones = self.milestones or ((30, 40) if shop else (self.epochs // 2, self.epochs * 3 // 4))
+        self.milestones = self.milestones or (self.epochs // 2, self.epochs * 3 // 4)
         self.small_loss_epochs = self.small_loss_epochs or (15 if small else 70)
-        self.warmup = self.warmup or (5 if small else 30 if wide else 10)
+        for part in (self.cores, self.divide, self.promix):
+            part.warmup = part.warmup or (5 if small else 30 if wide else 10)
         self.eval_every = self.eval_every or (10 if small else 5)
-        self.estimate_epochs = self.estimate_epochs or max(1, self.epochs // 10)
-        self.revise_epochs = self.revise_epochs or max(1, self.epochs // 4)
-        by_data = {"cifar100": "resnet34", "clothing1m": "resnet50", "mnist": "cnn"}
+        self.transition.estimate_epochs = self.transition.estimate_epochs or max(1, self.epochs // 10)
+        self.transition.revise_epochs = self.transition.revise_epochs or max(1, self.epochs // 4)
+        by_data = {"cifar100": "resnet34", "mnist": "cnn"}
         auto = "cnn" if small else by_data.get(self.dataset, "resnet18")
         self.model = auto if self.model == "auto" else self.model
         self.judge = ("clip" if self.features == "clip" else "nearest") if self.judge == "auto" else self.judge
@@ -365,11 +409,48 @@ class Settings:
         self.out = self.out or default_out(self.scale, f"{self.table}-{self.dataset}-{name}")
 
 
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# Lowest values of the whole and rational numbers, by the option's name.
+AT_LEAST: dict[str, float] = {
+    **dict.fromkeys(("edit.batch", "edit.shard", "net.steps", "net.batch", "net.layers", "net.checkpoint"), 1),
+    **dict.fromkeys(("sd.resolution", "pca_width", "checkpoint_every", "eval_last", "pair.ramp"), 1),
+    **dict.fromkeys(("transition.parts", "transition.parts_steps"), 1),
+    **dict.fromkeys(("batch", "divide.batch", "promix.batch"), 2),
+    **dict.fromkeys(("epochs", "edit.steps", "pretrain", "train_limit", "small_loss_epochs", "eval_every"), 0),
+    **dict.fromkeys(("transition.estimate_epochs", "transition.revise_epochs", "promix.ramp", "promix.expand"), 0),
+    **dict.fromkeys(("cores.warmup", "divide.warmup", "promix.warmup", "lr", "weight_decay"), 0),
+    "finetune": -1,
+}
+SHARES = ("sd.control_start", "net.control_dropout", "check", "divide.threshold", "promix.rho", "pair.jocor_lambda")
+# Shares for which -1 stands for the published value.
+OR_DEFAULT = ("strength", "edit.control_end", "val_fraction", "pair.forget_rate", "small_loss_ratio")
+OR_DEFAULT += ("promix.tau", "promix.debias")
+PARTS = {f.name: f.default_factory for f in dataclasses.fields(Settings) if dataclasses.is_dataclass(f.default_factory)}
+
+
+def parse(text: str, args: list[str]) -> Settings:
+    """Settings of a command line. --help lists the options of all runs, --sd.help those of a part."""
+    shown: type = Settings
+    for name, kind in PARTS.items():
+        if f"--{name}.help" in args:
+            shown = dataclasses.make_dataclass("Part", [(name, kind, field(default_factory=kind))])
+            text, args = f"Options of train.py under --{name}", ["--help"]
+    if shown is Settings and {"-h", "--help"} & set(args):
+        hidden = [(n, tyro.conf.Suppress[k], field(default_factory=k)) for n, k in PARTS.items()]
+        shown = dataclasses.make_dataclass("Brief", hidden, bases=(Settings,))
+        text += "\n" + "Options of parts: " + "; ".join(f"--{n}.help: {first_line(k)}" for n, k in PARTS.items())
+    return runs.parse(shown, text, args)
+
+
+def first_line(kind: type) -> str:
+    return (kind.__doc__ or "").splitlines()[0].rstrip(".")
+
+
 # A run may be started again with other values of these.
-IGNORE = (
-    *("out", "data_dir", "device", "download", "dry_run", "checkpoint_every", "generator_checkpoint", "cache", "check"),
-    *("feature_batch", "methods", "stage", "check_agreement"),
-)
+IGNORE = ("out", "data_dir", "device", "download", "dry_run", "checkpoint_every", "cache", "check", "methods", "stage")
 
 
 @dataclass
@@ -378,8 +459,8 @@ class EvalSettings:
     """Run folder written by train.py, or one seed of it (runs/.../seed0)."""
     taus: tuple[Number, ...] = ()
     """Thresholds to try on the similarities: samples kept, precision, recall."""
-    check: bool = False
-    """Run the generator's check: exit code 2 if it ignores the label or returns the instance."""
+    check: Number = 0.0
+    """Run the generator's check with this share, as train.py does; 0: no check."""
     official: bool = False
     """Also measure on cropped and flipped test images, the released code's protocol."""
     write: bool = False

@@ -9,6 +9,7 @@ from settings import Settings
 from trainer import Task
 
 SELECTORS = {"small-loss": "small-loss", "gmm": "GMM on loss", "knn": "kNN agreement", "cleanlab": "cleanlab"}
+SELECTORS |= {"prior-filter": "prior", "clipcleaner": "CLIPCleaner"}
 
 
 def task_of(p: Prepared, method: str) -> Task:
@@ -24,21 +25,19 @@ def task_of(p: Prepared, method: str) -> Task:
     if method == "pretrain":
         return Task(d.pre.x, d.pre.y, **{**more, "val": None})
     if method == "ce-clean":
-        if p.right is None:
-            raise UserError(f"--methods ce-clean: the true labels of {d.kind.title} are not known")
         return Task(x[use], d.train.y[use], **more)
     if method == "modified-only":
         fine = use & p.modified.ok
         return Task(p.modified.small[fine], y[fine], **more)
-    keep = {
-        "selected-only": lambda: p.selected,
-        "prior-filter": lambda: next(d for n, _, d in p.scores((p.prior_name, "prior"))),
-        "clipcleaner": lambda: next(d for n, _, d in p.scores(("CLIPCleaner",))),
-    }
-    if method in keep:
-        chosen = keep[method]()
+    if method == "selected-only":
+        chosen = p.selected
     elif method in SELECTORS:
-        chosen = next(d for _, _, d in p.scores((SELECTORS[method],)))
+        chosen = next((kept for _, _, kept in p.scores((SELECTORS[method],))), None)
+        if chosen is None:
+            raise UserError(
+                f"--methods {method} needs something that knows no noisy label: clean images (--pretrain), --features "
+                "clip, or on cifar10 --features lite0"
+            )
     else:
         return Task(x[use], y[use], **more)
     part = p.part(chosen)

@@ -9,6 +9,7 @@
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
 """
 
+import sys
 from pathlib import Path
 
 from lab import runs
@@ -19,7 +20,7 @@ import torch
 import evaluation
 from echoselect import quality, sweep
 from prepare import Prepared
-from settings import IGNORE, METHODS, Settings
+from settings import IGNORE, METHODS, Settings, parse
 from tasks import needs_edits, task_of
 from trainer import Learner, fit
 
@@ -48,26 +49,27 @@ def train_method(p: Prepared, method: str, run: runs.Run, offset: int, prefix: s
 
 
 def selection_records(p: Prepared, run: runs.Run, about: dict) -> None:
-    """A record a selector (table <table>-selection), and one of the edits (table <table>-edits)."""
+    """A record a selector (table <table>-selection), and where images are edited one of the edits (<table>-edits)."""
     s, place = p.s, {"dataset": p.data.kind.title, "setting": p.s.setting, "scale": p.s.scale}
     told = {"data": about, "device": p.device}
     folder = run.folder(p.seed)
-    if p.right is not None:
-        for k, (name, score, kept) in enumerate(p.scores()):
-            path = folder / f"record-selection-{k}.json"
-            if path.is_file():
-                continue
-            metrics = {**sweep(score, p.right), **(quality(kept, p.right) if kept is not None else {})}
-            if name == "EchoSelect":
-                metrics |= {"tau": p.tau} if p.rule == "similarity" else {}
-                metrics |= evaluation.histograms(p.similarity, p.right)
-            where = {"table": f"{s.table}-selection", "method": name, **place}
-            run.record(p.seed, seconds=0.0, metrics=metrics, where=where, suffix=f"-selection-{k}", **told)
+    for k, (name, score, kept) in enumerate(p.scores()):
+        path = folder / f"record-selection-{k}.json"
+        if path.is_file():
+            continue
+        metrics = {**sweep(score, p.right), **(quality(kept, p.right) if kept is not None else {})}
+        if name == "EchoSelect":
+            metrics |= {"tau": p.tau} if p.rule == "similarity" else {}
+            metrics |= evaluation.histograms(p.similarity, p.right)
+        where = {"table": f"{s.table}-selection", "method": name, **place}
+        run.record(p.seed, seconds=0.0, metrics=metrics, where=where, suffix=f"-selection-{k}", **told)
+    if s.generator == "none":
+        return
     path = folder / "record-edits.json"
     if not path.is_file():
         metrics = {**p.edits(), "seconds_modify": p.modified.seconds, "selected": int(p.selected.sum())}
-        metrics |= {"rule": p.rule, "wrong": int((~p.right).sum()) if p.right is not None else -1}
-        if p.right is not None and p.data.size <= 64:
+        metrics |= {"rule": p.rule, "wrong": int((~p.right).sum())}
+        if p.data.size <= 64:
             metrics["gallery"] = evaluation.thumbnails(p)
         evaluation.gallery(p, folder / "edits.png")
         evaluation.report(p, folder / "selection.csv")
@@ -77,10 +79,10 @@ def selection_records(p: Prepared, run: runs.Run, about: dict) -> None:
 
 def describe(p: Prepared) -> str:
     s, d = p.s, p.data
-    rate = f"{100 * p.noisy.rate:.2f} % wrong labels" if p.right is not None else "wrong labels unknown"
+    rate = f"{100 * p.noisy.rate:.2f} % wrong labels"
     line = f"{d.kind.title} ({d.variant}; {len(d.pre)} clean + {len(d.train)} noisy + {len(d.test)} test images), "
     line += f"{s.setting}: {rate}, seed {p.seed}, {p.device}\nEchoMod: {s.generator}, strength {s.strength:g}, "
-    line += f"{s.edit_steps} steps; EchoSelect: {p.rule}, {s.features}, threshold {s.threshold}; "
+    line += f"{s.edit.steps} steps; EchoSelect: {p.rule}, {s.features}, threshold {s.threshold}; "
     return line + f"{s.model}, {s.epochs} + {s.finetune} epochs; methods {', '.join(s.methods)}"
 
 
@@ -90,8 +92,10 @@ def one_seed(s: Settings, seed: int, run: runs.Run, device: torch.device, show: 
     p = Prepared(s, seed, device, show)
     run.same_data(seed, [p.data.sha256, p.noisy.sha256])
     print(describe(p))
-    about = {**p.data.about(), "noise_sha256": p.noisy.sha256}
-    about |= {"noise_rate": p.noisy.rate} if p.right is not None else {}
+    about = {**p.data.about(), "noise_sha256": p.noisy.sha256, "noise_rate": p.noisy.rate}
+    if s.stage == "select" and s.generator == "none":
+        selection_records(p, run, about)
+        return []
     if needs_edits(s):
         if s.stage == "generator":
             print(f"generator: {p.generator.about()}")
@@ -117,9 +121,8 @@ def one_seed(s: Settings, seed: int, run: runs.Run, device: torch.device, show: 
         learner, metrics, seconds = train_method(p, method, run, 10_000 * k, prefix)
         if method == "echoalign":
             metrics |= {"selected": int((p.selected & p.train).sum())}
-            if p.right is not None:
-                q = quality(p.selected[p.train], p.right[p.train])
-                metrics |= {k: q[k] for k in ("precision", "recall") if k in q}
+            q = quality(p.selected[p.train], p.right[p.train])
+            metrics |= {k: q[k] for k in ("precision", "recall") if k in q}
         told = {"seconds": seconds, "data": about, "device": device}
         row = METHODS[method][0]
         before = metrics.pop("before", None)
@@ -135,7 +138,7 @@ def one_seed(s: Settings, seed: int, run: runs.Run, device: torch.device, show: 
 
 
 def main() -> None:
-    s = runs.parse(Settings, __doc__)
+    s = parse(__doc__, sys.argv[1:])
     s.check_values()
     s.resolve()
     device = runs.device(s.device)

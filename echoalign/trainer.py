@@ -23,6 +23,8 @@ import models
 from features import to_input
 from readers import Kind, Part
 
+DECAY, MOMENTUM = 0.1, 0.9  # of SGD, released code
+TEST_BATCH = 500  # images a batch in evaluation
 STREAMS = {"order": 1, "crop": 2, "method": 3, "official": 4}
 
 
@@ -30,26 +32,18 @@ def stream_seed(seed: int, stream: str, epoch: int) -> int:
     return (seed + 1) * 1_000_000_007 + STREAMS[stream] * 10_000_019 + epoch
 
 
-def crop_and_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator, crop: int = 0) -> Tensor:
-    """uint8 [n, H, W, C] -> the same, or [n, crop, crop, C]: random crop of the zero-padded image, random mirror."""
+def crop_and_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """uint8 [n, H, W, C] -> the same: random crop of the zero-padded image, random mirror."""
     n, h, w, _ = x.shape
     draw = torch.rand(3, n, generator=generator, device=x.device)
-    th, tw = crop or h, crop or w
-    if pad or crop:
+    if pad:
         x = F.pad(x, (0, 0, pad, pad, pad, pad))
-        top = (draw[0] * (h + 2 * pad - th + 1)).long()[:, None] + torch.arange(th, device=x.device)
-        left = (draw[1] * (w + 2 * pad - tw + 1)).long()[:, None] + torch.arange(tw, device=x.device)
+        top = (draw[0] * (2 * pad + 1)).long()[:, None] + torch.arange(h, device=x.device)
+        left = (draw[1] * (2 * pad + 1)).long()[:, None] + torch.arange(w, device=x.device)
         if flip:
             left = torch.where((draw[2] < 0.5)[:, None], left.flip(1), left)
         return x[torch.arange(n, device=x.device)[:, None, None], top[:, :, None], left[:, None, :]]
     return torch.where((draw[2] < 0.5)[:, None, None, None], x.flip(2), x) if flip else x
-
-
-def centre(x: Tensor, crop: int) -> Tensor:
-    if not crop:
-        return x
-    top, left = (x.shape[1] - crop) // 2, (x.shape[2] - crop) // 2
-    return x[:, top : top + crop, left : left + crop]
 
 
 @dataclass
@@ -92,7 +86,7 @@ class Learner:
     def __post_init__(self):
         self.classes = self.task.kind.classes
         self.kind = self.task.kind
-        self.x, self.y = self.place(self.task.x), self.task.y.to(self.device)
+        self.x, self.y = self.task.x.to(self.device), self.task.y.to(self.device)
         for k in range(self.count):
             self.nets.append(self.network(k))
         self.plain = list(self.nets)
@@ -119,7 +113,7 @@ class Learner:
     def learning_rate(self, phase: str, epoch: int) -> float:
         """For an epoch of a phase."""
         s = self.s
-        return s.lr * s.lr_decay ** sum(epoch >= m for m in s.milestones)
+        return s.lr * DECAY ** sum(epoch >= m for m in s.milestones)
 
     def logits(self, x: Tensor) -> Tensor:
         """For evaluation; several networks add theirs."""
@@ -130,16 +124,12 @@ class Learner:
     def network(self, k: int) -> nn.Module:
         torch.manual_seed(self.seed * 1009 + k)
         shape = self.kind.classes, self.task.x.shape[3], self.kind.mean, self.kind.std
-        net = models.build(self.s.model, *shape, weights=self.s.backbone_weights)
+        net = models.build(self.s.model, *shape)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         s = self.s
-        return torch.optim.SGD(net.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay, fused=True)
-
-    def place(self, x: Tensor) -> Tensor:
-        """On the device whole, except a mapped file."""
-        return x if x.numel() > 40e9 else x.to(self.device)
+        return torch.optim.SGD(net.parameters(), s.lr, MOMENTUM, weight_decay=s.weight_decay, fused=True)
 
     def forward(self, k: int, x: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.s.precision == "bf16"):
@@ -149,7 +139,7 @@ class Learner:
         return torch.Generator(self.device).manual_seed(stream_seed(self.seed, stream, epoch))
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return to_input(crop_and_flip(x, self.kind.pad, self.kind.flip, generator, self.kind.crop))
+        return to_input(crop_and_flip(x, self.kind.pad, self.kind.flip, generator))
 
     def batches(self, epoch: int, index: Tensor | None = None, x: Tensor | None = None, salt: int = 0) -> Iterator:
         """(index, augmented images) of one epoch over `index` (None: all) in random order; the last batch is kept."""
@@ -163,7 +153,7 @@ class Learner:
             if len(i) == 1 and len(order) > 1:
                 continue
             at = sent(i, self.device)
-            yield at, self.augment(x[at] if x.device == at.device else sent(x[i], self.device), crops)
+            yield at, self.augment(x[at], crops)
 
     def step(self, loss: Tensor, k: int = 0) -> None:
         self.optimizers[k].zero_grad(set_to_none=True)
@@ -190,8 +180,8 @@ class Learner:
         modes = [n.training for n in self.plain]
         self.train_mode(False)
         out = []
-        for part in x.split(self.s.test_batch):
-            v = to_input(centre(part, self.kind.crop).to(self.device))
+        for part in x.split(TEST_BATCH):
+            v = to_input(part.to(self.device))
             if features:
                 out.append(self.plain[k or 0].features(v).float())
             else:
@@ -206,7 +196,7 @@ class Learner:
         if augmented_seed is not None:
             draw = torch.Generator(x.device).manual_seed(augmented_seed)
             kind = self.kind
-            x = torch.cat([crop_and_flip(v, kind.pad, kind.flip, draw, kind.crop) for v in x.split(self.s.test_batch)])
+            x = torch.cat([crop_and_flip(v, kind.pad, kind.flip, draw) for v in x.split(TEST_BATCH)])
         logits = self.predict(x)
         if not torch.isfinite(logits).all():
             raise UserError("the network's outputs are not finite numbers; train it again with a lower --lr")

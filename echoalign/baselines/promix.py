@@ -66,35 +66,35 @@ def fmix_mask(height: int, width: int, lam: float, draw: np.random.RandomState, 
 def guessed(chosen: Tensor, p: list[Tensor], tau: float) -> Tensor:
     """Label guessing by agreement: samples outside `chosen` [b] of which both predictions p [b, C] say the same with
     more than tau, the surest first, until 0.9 of the batch is taken -> bool [b]."""
-    new = torch.zeros_like(chosen)
-    room = int(len(chosen) * GUESS_BELOW) - int(chosen.sum())
-    if int(chosen.sum()) / len(chosen) >= GUESS_BELOW or room <= 0:
-        return new
+    room = int(len(chosen) * GUESS_BELOW) - chosen.sum()
     sure = [q.max(1) for q in p]
     agree = (sure[0].values > tau) & (sure[1].values > tau) & (sure[0].indices == sure[1].indices) & ~chosen
-    index = torch.nonzero(agree)[:, 0]
-    score = (sure[0].values + sure[1].values)[index]
-    new[index[torch.argsort(score, descending=True, stable=True)[:room]]] = True
-    return new
+    score = torch.where(agree, sure[0].values + sure[1].values, -1.0)
+    order = torch.argsort(score, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return agree & (rank < room)
 
 
 class ProMix(TwoViews):
-    """Settings: promix_rho (share of a class in the base selection), promix_tau, promix_debias, promix_ramp (epochs),
-    promix_expand (last epochs with label guessing), semi_lr, semi_batch."""
+    """Settings: --promix.*."""
+
+    @property
+    def own(self):
+        return self.s.promix
 
     def network(self, k: int) -> nn.Module:
         net = WithAuxiliary(super().network(k), self.kind.classes)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def optimizer(self, net):  # not fused: the auxiliary head has no gradient in the warm-up
-        return torch.optim.SGD(net.parameters(), self.s.semi_lr, 0.9, weight_decay=5e-4)
+        return torch.optim.SGD(net.parameters(), self.own.lr, 0.9, weight_decay=5e-4)
 
     def setup(self) -> None:
         # What each network predicts on average, for the chosen samples and for the rest.
         self.buffers["bias"] = torch.full((2, 2, self.classes), 1 / self.classes, device=self.device)
         few = self.classes <= 10
-        self.tau = self.s.promix_tau if self.s.promix_tau >= 0 else 0.99 if few else 0.95
-        self.debias = self.s.promix_debias if self.s.promix_debias >= 0 else 0.8 if few else 0.5
+        self.tau = self.own.tau if self.own.tau >= 0 else 0.99 if few else 0.95
+        self.debias = self.own.debias if self.own.debias >= 0 else 0.8 if few else 0.5
         # The released code's three operations at half of the greatest strength, each left out in half of the cases.
         one = v2.RandomApply([v2.RandAugment(num_ops=1, magnitude=15, num_magnitude_bins=31)], p=0.5)
         self.random_operations = v2.Compose([one] * 3)
@@ -103,11 +103,11 @@ class ProMix(TwoViews):
         warm = self.phases()[0].epochs
         done = epoch + (warm if phase == "main" else 0)
         cosine = 0.5 * (1 + math.cos(math.pi * done / self.s.epochs))
-        return self.s.semi_lr * (LOWEST + (1 - LOWEST) * cosine)
+        return self.own.lr * (LOWEST + (1 - LOWEST) * cosine)
 
     def select(self, k: int) -> Tensor:
         losses = F.cross_entropy(self.predict(self.x, k=k), self.y, reduction="none")
-        return base_selection(losses, self.y, self.s.promix_rho, self.classes)
+        return base_selection(losses, self.y, self.own.rho, self.classes)
 
     def stronger(self, x: Tensor, seed: int) -> Tensor:
         """uint8 [n, H, W, C] -> the same after random operations, of each image its own."""
@@ -124,7 +124,7 @@ class ProMix(TwoViews):
         order = torch.randperm(
             len(self.y), generator=torch.Generator().manual_seed(self.generator("order", at).initial_seed())
         )
-        rows = order.split(max(2, self.s.semi_batch))
+        rows = order.split(max(2, self.own.batch))
         if len(rows) > 1 and len(rows[-1]) < len(rows[0]):
             rows = rows[:-1]  # as released: a batch that is not full is left out
         total = torch.zeros(2, device=self.device)
@@ -147,7 +147,7 @@ class ProMix(TwoViews):
     def promix_step(self, i: Tensor, base: list[Tensor], at: int, crops, draw) -> Tensor:
         """Sum of both networks' losses on the batch i [b]; base: their base selections [b]; at: epochs so far."""
         s, bias = self.s, self.buffers["bias"]
-        ramp = min(1.0, at / s.promix_ramp) if s.promix_ramp else 1.0
+        ramp = min(1.0, at / self.own.ramp) if self.own.ramp else 1.0
         x = self.x[i]
         weak = self.augment(x, crops)
         strong = self.augment(self.stronger(x, int(draw.randint(2**31))), crops)
@@ -159,31 +159,31 @@ class ProMix(TwoViews):
         for k in range(2):
             said = torch.softmax(views[k][0][0].detach() - self.debias * torch.log(bias[k, 0]), 1).argmax(1)
             labels.append(torch.where(chosen[k][:, None], one, F.one_hot(said, self.classes).float()))
-        if at > s.epochs - s.promix_expand:
+        if at > s.epochs - self.own.expand:
             chosen = [c | guessed(c, p, self.tau) for c in chosen]
         loss = sum(self.one_network(k, weak, views[k], chosen[k], labels[k], ramp, at, draw) for k in range(2))
         for k in range(2):
-            for j, mine in enumerate((chosen[k], ~chosen[k])):
-                if mine.any():
-                    bias[k, j] = BIAS_MOMENTUM * bias[k, j] + (1 - BIAS_MOMENTUM) * p[k][mine].mean(0)
+            for j, mine in enumerate((chosen[k].float(), (~chosen[k]).float())):
+                new = BIAS_MOMENTUM * bias[k, j] + (1 - BIAS_MOMENTUM) * (mine @ p[k]) / mine.sum().clamp(min=1)
+                bias[k, j] = torch.where(mine.any(), new, bias[k, j])
         return loss
 
     def one_network(self, k, weak, views, chosen, labels, ramp, at, draw) -> Tensor:
         """views: ((main, auxiliary logits of the weak view), (of the strong view))."""
         # Debiased margin: a class that is predicted often must be won by more.
         margin = self.debias * torch.log(self.buffers["bias"][k])
-        index = torch.nonzero(chosen)[:, 0]
-        rest = torch.nonzero(~chosen)[:, 0]
+        index = torch.nonzero(chosen)[:, 0]  # the only wait of the host: mixing needs the number of them
         loss = weak.sum() * 0
         if len(index) > 1:
             for head in range(2):
                 plain, aside = (soft_cross_entropy(v[head][index] + margin[0], labels[index]) for v in views)
                 more = self.mixed(k, head, weak[index], labels[index], margin[0], draw)
                 loss = loss + plain + ramp * (aside + more)
-        if len(rest):
-            p = torch.softmax(views[0][0].detach()[rest] - self.debias * torch.log(self.buffers["bias"][k, 1]), 1)
-            target = sharpen(p)
-            plain, aside = (soft_cross_entropy(v[1][rest] + margin[1], target) for v in views)
+        if len(index) < len(chosen):
+            p = torch.softmax(views[0][0].detach() - self.debias * torch.log(self.buffers["bias"][k, 1]), 1)
+            target = sharpen(p) * (~chosen)[:, None]  # the chosen ones count as nothing
+            share = len(chosen) / (len(chosen) - len(index))
+            plain, aside = (share * soft_cross_entropy(v[1] + margin[1], target) for v in views)
             loss = loss + self.rest_weight(at) * (plain + ramp * aside)
         return loss
 
@@ -191,7 +191,7 @@ class ProMix(TwoViews):
         """0.1 after twice the ramp, and from then on 0, as released; 1 throughout without debiasing."""
         if not self.debias:
             return 1.0
-        twice = 2 * self.s.promix_ramp
+        twice = 2 * self.own.ramp
         return AUXILIARY * at / twice if at < twice else 0.0
 
     def mixed(self, k: int, head: int, x: Tensor, labels: Tensor, margin: Tensor, draw) -> Tensor:

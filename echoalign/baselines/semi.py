@@ -44,9 +44,9 @@ def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def unlabelled_weight(s, rho: float, noise: str) -> float:
-    """lambda_u where --lambda-u is -1: 0 for asymmetric noise and for 20 % symmetric, 150 from 80 % on, else 25."""
-    if s.lambda_u >= 0:
-        return s.lambda_u
+    """--divide.lambda-u; where that is -1: 0 for asymmetric noise and 20 % symmetric, 150 from 80 % on, else 25."""
+    if s.divide.lambda_u >= 0:
+        return s.divide.lambda_u
     if noise == "asymmetric" or noise == "symmetric" and rho <= 0.2:
         return 0.0
     return 150.0 if rho >= 0.8 else 25.0
@@ -57,11 +57,16 @@ class TwoViews(Learner):
 
     count = 2
 
+    @property
+    def own(self):
+        """The options of this method."""
+        return self.s.divide
+
     def learning_rate(self, phase: str, epoch: int) -> float:
-        return self.s.semi_lr * (0.1 if phase == "main" and epoch >= self.s.epochs // 2 else 1.0)
+        return self.own.lr * (0.1 if phase == "main" and epoch >= self.s.epochs // 2 else 1.0)
 
     def phases(self) -> list[Phase]:
-        warm = min(self.s.warmup, max(1, self.s.epochs - 1))
+        warm = min(self.own.warmup, max(1, self.s.epochs - 1))
         return [Phase("warmup", warm), Phase("main", self.s.epochs - warm)]
 
     def losses(self, k: int) -> Tensor:
@@ -74,15 +79,16 @@ class TwoViews(Learner):
         return torch.Generator(self.device).manual_seed(base), np.random.RandomState(base % 2**32)
 
     def shuffled(self, index: Tensor, at: int, k: int, salt: int, n: int) -> list[Tensor]:
-        """n batches of `index`, cycling through random orders of it."""
+        """n batches of `index` [at least 2], cycling through random orders of it; a last batch of one image, which has
+        no batch statistics, is left out."""
         out, turn = [], 0
-        size = max(2, self.s.semi_batch)
+        size = max(2, self.own.batch)
         while len(out) < n:
             g = torch.Generator().manual_seed(
                 self.generator("order", at).initial_seed() + 31 * k + 17 * salt + 977 * turn
             )
             order = index.cpu()[torch.randperm(len(index), generator=g)]
-            out += [sent(b, self.device) for b in order.split(size)]
+            out += [sent(b, self.device) for b in order.split(size) if len(b) > 1]
             turn += 1
         return out[:n]
 
@@ -105,8 +111,7 @@ class DivideMix(TwoViews):
     """Li et al. (2020): each network trains on the division the other one makes."""
 
     def optimizer(self, net):
-        s = self.s
-        return torch.optim.SGD(net.parameters(), s.semi_lr, 0.9, weight_decay=5e-4, fused=True)
+        return torch.optim.SGD(net.parameters(), self.own.lr, 0.9, weight_decay=5e-4, fused=True)
 
     def setup(self) -> None:
         if self.task.rho >= 0.9:  # losses differ little then: each division is made from those of five epochs
@@ -131,11 +136,12 @@ class DivideMix(TwoViews):
             if k == 1:  # the second network is divided by the first one as it was before this epoch
                 self.train_mode()
             chance = w[1 - k]
-            labelled = torch.nonzero(chance > self.s.divide_threshold)[:, 0]
-            rest = torch.nonzero(chance <= self.s.divide_threshold)[:, 0]
+            labelled = torch.nonzero(chance > self.own.threshold)[:, 0]
+            rest = torch.nonzero(chance <= self.own.threshold)[:, 0]
             if len(labelled) < 2:
                 labelled = torch.argsort(chance, descending=True)[: max(2, len(chance) // 10)]
-            n = -(-len(labelled) // max(2, self.s.semi_batch))
+            size = max(2, self.own.batch)
+            n = len(labelled) // size + (len(labelled) % size > 1)
             crops, draw = self.draws(at, k)
             b_l = self.shuffled(labelled, at, k, 0, n)
             b_u = self.shuffled(rest, at, k, 1, n) if len(rest) > 1 else [None] * n

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from trainer import Learner, Phase
 
-# ---------------------------------------------------------------------------------------------------------- EchoAlign
+# ------------------------------------------------------------------------------------ losses with a transition matrix
+
+REVISION_LR = 5e-7  # of Adam, published
+ANCHORS = 20  # anchor points a class of PTD
 
 
 def anchor_matrix(p: Tensor, percentile: float = 97.0) -> Tensor:
@@ -46,14 +49,14 @@ class Forward(Learner):
         self.buffers["t"] = torch.eye(self.classes, device=self.device)
 
     def phases(self) -> list[Phase]:
-        return [Phase("estimate", self.s.estimate_epochs), Phase("main", self.s.epochs)]
+        return [Phase("estimate", self.s.transition.estimate_epochs), Phase("main", self.s.epochs)]
 
     def learning_rate(self, phase: str, epoch: int) -> float:
         return self.s.lr if phase == "estimate" else super().learning_rate(phase, epoch)
 
     def estimate(self) -> None:
         p = torch.softmax(self.predict(self.task.x), 1)
-        self.buffers["t"] = anchor_matrix(p, self.s.anchor_percentile)
+        self.buffers["t"] = anchor_matrix(p, self.s.transition.percentile)
 
     def begin(self, phase: str) -> None:
         if phase == "main":
@@ -83,10 +86,10 @@ class Reweight(Forward):
 
 
 class Revision(Reweight):
-    """T-Revision (Xia et al. 2019): Reweight, then Adam at `revision_lr` on the network and an additive Delta T."""
+    """T-Revision (Xia et al. 2019): Reweight, then Adam at REVISION_LR on the network and an additive Delta T."""
 
     def phases(self) -> list[Phase]:
-        return [*super().phases(), Phase("revise", self.s.revise_epochs)]
+        return [*super().phases(), Phase("revise", self.s.transition.revise_epochs)]
 
     def begin(self, phase: str) -> None:
         super().begin(phase)
@@ -98,7 +101,7 @@ class Revision(Reweight):
         if phase == "revise":
             self.delta = nn.Parameter(torch.zeros_like(self.buffers["t"]))
             self.buffers.setdefault("delta", self.delta.data)
-            self.optimizers = [torch.optim.Adam([*self.plain[0].parameters(), self.delta], self.s.revision_lr)]
+            self.optimizers = [torch.optim.Adam([*self.plain[0].parameters(), self.delta], REVISION_LR)]
 
     def restore(self, tensors: dict, place: Path) -> None:
         super().restore(tensors, place)
@@ -107,7 +110,7 @@ class Revision(Reweight):
             self.buffers["delta"] = self.delta.data
 
     def learning_rate(self, phase: str, epoch: int) -> float:
-        return self.s.revision_lr if phase == "revise" else super().learning_rate(phase, epoch)
+        return REVISION_LR if phase == "revise" else super().learning_rate(phase, epoch)
 
     def matrix(self, i: Tensor) -> Tensor:
         if self.phase != "revise":
@@ -133,8 +136,8 @@ class Parts(Revision):
     def setup(self) -> None:
         super().setup()
         n = len(self.task.y)
-        self.buffers["parts"] = torch.zeros(self.s.parts, self.classes, self.classes, device=self.device)
-        self.buffers["h"] = torch.zeros(n, self.s.parts, device=self.device)
+        self.buffers["parts"] = torch.zeros(self.s.transition.parts, self.classes, self.classes, device=self.device)
+        self.buffers["h"] = torch.zeros(n, self.s.transition.parts, device=self.device)
 
     def estimate(self) -> None:
         from sklearn.decomposition import NMF
@@ -142,11 +145,11 @@ class Parts(Revision):
         super().estimate()
         f = self.predict(self.task.x, features=True).clamp(min=0).cpu().numpy().astype("float64")
         f /= f.max() or 1.0
-        model = NMF(self.s.parts, init="nndsvda", max_iter=300, tol=1e-3, random_state=self.seed)
+        model = NMF(self.s.transition.parts, init="nndsvda", max_iter=300, tol=1e-3, random_state=self.seed)
         h = torch.from_numpy(model.fit_transform(f)).float() + 1e-6
         self.buffers["h"] = (h / h.sum(1, keepdim=True)).to(self.device)
         p = torch.softmax(self.predict(self.task.x), 1)
-        self.buffers["parts"] = part_matrices(self.buffers["h"], p, self.s.anchors, self.s.parts_steps, self.seed)
+        self.buffers["parts"] = part_matrices(self.buffers["h"], p, ANCHORS, self.s.transition.parts_steps, self.seed)
 
     def matrix(self, i: Tensor) -> Tensor:
         t = torch.einsum("br,rij->bij", self.buffers["h"][i], self.buffers["parts"])
@@ -215,15 +218,15 @@ class Cores(Learner):
         self.prior = torch.bincount(self.y, minlength=self.classes).float() / len(self.y)
 
     def beta(self, epoch: int) -> float:
-        """0 before the warm-up ends, then up to cores_beta over three times as many epochs."""
-        w = max(1, self.s.warmup)
-        return self.s.cores_beta * min(1.0, max(0.0, (epoch - w) / (3 * w)))
+        """0 before the warm-up ends, then up to --cores.beta over three times as many epochs."""
+        w = max(1, self.s.cores.warmup)
+        return self.s.cores.beta * min(1.0, max(0.0, (epoch - w) / (3 * w)))
 
     def loss(self, i, x, y, epoch):
         logits = self.forward(0, x)
         beta = self.beta(epoch)
         each = cores_values(logits, y, self.prior, beta)
-        if epoch <= self.s.warmup:
+        if epoch <= self.s.cores.warmup:
             return each.mean()
         keep = (cores_score(logits.detach(), y) <= 0).float()
         return (keep * each).sum() / keep.sum().clamp(min=1)
@@ -250,23 +253,23 @@ class Pair(Learner):
     count = 2
 
     def keep(self, epoch: int) -> float:
-        rho = self.s.forget_rate if self.s.forget_rate >= 0 else self.task.rho
-        rho = rho / 2 if self.s.forget_rate < 0 and self.task.noise in ("asymmetric", "pair") else rho
-        return 1 - min((epoch + 1) / max(1, self.s.forget_ramp), 1.0) * rho
+        rho = self.s.pair.forget_rate if self.s.pair.forget_rate >= 0 else self.task.rho
+        rho = rho / 2 if self.s.pair.forget_rate < 0 and self.task.noise in ("asymmetric", "pair") else rho
+        return 1 - min((epoch + 1) / max(1, self.s.pair.ramp), 1.0) * rho
 
     def optimizer(self, net):
-        if self.s.pair_optimizer == "sgd":
+        if self.s.pair.optimizer == "sgd":
             return super().optimizer(net)
-        return torch.optim.Adam(net.parameters(), self.s.pair_lr)
+        return torch.optim.Adam(net.parameters(), self.s.pair.lr)
 
     def learning_rate(self, phase: str, epoch: int) -> float:
-        if self.s.pair_optimizer == "sgd":
+        if self.s.pair.optimizer == "sgd":
             return super().learning_rate(phase, epoch)
         start, end = int(0.4 * self.s.epochs), self.s.epochs  # flat, then straight down to 0 (from epoch 80 of 200)
-        return self.s.pair_lr * (1.0 if epoch < start else (end - epoch) / max(1, end - start))
+        return self.s.pair.lr * (1.0 if epoch < start else (end - epoch) / max(1, end - start))
 
     def epoch(self, phase: str, epoch: int, at: int) -> Tensor:
-        if self.s.pair_optimizer == "adam":
+        if self.s.pair.optimizer == "adam":
             b1 = 0.9 if epoch < int(0.4 * self.s.epochs) else 0.1
             for opt in self.optimizers:
                 for group in opt.param_groups:
@@ -303,7 +306,7 @@ def jocor_values(z1: Tensor, z2: Tensor, y: Tensor, lam: float) -> Tensor:
 
 class JoCoR(Pair):
     def pair_step(self, x, y, epoch):
-        each = jocor_values(self.forward(0, x), self.forward(1, x), y, self.s.jocor_lambda)
+        each = jocor_values(self.forward(0, x), self.forward(1, x), y, self.s.pair.jocor_lambda)
         loss = each[small_loss(each.detach(), self.keep(epoch))].mean()
         for opt in self.optimizers:
             opt.zero_grad(set_to_none=True)

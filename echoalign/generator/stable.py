@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from generator import hints
-
 PROMPT = "a photo of a {name}, best quality, extremely detailed"
 NEGATIVE = (
     "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality, "
@@ -26,11 +24,9 @@ NEGATIVE += "low quality"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CONTROLNETS = {
     "canny": "lllyasviel/sd-controlnet-canny",
-    "softedge": "lllyasviel/control_v11p_sd15_softedge",
     "tile": "lllyasviel/control_v11f1e_sd15_tile",
-    "shuffle": "lllyasviel/control_v11e_sd15_shuffle",
 }
-SAMPLERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}
+SAMPLERS = {"ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
 
 
 @dataclass
@@ -42,10 +38,9 @@ class Knobs:
     strength: float = 0.75
     steps: int = 20
     sampler: str = "ddim"
-    eta: float = 0.0
     guidance: float = 9.0
     control: str = "canny"
-    """canny, softedge (HED), tile (the image itself), shuffle (its colours elsewhere) or none (control strength 0)."""
+    """canny, tile (the image itself) or none (control strength 0)."""
     control_scale: float = 1.0
     control_start: float = 0.0
     control_end: float = 1.0
@@ -64,14 +59,21 @@ def upscale(image: np.ndarray, resolution: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS if k > 1 else Image.Resampling.BOX)
 
 
+def canny(picture: Image.Image, low: float, high: float) -> Image.Image:
+    """Edges of the upscaled picture, white on black, RGB."""
+    import cv2
+
+    edges = cv2.Canny(np.asarray(picture), low, high)
+    return Image.fromarray(np.repeat(edges[..., None], 3, axis=2))
+
+
 class StableControl:
     """Stable Diffusion + ControlNet behind `edit`; text embeddings of the C classes are computed once."""
 
-    def __init__(self, pipeline, names: Sequence[str], knobs: Knobs, device: torch.device, dtype, told: dict,
-                 hint: hints.Hint):  # fmt: skip
+    def __init__(self, pipeline, names: Sequence[str], knobs: Knobs, device: torch.device, dtype, told: dict):
         import diffusers
 
-        self.knobs, self.device, self.names, self.hint = knobs, device, tuple(names), hint
+        self.knobs, self.device, self.names = knobs, device, tuple(names)
         config = pipeline.scheduler.config
         pipeline.scheduler = getattr(diffusers, SAMPLERS[knobs.sampler]).from_config(config)
         self.pipe = pipeline.to(device, dtype)
@@ -84,7 +86,6 @@ class StableControl:
         self.positive = torch.cat([p for p, _ in found])
         self.negative = found[0][1]
         self._told = {"generator": "sd", **told, **vars(knobs), "classes": list(names), "dtype": str(dtype)}
-        self._told |= hint.about()
 
     def about(self) -> dict:
         return dict(self._told)
@@ -95,14 +96,14 @@ class StableControl:
         if k.mode == "img2img" and int(k.steps * k.strength) < 1:  # no step would be made
             return images.clone()
         pictures = [upscale(image, k.resolution) for image in images.numpy()]
-        maps = [self.hint(p, s) for p, s in zip(pictures, seeds, strict=True)]
+        maps = [canny(p, k.canny_low, k.canny_high) for p in pictures] if k.control == "canny" else pictures
         generators = [torch.Generator().manual_seed(s) for s in seeds]  # on the CPU: the same on every device
         more = {
             "prompt_embeds": self.positive[labels.to(self.positive.device)],
             "negative_prompt_embeds": self.negative.expand(len(labels), -1, -1),
             "num_inference_steps": k.steps,
             "guidance_scale": k.guidance,
-            "eta": k.eta,
+            "eta": 0.0,
             "generator": generators,
             "controlnet_conditioning_scale": 0.0 if k.control == "none" else float(k.control_scale),
             "control_guidance_start": k.control_start,
@@ -127,7 +128,6 @@ def load(
     bf16: bool = False,
     download: bool = False,
     compile: bool = False,
-    annotators: str = hints.ANNOTATORS,
 ) -> StableControl:
     """The pipeline from hub ids or local folders; UserError names what is missing."""
     import diffusers
@@ -145,7 +145,7 @@ def load(
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"weights of {base} and {control} could not be read ({str(error)[:160]}); give local folders in diffusers' "
-            "layout by --sd-base and --sd-controlnet, or add --download"
+            "layout by --sd.base and --sd.controlnet, or add --download"
         ) from None
     if compile:
         pipe.unet, pipe.controlnet = torch.compile(pipe.unet), torch.compile(pipe.controlnet)
@@ -154,5 +154,4 @@ def load(
         for k, v in module.state_dict().items():
             weights.update(f"{k} {v.double().sum().item():.6e}".encode() if v.is_floating_point() else k.encode())
     told = {"base": base, "controlnet": control, "weights": weights.hexdigest()[:16]}
-    edges = {"low": knobs.canny_low, "high": knobs.canny_high, "annotators": annotators, "download": download}
-    return StableControl(pipe, names, knobs, device, dtype, told, hints.Hint(knobs.control, device, **edges))
+    return StableControl(pipe, names, knobs, device, dtype, told)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from settings import Settings
+from settings import parse
 
 HERE = Path(train.__file__).parent
 TINY = ["--dataset", "digits", "--epochs", "3", "--finetune", "2", "--small-loss-epochs", "2", "--eval-last", "1"]
@@ -32,7 +32,7 @@ def start(monkeypatch, *args, main=train.main):
 
 
 def settings(*args):
-    s = runs.parse(Settings, "", [*TINY, *map(str, args)])
+    s = parse("", [*TINY, *map(str, args)])
     s.check_values()
     s.resolve()
     return s

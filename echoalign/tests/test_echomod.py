@@ -412,7 +412,7 @@ def test_the_exact_generator_passes_its_check(tmp_path, monkeypatch, cache):
 
 def test_a_run_with_a_trained_generator_end_to_end(tmp_path, monkeypatch, cache):
     for kind in ("concat", "controlnet"):
-        args = [*TINY, "--generator", kind, "--generator-steps", "2", "--edit-steps", "2", "--widths", "8", "16"]
+        args = [*TINY, "--generator", kind, "--net.steps", "2", "--edit.steps", "2", "--net.widths", "8", "16"]
         args += ["--methods", "echoalign", "--train-limit", "60", "--cache", cache]
         start(monkeypatch, *args, "--out", tmp_path / kind)
         assert "seed0/record-echoalign.json" in records(tmp_path / kind)

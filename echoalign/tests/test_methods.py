@@ -132,7 +132,7 @@ def test_dividemix_parts():
     s = settings()
     assert [semi.unlabelled_weight(s, r, n) for r, n in ((0.2, "symmetric"), (0.4, "asymmetric"), (0.5, "instance"),
             (0.8, "symmetric"))] == [0, 0, 25, 150]  # fmt: skip
-    assert semi.unlabelled_weight(settings("--lambda-u", "3"), 0.2, "symmetric") == 3
+    assert semi.unlabelled_weight(settings("--divide.lambda-u", "3"), 0.2, "symmetric") == 3
 
 
 # -------------------------------------------------------------------------------------------------------- the selectors
@@ -212,7 +212,7 @@ def test_pair_methods_forget_nothing_at_rate_zero(tmp_path):
     assert [round(learner.keep(e), 3) for e in (0, 4, 9, 50)] == [0.96, 0.8, 0.6, 0.6]
     learner = single.CoTeaching(settings(), task(rho=0.4, noise="asymmetric"), 0, CPU)
     assert learner.keep(50) == pytest.approx(0.8)
-    learner = single.CoTeaching(settings("--forget-rate", "0"), task(rho=0.4), 0, CPU)
+    learner = single.CoTeaching(settings("--pair.forget-rate", "0"), task(rho=0.4), 0, CPU)
     assert learner.keep(50) == 1
     a, b = (next(iter(n.parameters())) for n in learner.plain)
     assert not torch.equal(a, b)
@@ -229,11 +229,10 @@ def test_crop_and_flip_against_loops():
         piece = padded[i, top : top + 6, left : left + 7]
         assert torch.equal(out[i], piece.flip(1) if draw[2, i] < 0.5 else piece)
     assert torch.equal(trainer.crop_and_flip(x, 0, False, g), x)
-    assert trainer.crop_and_flip(x, 0, True, g, crop=4).shape == (5, 4, 4, 3)
 
 
 SIZES = [("cnn", 16, 0.09e6, 0.11e6), ("resnet18", 32, 11.1e6, 11.3e6)]
-SIZES += [("resnet34", 32, 21.2e6, 21.4e6), ("resnet50", 64, 23.5e6, 23.6e6)]
+SIZES += [("resnet34", 32, 21.2e6, 21.4e6), ("resnet18-w16", 32, 0.69e6, 0.71e6)]
 
 
 @pytest.mark.parametrize(("name", "size", "low", "high"), SIZES)

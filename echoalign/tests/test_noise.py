@@ -2,17 +2,22 @@
 
 import hashlib
 
-from lab.runs import UserError
+from lab.runs import UserError, data_dir
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from scipy.stats import truncnorm
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import classes
 import noise
+import readers
 
 
 def images(n=4000, c=10, seed=0, size=6):
@@ -169,15 +174,60 @@ def test_human_labels_must_belong_to_the_images(tmp_path):
         ask(tmp_path, **{**more, "dataset": "cifar100"})
 
 
-@pytest.mark.realdata
-@pytest.mark.parametrize(("kind", "rate"), [("aggre", 0.0901), ("random1", 0.17234), ("worse", 0.40208)])
-def test_human_noise_rates(kind, rate, tmp_path):
-    from lab.runs import data_dir
+def test_human_labels_follow_a_part_and_the_order_of_the_jpeg_copy(tmp_path):
+    """The k-th image of a class in the copy is the k-th place of that class in the labels' own order."""
+    rng = np.random.RandomState(4)
+    clean, noisy = rng.randint(0, 10, 200), rng.randint(0, 10, 200)
+    human_file(tmp_path, clean, noisy)
+    told = {"kind": "worse", "dataset": "cifar10", "classes": 10, "folder": tmp_path, "cache": tmp_path}
+    told |= {"rho": 0.4, "seed": 0, "x": np.zeros((200, 4, 4, 3), np.uint8)}
+    own = [int(i) for c in range(10) for i in range(200) if clean[i] == c]  # copy's place -> labels' place
+    for variant, place in (("paper", list(range(200))), (readers.JPEG, own)):
+        for index in (np.arange(200), np.array([3, 150, 7, 7])):
+            wanted = [int(noisy[place[j]]) for j in index]
+            y = np.array([clean[place[j]] for j in index])
+            assert noise.make(**told, variant=variant, y=y, index=index).y.tolist() == wanted
+    with pytest.raises(UserError, match="are not those of the 4 images"):
+        noise.make(**told, variant=readers.JPEG, y=(y + 1) % 10, index=index)
+    with pytest.raises(UserError, match="are not those of the 1 images"):
+        noise.make(**told, variant=readers.JPEG, y=y[:1], index=np.array([200]))
 
-    path = data_dir("") / "cifar-n" / "CIFAR-10_human.npz"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here")
-    with np.load(path, allow_pickle=False) as found:
-        clean = found["clean_label"].astype(np.int64)
-    got = noise.human(kind, "cifar10", "paper", clean, data_dir(""))
-    assert (got != clean).mean() == pytest.approx(rate, abs=1e-6)
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("kind", "rate"), [("aggre", 0.0901), ("random1", 0.1723), ("worse", 0.4021)])
+def test_human_noise_rates_on_whatever_copy_is_here(kind, rate, tmp_path):
+    folder = data_dir("")
+    if not (folder / "cifar-n" / "CIFAR-10_human.npz").is_file() or not (folder / "cifar10").is_dir():
+        pytest.skip(f"CIFAR-10 and its human labels are not in {folder}")
+    d = readers.load("cifar10", folder)
+    where = {"folder": folder, "cache": tmp_path, "dataset": "cifar10", "variant": d.variant, "classes": 10}
+    every = noise.make(kind=kind, rho=0.4, seed=0, x=d.train.x.numpy(), y=d.train.y.numpy(),
+                       index=d.train.index.numpy(), **where)  # fmt: skip
+    assert every.rate == pytest.approx(rate, abs=5e-5)
+    part = readers.load("cifar10", folder, seed=5, pretrain=1000, train_limit=2000).train
+    some = noise.make(kind=kind, rho=0.4, seed=0, x=part.x.numpy(), y=part.y.numpy(), index=part.index.numpy(), **where)
+    assert (some.y == every.y[part.index.numpy()]).all() and abs(some.rate - rate) < 0.03
+
+
+@pytest.mark.realdata
+def test_the_human_labels_lie_with_the_pictures_of_the_copy():
+    """A picture's wrong label is likelier by what the picture looks like than a wrong label of another picture of its
+    class: the order within the classes is right."""
+    folder = data_dir("")
+    if not (folder / "cifar-n" / "CIFAR-10_human.npz").is_file() or not (folder / "cifar10").is_dir():
+        pytest.skip(f"CIFAR-10 and its human labels are not in {folder}")
+    part = readers.load("cifar10", folder, train_limit=12000).train
+    y = part.y.numpy()
+    noisy = noise.human("worse", "cifar10", readers.JPEG, y, part.index.numpy(), folder)
+    flat = torch.nn.functional.avg_pool2d(part.x.permute(0, 3, 1, 2).float(), 4).flatten(1).numpy() / 255
+    model = make_pipeline(StandardScaler(), LogisticRegression(tol=0.05)).fit(flat, y)
+    log = model.predict_log_proba(flat)
+    wrong = np.flatnonzero(noisy != y)
+    rng, shuffled = np.random.RandomState(0), []
+    for _ in range(20):
+        moved = noisy.copy()
+        for k in range(10):
+            mine = wrong[y[wrong] == k]
+            moved[mine] = noisy[rng.permutation(mine)]
+        shuffled.append(log[wrong, moved[wrong]].mean())
+    assert log[wrong, noisy[wrong]].mean() > np.mean(shuffled) + 6 * np.std(shuffled)

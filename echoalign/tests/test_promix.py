@@ -50,7 +50,7 @@ def soft_ce(z, t):
 @pytest.mark.parametrize("at", [10, 75, 300, 551])
 @pytest.mark.parametrize("debias", ["0.8", "0"])
 def test_a_batch_against_the_formulas(at, debias):
-    own, w, bias = learner("--promix-debias", debias, "--promix-tau", "0.2")
+    own, w, bias = learner("--promix.debias", debias, "--promix.tau", "0.2")
     i = torch.arange(3, 15)
     base = [torch.arange(12) % 3 == 0, torch.arange(12) % 4 == 0]
     found = float(own.promix_step(i, base, at, None, np.random.RandomState(7)))
@@ -165,7 +165,7 @@ def test_strong_views_are_drawn_for_each_image_and_repeat_with_the_seed():
 def test_rates_and_defaults():
     d = readers.load("digits", trainer.Path("."), seed=0)
     task = Task(d.train.x[:40], d.train.y[:40], Part(d.test.x[:3], d.test.y[:3]), d.kind)
-    own = promix.ProMix(settings("--methods", "promix", "--epochs", "100", "--semi-lr", "0.05"), task, 0, CPU)
+    own = promix.ProMix(settings("--methods", "promix", "--epochs", "100", "--promix.lr", "0.05"), task, 0, CPU)
     assert (own.tau, own.debias) == (0.99, 0.8)
     assert own.learning_rate("warmup", 0) == pytest.approx(0.05)
     warm = own.phases()[0].epochs
@@ -178,7 +178,7 @@ def test_rates_and_defaults():
 
 
 def test_an_epoch_selects_with_each_network_and_leaves_out_a_batch_that_is_not_full():
-    own, _, _ = learner("--semi-batch", "16")
+    own, _, _ = learner("--promix.batch", "16")
     d = promix.ProMix(own.s, own.task, 0, CPU)
     d.select = lambda k: torch.arange(40) % (2 + k) == 0
     seen = []

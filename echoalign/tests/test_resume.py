@@ -16,21 +16,9 @@ import trainer
 from settings import METHODS
 
 CHECKED = ["echoalign", "t-revision", "ptd", "jocor", "elr", "dividemix", "promix"]
-MORE = [
-    "--rate",
-    "0.4",
-    "--train-limit",
-    "120",
-    "--warmup",
-    "1",
-    "--parts-steps",
-    "20",
-    "--parts",
-    "3",
-    "--batch",
-    "32",
-]
-MORE += ["--semi-batch", "16"]
+MORE = ["--rate", "0.4", "--train-limit", "120", "--batch", "32", "--transition.parts-steps", "20"]
+MORE += ["--transition.parts", "3", "--divide.warmup", "1", "--divide.batch", "16"]
+MORE += ["--promix.warmup", "1", "--promix.batch", "16"]
 
 
 @pytest.mark.parametrize("method", CHECKED)
@@ -82,8 +70,8 @@ def killed(args, wanted, tries=1):
 
 
 LONG = [*TINY, "--train-limit", "200", "--epochs", "25", "--methods", "echoalign", "--generator", "concat"]
-LONG += ["--generator-steps", "45", "--generator-checkpoint", "3", "--edit-steps", "6", "--shard", "8"]
-LONG += ["--edit-batch", "8", "--widths", "8", "16"]
+LONG += ["--net.steps", "45", "--net.checkpoint", "3", "--edit.steps", "6", "--edit.shard", "8"]
+LONG += ["--edit.batch", "8", "--net.widths", "8", "16"]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_mixmatch_against_the_formulas(k, seed, rest):
 
 
 def test_each_network_is_divided_by_the_other_and_the_ramp_takes_sixteen_epochs(monkeypatch):
-    own = learner(semi.DivideMix, "--semi-batch", "8", noise="instance", rho=0.4)
+    own = learner(semi.DivideMix, "--divide.batch", "8", noise="instance", rho=0.4)
     clean = [set(range(0, 16)), set(range(20, 36))]  # what each network's losses call clean
     own.losses = lambda k: torch.tensor([0.0 if j in clean[k] else 1.0 for j in range(40)])
     monkeypatch.setattr(semi, "clean_probability", lambda losses: 1 - 0.9 * losses)
@@ -120,7 +120,7 @@ def test_warm_up_subtracts_the_entropy_under_noise_that_depends_on_the_class():
     """Before the first step: cross-entropy, less the mean entropy of the predictions."""
     found = {}
     for noise in ("symmetric", "instance"):
-        own = semi.DivideMix(settings("--batch", "40", "--semi-lr", "0"), task(noise=noise), 0, CPU)
+        own = semi.DivideMix(settings("--batch", "40", "--divide.lr", "0"), task(noise=noise), 0, CPU)
         own.augment = lambda x, g: trainer.to_input(x)
         p = [torch.softmax(own.forward(k, trainer.to_input(own.x)), 1) for k in (0, 1)]
         entropy = sum(float(-(q * q.log()).sum(1).mean().detach()) for q in p) / 2
@@ -141,7 +141,7 @@ def test_elr_targets_are_running_means():
 
 
 def test_the_sieve_of_cores_drops_the_least_likely_labels_after_the_warm_up():
-    own = learner(single.Cores, "--warmup", "2", "--cores-beta", "0")
+    own = learner(single.Cores, "--cores.warmup", "2", "--cores.beta", "0")
     z = torch.zeros(2, 10)
     z[:, 4] = 3.0
     own.forward = lambda k, x: z
