@@ -26,7 +26,7 @@ from digits import scenes
 from documents.sequences import Batch
 from model import Deem
 from presets import PRESETS
-from settings import Settings
+from settings import DigitSettings, Settings
 from streams import torch_seed
 from trainer import Feeder
 
@@ -118,7 +118,7 @@ def same(m: Deem, b: Batch) -> float:
 
 def measured(b_: BenchSettings, seed: int, device: torch.device) -> tuple[dict[str, float], int]:
     """(ratios and milliseconds, images of the batch); UserError where the two differ in what they compute."""
-    s = Settings(preset=b_.preset, batch=b_.batch, seeds=b_.seeds, dataset="digits", scene_count=200)
+    s = Settings(preset=b_.preset, batch=b_.batch, seeds=b_.seeds, dataset="digits", digits=DigitSettings(scenes=200))
     s.resolve()
     s.prompt_form = "plain"
     torch.manual_seed(torch_seed(seed, "weights"))

@@ -116,7 +116,7 @@ class Denoiser(nn.Module):
         """U(z_t, t, condition, maps). maps: levels of (B - first, C, H, W), for the samples from `first` on, the others
         get no residual; seen (B - first,) bool: False for a sample that has no image to read."""
         if z.shape[-1] % 2 ** (len(self.unet.config.block_out_channels) - 1):
-            raise UserError(f"latents of side {z.shape[-1]} do not fit the U-Net; choose another --decoder-resolution")
+            raise UserError(f"latents of side {z.shape[-1]} do not fit the U-Net; choose another --sd.resolution")
         if maps is None:
             return self.unet(z, t, encoder_hidden_states=condition).sample
         residuals = Residuals(self, maps, seen, first)
@@ -177,7 +177,7 @@ def load_diffusion(source: str, folder: Path, download: bool, dtype: torch.dtype
     if place is None and not download:
         raise UserError(
             f"diffusion model {source} is missing: put its folder to {folder / source.split('/')[-1]}, or name a hub "
-            f"id by --diffusion and add --download (stabilityai withdrew it from the hub; mirrors: {MIRRORS})"
+            f"id by --sd.weights and add --download (stabilityai withdrew it from the hub; mirrors: {MIRRORS})"
         )
     where = str(place) if place else source
     more = {"local_files_only": not download}

@@ -189,7 +189,7 @@ class Deem(Answering, nn.Module):
             if here is None and not download:
                 raise UserError(
                     f"language model {p.llm} is missing: put its folder to {place / p.llm.split('/')[-1]}, name one by "
-                    "--llm, or add --download"
+                    "--lm.weights, or add --download"
                 )
             try:
                 name, more = str(here or p.llm), {"local_files_only": not download}

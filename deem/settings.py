@@ -1,6 +1,7 @@
 """The settings of train.py and eval.py: every field with the paper's value and source, ranges, defaults."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Literal
 
 from lab.runs import Number, UserError, default_out
@@ -17,6 +18,58 @@ from recipe import Rates
 NOT_PART_OF_A_RUN = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps")
 NOT_PART_OF_A_RUN += ("workers",)
 NOT_PART_OF_AN_EVALUATION = ("run", "out", "data_dir", "device", "download")
+
+
+@dataclass
+class EncoderSettings:
+    """The image encoder."""
+
+    name: str = ""
+    """Another image encoder: open_clip:NAME, timm:NAME or conv:WIDTHS; default the preset's."""
+    weights: str = ""
+    """File or open_clip tag of its weights, or random; default the preset's."""
+    resolution: int = 0
+    """Side of its view; 0: 256 in stage 1, 448 in 2 and 3 (paper), the preset's on digits and tiny."""
+    lr: Number = -1.0
+    """Its rate; -1: 2e-5 (paper), digits 2e-4."""
+
+
+@dataclass
+class LanguageSettings:
+    """The language model."""
+
+    weights: str = ""
+    """Folder or hub id of another model of the Llama family; default the preset's."""
+    lr: Number = -1.0
+    """Its rate in stages 2 and 3; -1: 1e-6 (paper), 1e-5 (code, whose key matches nothing)."""
+
+
+@dataclass
+class DiffusionSettings:
+    """The diffusion model."""
+
+    weights: str = ""
+    """Folder or hub id of another Stable Diffusion (paper: 2.1; code: 2.1-base); epsilon or v prediction."""
+    resolution: int = 0
+    """Side of the decoder's view; 0: the preset's (paper: 512)."""
+    lr: Number = -1.0
+    """Rate of the U-Net where it trains; -1: 1e-5 (code), digits 3e-4."""
+
+
+@dataclass
+class DigitSettings:
+    """The digit scenes, and what is pretrained on the spot for them; runs of a seed share it."""
+
+    scenes: int = 6000
+    """Training scenes."""
+    text: int = 500
+    """Steps of the text-only warm-up of the language model."""
+    encoder: int = 500
+    """Steps of the encoder's pretraining on captions, as CLIP's."""
+    denoiser: int = 400
+    """Steps of the denoiser's pretraining on complete descriptions."""
+    questions: int = 170
+    """Scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
 
 
 @dataclass
@@ -41,18 +94,14 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     """Seeds, one after the other (code: 32 for the trainer, 0 for data)."""
 
-    encoder: str = ""
-    """Another image encoder: open_clip:NAME, timm:NAME or conv:WIDTHS; default the preset's."""
-    encoder_weights: str = ""
-    """File or open_clip tag of its weights, or random; default the preset's."""
-    llm: str = ""
-    """Folder or hub id of another model of the Llama family."""
-    diffusion: str = ""
-    """Folder or hub id of another Stable Diffusion (paper: 2.1; code: 2.1-base); epsilon or v prediction."""
-    resolution: int = 0
-    """Side of the encoder's view; 0: 256 in stage 1, 448 in 2 and 3 (paper), the preset's on digits and tiny."""
-    decoder_resolution: int = 0
-    """Side of the decoder's view; 0: the preset's (paper: 512)."""
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """The image encoder."""
+    lm: LanguageSettings = field(default_factory=LanguageSettings)
+    """The language model."""
+    sd: DiffusionSettings = field(default_factory=DiffusionSettings)
+    """The diffusion model."""
+    digits: DigitSettings = field(default_factory=DigitSettings)
+    """The digit scenes, and what is pretrained on the spot for them."""
 
     lambda_csr: Number = 5.0
     """Weight of L_CSR in stages 1 and 2 (paper: 5; table 8: 1, 5, 10)."""
@@ -79,12 +128,6 @@ class Settings:
     """Images of a row; 0: 15 in stage 1, else 1 (code)."""
     lr: Number = -1.0
     """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 2e-3."""
-    trunk_lr: Number = -1.0
-    """Rate of the image encoder; -1: 2e-5 (paper), digits 5e-4."""
-    unet_lr: Number = -1.0
-    """Rate of the U-Net where it trains; -1: 1e-5 (code), digits 3e-4."""
-    llm_lr: Number = -1.0
-    """Rate of the language model in stages 2 and 3; -1: 1e-6 (paper), 1e-5 (code, whose key matches nothing)."""
     mmfs_lr: Number = -1.0
     """Rate of the synchronisers and gates; -1: 1e-4, 5e-6, 5e-6 by stage (code)."""
     offsets_lr: Number = -1.0
@@ -118,17 +161,6 @@ class Settings:
     """Wording of prompts: paper, code (with its misspelling), plain (digits)."""
     workers: int = 0
     """Threads that decode pictures ahead of training; 0: none."""
-    pretrain_text: int = 500
-    """digits: steps of the text-only warm-up of the language model; what follows is shared by runs of a seed."""
-    pretrain_encoder: int = 500
-    """digits: steps of the encoder's pretraining on captions, as CLIP's."""
-    pretrain_denoiser: int = 400
-    """digits: steps of the denoiser's pretraining on complete descriptions."""
-    scene_count: int = 6000
-    """digits: training scenes."""
-    questions: int = 170
-    """digits: scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
-
     benchmarks: tuple[str, ...] = ()
     """Sets of eval.py to answer after training; `stage`: those the paper reports for the stage (in stages of --then
     only these)."""
@@ -180,22 +212,16 @@ class Settings:
         if list(chain) != sorted({*chain}) or chain[-1] > 3:
             raise UserError(f"--then {' '.join(map(str, self.then))}: name later stages in their order, at most 3")
         low = {"steps": 0, "batch": 0, "accum": 1, "max_tokens": 0, "max_images": 0, "warmup": -1, "workers": 0}
-        low |= {"pretrain_text": 0, "pretrain_encoder": 0, "pretrain_denoiser": 0, "scene_count": 10, "questions": 10}
-        low |= {
-            "then_steps": 0,
-            "checkpoint_steps": 0,
-            "max_steps": 0,
-            "resolution": 0,
-            "decoder_resolution": 0,
-            "weight_decay": 0,
-        }
+        low |= {"digits.text": 0, "digits.encoder": 0, "digits.denoiser": 0, "digits.scenes": 10}
+        low |= {"digits.questions": 10, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
+        low |= {"encoder.resolution": 0, "sd.resolution": 0, "weight_decay": 0}
         low |= {"lambda_csr": 0, "lambda_nip": 0, "lambda_ntp": 0}
         for name, least in low.items():
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(self, name):g}")
-        for name in ("lr", "trunk_lr", "unet_lr", "llm_lr", "mmfs_lr", "offsets_lr"):
-            if getattr(self, name) <= 0 and getattr(self, name) != -1:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name):g}")
+            if (value := attrgetter(name)(self)) < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value:g}")
+        for name in ("lr", "encoder.lr", "sd.lr", "lm.lr", "mmfs_lr", "offsets_lr"):
+            if (value := attrgetter(name)(self)) <= 0 and value != -1:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
         if self.clip <= 0:
             raise UserError(f"--clip must be above 0, not {self.clip:g}")
         if not 0 <= self.null_share <= 1:
@@ -204,9 +230,9 @@ class Settings:
             raise UserError(f"--images-share must lie in (0, 1], not {self.images_share:g}")
         if self.squeeze != -1 and not 0 < self.squeeze <= 1:
             raise UserError(f"--squeeze must lie in (0, 1], not {self.squeeze:g}")
-        own = (self.encoder or PRESETS[self.preset].encoder).startswith("conv:")
-        if own and self.encoder_weights not in ("", "random"):
-            raise UserError("--encoder-weights goes with open_clip, timm and plain encoders; conv:WIDTHS is random")
+        own = (self.encoder.name or PRESETS[self.preset].encoder).startswith("conv:")
+        if own and self.encoder.weights not in ("", "random"):
+            raise UserError("--encoder.weights goes with open_clip, timm and plain encoders; conv:WIDTHS is random")
         if self.dataset == "files" and not self.files:
             raise UserError("--dataset files needs --files")
         if self.variant.startswith("llava") != (self.preset == "llava"):
@@ -228,18 +254,19 @@ class Settings:
         self.max_tokens = self.max_tokens or (0 if self.small else 2048)
         self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
         own = self.small or self.preset == "llava"
-        self.resolution = self.resolution or (PRESETS[self.preset].resolution if own else (256, 448, 448)[k])
+        side = PRESETS[self.preset].resolution if own else (256, 448, 448)[k]
+        self.encoder = replace(self.encoder, resolution=self.encoder.resolution or side)
         p = self.parts()
         if isinstance(p.diffusion, dict):
             halved = [p.diffusion[k]["block_out_channels"] for k in ("vae", "unet") if k in p.diffusion]
             least = 2 ** sum(len(x) - 1 for x in halved) * (1 if "vae" in p.diffusion else 2)
             if p.decoder_resolution % least:
-                raise UserError(f"--decoder-resolution {p.decoder_resolution} must be a multiple of {least}")
-        if not p.encoder.startswith("conv:") and self.resolution < 32:
-            raise UserError(f"--resolution {self.resolution}: this encoder needs 32 or more, its largest stride")
+                raise UserError(f"--sd.resolution {p.decoder_resolution} must be a multiple of {least}")
+        if not p.encoder.startswith("conv:") and p.resolution < 32:
+            raise UserError(f"--encoder.resolution {p.resolution}: this encoder needs 32 or more, its largest stride")
         levels = max(p.token_level + 1, p.llm_levels)
         if p.encoder.startswith("conv:") and p.encoder.count(",") + 1 < levels:
-            raise UserError(f"--encoder {p.encoder} has too few stages; give {levels} widths or more")
+            raise UserError(f"--encoder.name {p.encoder} has too few stages; give {levels} widths or more")
         least = p.per_image + 3  # <s>, <SOI>, a word
         if 0 < self.max_tokens < least:
             raise UserError(f"--max-tokens {self.max_tokens} leaves no room for an image; at least {least}")
@@ -248,8 +275,9 @@ class Settings:
         self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze
         self.prompt_form = "plain" if self.dataset == "digits" else self.prompt_form
         r = self.rates()
-        self.lr, self.trunk_lr, self.unet_lr, self.llm_lr = r.base, r.trunk, r.unet, r.llm
-        self.mmfs_lr, self.offsets_lr = r.synchroniser, r.offsets
+        self.lr, self.mmfs_lr, self.offsets_lr = r.base, r.synchroniser, r.offsets
+        self.encoder, self.sd = replace(self.encoder, lr=r.trunk), replace(self.sd, lr=r.unet)
+        self.lm = replace(self.lm, lr=r.llm)
         name = f"{self.table}-{self.preset}-stage{self.stage}-{self.variant}"
         self.out = self.out or default_out(self.scale, name)
         try:
@@ -269,14 +297,15 @@ class Settings:
             )
         elif self.form == "official" and self.stage > 1:
             r = replace(r, llm=r.base)
-        given = {"base": self.lr, "trunk": self.trunk_lr, "unet": self.unet_lr, "llm": self.llm_lr}
+        given = {"base": self.lr, "trunk": self.encoder.lr, "unet": self.sd.lr, "llm": self.lm.lr}
         given |= {"synchroniser": self.mmfs_lr, "offsets": self.offsets_lr}
         return replace(r, weight_decay=self.weight_decay, **{k: v for k, v in given.items() if v != -1})
 
     def parts(self) -> Parts:
         p = PRESETS[self.preset]
-        given = {k: getattr(self, k) for k in ("encoder", "encoder_weights", "llm", "diffusion")}
-        given |= {"resolution": self.resolution, "decoder_resolution": self.decoder_resolution}
+        given = {"encoder": self.encoder.name, "encoder_weights": self.encoder.weights, "llm": self.lm.weights}
+        given |= {"diffusion": self.sd.weights, "decoder_resolution": self.sd.resolution}
+        given["resolution"] = self.encoder.resolution
         return replace(p, masks=self.stage == 3, **{k: v for k, v in given.items() if v})
 
     def loss(self) -> Loss:

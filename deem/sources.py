@@ -21,7 +21,7 @@ def reader(s, seed: int, accelerator):
     """The endless reader of a run; every process reads its own part."""
     rank, world = accelerator.process_index, accelerator.num_processes
     if s.dataset == "digits":
-        return scenes.SceneReader(seed, s.stage, n=s.scene_count, rank=rank, world=world)
+        return scenes.SceneReader(seed, s.stage, n=s.digits.scenes, rank=rank, world=world)
     more = {"seed": seed, "rank": rank, "world": world, "broken": s.broken}
     if s.dataset == "files":
         return of_files(s, [Path(f).expanduser() for f in s.files], more)
@@ -77,7 +77,7 @@ def title(s) -> str:
 def about(s, seed: int) -> dict:
     """The record's `data`. Files are told by name and size: whole they would take hours to read."""
     if s.dataset == "digits":
-        made = scenes.make(s.scene_count, stream(seed, "scenes"), scenes.pools()[0])
+        made = scenes.make(s.digits.scenes, stream(seed, "scenes"), scenes.pools()[0])
         digest = hashlib.sha256(made.images.tobytes() + made.cells.tobytes()).hexdigest()
         return {"name": "digit scenes", "variant": "wheel", "sha256": digest, "n": len(made)}
     places = [Path(f).expanduser() for f in s.files] or [runs.data_dir(s.data_dir) / p for p in PLACES[s.stage]]

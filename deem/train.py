@@ -209,15 +209,17 @@ def main() -> None:
 
 
 # What --then starts anew: a later stage has its own defaults of these.
-FRESH = {"batch": 0, "warmup": -1, "max_tokens": 0, "max_images": 0, "resolution": 0, "then": ()}
-FRESH |= dict.fromkeys(("lr", "trunk_lr", "unet_lr", "llm_lr", "mmfs_lr", "offsets_lr"), -1.0)
+FRESH = {"batch": 0, "warmup": -1, "max_tokens": 0, "max_images": 0, "then": ()}
+FRESH |= dict.fromkeys(("lr", "mmfs_lr", "offsets_lr"), -1.0)
 
 
 def following(given: Settings, stage: int, init: str, out: str) -> Settings:
     """Settings of a stage of --then."""
     label = f"{given.label}, stage {stage}" if given.label else ""  # a row of its own
     where = {"init": init, "out": f"{out}/stage{stage}", "label": label}
-    own = replace(given, stage=stage, steps=given.then_steps, **where, **FRESH)
+    rates = {"encoder": replace(given.encoder, lr=-1.0, resolution=0), "sd": replace(given.sd, lr=-1.0)}
+    rates["lm"] = replace(given.lm, lr=-1.0)
+    own = replace(given, stage=stage, steps=given.then_steps, **where, **rates, **FRESH)
     own.check()
     own.resolve()
     return own

@@ -33,8 +33,8 @@ def learned(name: str) -> bool:
 def base(model: Deem, s, seed: int) -> None:
     """Load the pretrained parts of a seed into the model; runs that start at once share one pretraining: the others
     wait for it."""
-    keys = ("preset", "pretrain_text", "pretrain_encoder", "pretrain_denoiser", "scene_count")
-    about = {k: getattr(s, k) for k in keys} | {"seed": seed, "shapes": shapes(model)}
+    about = {k: getattr(s.digits, k) for k in ("text", "encoder", "denoiser", "scenes")}
+    about |= {"preset": s.preset, "seed": seed, "shapes": shapes(model)}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(s.base or Path(s.out).parent / "base") / f"{s.preset}-seed{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,10 +67,10 @@ def pretrain(model: Deem, s, seed: int) -> dict[str, Tensor]:
     model.train()
     with torch.random.fork_rng():
         torch.manual_seed(torch_seed(seed, "pretraining"))
-        text(model, s.pretrain_text, seed)
-        train = scenes.make(s.scene_count, stream(seed, "scenes"), scenes.pools()[0])
-        captions(model, s.pretrain_encoder, train, seed)
-        denoise(model, s.pretrain_denoiser, train, seed)
+        text(model, s.digits.text, seed)
+        train = scenes.make(s.digits.scenes, stream(seed, "scenes"), scenes.pools()[0])
+        captions(model, s.digits.encoder, train, seed)
+        denoise(model, s.digits.denoiser, train, seed)
     model.zero_grad(set_to_none=True)  # of weights that were in a graph and not in the optimizer
     return {k: p.detach() for k, p in model.named_parameters() if learned(k)}
 

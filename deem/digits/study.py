@@ -177,7 +177,7 @@ def score(model: Deem, s, seed: int) -> tuple[dict[str, float], list[dict]]:
     if model.denoiser is not None:
         held = scenes.make(256, stream(seed, "denoising scenes"), scenes.pools()[1])
         out |= denoising(model, held, seed, maps=s.csr_use_mmfs == "on")
-    rows = answers(model, *questions(seed, s.questions))
+    rows = answers(model, *questions(seed, s.digits.questions))
     return out | answer_scores(rows), rows
 
 

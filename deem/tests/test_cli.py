@@ -42,13 +42,13 @@ def fails(monkeypatch, capsys):
         (["--preset", "deem"], "--dataset paper"),
         (["--preset", "llava", "--dataset", "paper"], "--variant llava"), (["--variant", "llava"], "--preset llava"),
         (["--preset", "digits", "--dataset", "paper"], "words of its scenes"), (["--label", "{x}"], "no setting"),
-        (["--encoder", "conv:16"], "too few stages"), (["--decoder-resolution", "7"], "a multiple of 4"),
-        (["--preset", "tiny", "--decoder-resolution", "32"], "a multiple of 64"),
-        (["--preset", "tiny", "--resolution", "8"], "--resolution 8"),
+        (["--encoder.name", "conv:16"], "too few stages"), (["--sd.resolution", "7"], "a multiple of 4"),
+        (["--preset", "tiny", "--sd.resolution", "32"], "a multiple of 64"),
+        (["--preset", "tiny", "--encoder.resolution", "8"], "--encoder.resolution 8"),
         (["--label", "{steps.x}"], "cannot be filled in"), (["--label", "{steps:zz}"], "cannot be filled in"),
         (["--device", "cuda"], "CUDA"), (["--init", "/nosuch"], "no weights of seed 0"),
-        (["--scene-count", "1"], "--scene-count"),
-        (["--encoder-weights", "/nosuch"], "conv:WIDTHS is random"), (["--max-tokens", "5"], "at least 11"),
+        (["--digits.scenes", "1"], "--digits.scenes"),
+        (["--encoder.weights", "/nosuch"], "conv:WIDTHS is random"), (["--max-tokens", "5"], "at least 11"),
     ],
 )  # fmt: skip
 def test_wrong_settings(fails, tmp_path, words, expected):
@@ -95,8 +95,8 @@ def test_dry_run_prints_parts(monkeypatch, capsys):
 
 
 def test_nothing_to_learn_is_told(fails, tmp_path):
-    words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --scene-count 20 --device cpu".split()
-    words += "--pretrain-text 1 --pretrain-encoder 1 --pretrain-denoiser 1".split()
+    words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --digits.scenes 20 --device cpu".split()
+    words += "--digits.text 1 --digits.encoder 1 --digits.denoiser 1".split()
     fails(train, [*words, "--out", tmp_path / "x"], "nothing to learn")
     assert not list(tmp_path.rglob("record*"))
 
@@ -132,8 +132,9 @@ def test_help_explains_every_setting():
     import re
 
     text = (runs.HERE / "settings.py").read_text()
-    body = text[text.index("class Settings") : text.index("    @property")]
+    body = text[text.index("class EncoderSettings") : text.index("    @property")]
     fields = re.findall(r"^    (\w+): ", body, re.M)
-    assert len(fields) == len(Settings.__dataclass_fields__)
+    groups = (Settings, *(type(getattr(Settings(), k)) for k in ("encoder", "lm", "sd", "digits")))
+    assert len(fields) == sum(len(g.__dataclass_fields__) for g in groups)
     for name in fields:
         assert re.search(rf'    {name}: [^\n]*\n    """', body), name

@@ -26,7 +26,7 @@ from documents.readers import Picture
 from evaluation import asking, benchmarks, drawing, measure, parsers, sets
 from evaluation.benchmarks import Question
 from model import Deem
-from settings import EvalSettings, Settings
+from settings import DigitSettings, EvalSettings, Settings
 from streams import stream
 
 HERE = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ N = 12  # pictures of the small POPE lists
 def trained(tmp_path_factory) -> Path:
     """A run folder as train.py leaves it, with a random model."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    s = Settings(preset="digits", out=str(out), seeds=(0, 1), label="DEEM", questions=10)
+    s = Settings(preset="digits", out=str(out), seeds=(0, 1), label="DEEM", digits=DigitSettings(questions=10))
     s.resolve()
     for seed in s.seeds:
         torch.manual_seed(seed)

@@ -357,10 +357,10 @@ def test_traps_four_and_seven():
 def test_official_form_sets_every_switch():
     s = Settings(preset="deem", dataset="paper", form="official", stage=2)
     s.resolve()
-    assert (s.csr_use_mmfs, s.squeeze, s.drop_paths, s.llm_lr) == ("on", 0.6, True, 1e-5)
+    assert (s.csr_use_mmfs, s.squeeze, s.drop_paths, s.lm.lr) == ("on", 0.6, True, 1e-5)
     s = Settings(preset="deem", dataset="paper", form="official")
     s.resolve()
-    assert (s.flip, s.loss().twice, s.trunk_lr, s.lr, s.batch, s.max_images, s.resolution) == (
+    assert (s.flip, s.loss().twice, s.encoder.lr, s.lr, s.batch, s.max_images, s.encoder.resolution) == (
         "independent", True, 2e-5, 1e-4, 4, 15, 256,
     )  # fmt: skip
     s = Settings(preset="deem", dataset="paper", form="official", variant="deem-star")
@@ -368,7 +368,7 @@ def test_official_form_sets_every_switch():
     assert not s.loss().twice and s.flip == "independent"
     s = Settings(preset="deem", dataset="paper", stage=3)
     s.resolve()
-    assert (s.flip, s.squeeze, s.llm_lr, s.batch, s.resolution, s.warmup, s.steps) == (
+    assert (s.flip, s.squeeze, s.lm.lr, s.batch, s.encoder.resolution, s.warmup, s.steps) == (
         "none",
         1.0,
         1e-6,

@@ -143,10 +143,10 @@ def test_the_settings_are_the_recipe_of_table_11():
         printed = of("table11", setting=name).set_index("metric")["value"].to_dict()
         s = Settings(preset="deem", stage=stage, dataset="paper")
         s.resolve()
-        assert s.resolution == printed["input resolution"] and s.steps == printed["iterations"]
+        assert s.encoder.resolution == printed["input resolution"] and s.steps == printed["iterations"]
         assert s.lr == printed["lr others"] and s.max_tokens == printed["max tokens"]
         assert s.batch == printed["batch per GPU"] and s.max_images == {1: 15, 2: 1, 3: 16}[stage]
         assert s.warmup == printed["warmup steps"] and s.weight_decay == printed["weight decay"]
         assert s.lambda_csr == printed["lambda"]
         key = "lr image encoder and decoder" if stage == 1 else "lr language model"
-        assert {1: s.trunk_lr}.get(stage, s.llm_lr) == printed[key]
+        assert {1: s.encoder.lr}.get(stage, s.lm.lr) == printed[key]

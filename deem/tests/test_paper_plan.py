@@ -19,8 +19,9 @@ SILENT = {"train"}
 
 
 def settings_of(kind, job, seed=0):
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in job.args.items()}
-    return kind(**given, seeds=(seed,), scale="paper")
+    s = runs.parse(kind, "", job.command("paper")[1:])
+    s.seeds, s.out = (seed,), ""
+    return s
 
 
 def records():

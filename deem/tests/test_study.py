@@ -7,6 +7,7 @@ from conftest import make
 
 from digits import scenes, study
 from model import Seen
+from settings import DigitSettings
 from streams import stream
 
 
@@ -105,7 +106,7 @@ def test_always_yes_gets_the_share_of_yes():
 
 @pytest.mark.parametrize("maps", ["on", "off"])
 def test_a_run_is_measured_as_it_was_trained_and_without_dropout(monkeypatch, maps):
-    model, s = make("digits", csr_use_mmfs=maps, questions=10)
+    model, s = make("digits", csr_use_mmfs=maps, digits=DigitSettings(questions=10))
     model.train()
     told = {}
 

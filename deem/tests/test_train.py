@@ -22,15 +22,15 @@ import build
 import sources
 import train
 from digits import pretrain, scenes, study
-from settings import Settings
+from settings import DigitSettings, Settings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
 pytestmark = pytest.mark.usefixtures("quick_study")
 CPU = torch.device("cpu")
 
-FEW = ["--batch", "3", "--scene-count", "60", "--pretrain-text", "2", "--pretrain-encoder", "2", "--pretrain-denoiser",
-       "2", "--questions", "10", "--device", "cpu"]  # fmt: skip
+FEW = ["--batch", "3", "--digits.scenes", "60", "--digits.text", "2", "--digits.encoder", "2", "--digits.denoiser",
+       "2", "--digits.questions", "10", "--device", "cpu"]  # fmt: skip
 
 
 def metrics(out, seed=0, name="record"):
@@ -171,13 +171,11 @@ def test_two_processes_train(tmp_path):
 def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
     base = whole.parent / "base"
     assert len(list(base.glob("digits-seed0-*/model.safetensors"))) == 1
-    model, s = make("digits", scene_count=60, pretrain_text=2, pretrain_encoder=2, pretrain_denoiser=2, base=str(base))
+    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2), base=str(base))
     before = (next(base.glob("*")) / "model.safetensors").stat().st_mtime
     pretrain.base(model, s, 0)
     assert (next(base.glob("*")) / "model.safetensors").stat().st_mtime == before
-    other, s = make(
-        "digits", scene_count=60, pretrain_text=1, pretrain_encoder=1, pretrain_denoiser=1, base=str(tmp_path)
-    )
+    other, s = make("digits", digits=DigitSettings(60, 1, 1, 1), base=str(tmp_path))
     pretrain.base(other, s, 0)
     name = "encoder.trunk.stages.0.0.weight"
     assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
@@ -199,7 +197,7 @@ def test_schedule():
 
 
 def test_batches_depend_on_seed_and_place_alone():
-    model, s = make("digits", scene_count=60, batch=4)
+    model, s = make("digits", digits=DigitSettings(60), batch=4)
     feeder = lambda: Feeder(s, model, scenes.SceneReader(3, 1, n=60), 3, 0)  # noqa: E731
     a, b = feeder(), feeder()
     a.batch(0, 0)
@@ -244,7 +242,7 @@ def saved(tmp_path_factory):
     """A checkpoint of two steps of four, and what makes a trainer for it."""
 
     def trainer(steps=4):
-        model, s = make("digits", scene_count=20, batch=2, steps=steps)
+        model, s = make("digits", digits=DigitSettings(20), batch=2, steps=steps)
         return Trainer(s, model, Feeder(s, model, scenes.SceneReader(0, 1, n=20), 0, 0), accelerator_of(CPU), 0)
 
     path = tmp_path_factory.mktemp("saved") / "seed0.safetensors"
@@ -294,7 +292,7 @@ def test_base_that_does_not_fit(whole, tmp_path, change):
     value = {"nan": tensors[name] * float("nan"), "shape": tensors[name][:1].clone()}.get(change)
     tensors = {k: v for k, v in tensors.items() if k != name} | ({} if value is None else {name: value})
     runs.write_tensors(path, tensors, meta)
-    model, s = make("digits", scene_count=60, pretrain_text=2, pretrain_encoder=2, pretrain_denoiser=2,
+    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2),
                     base=str(tmp_path / "base"))  # fmt: skip
     with pytest.raises(UserError, match=f"{name} is missing, of another shape or not finite"):
         pretrain.base(model, s, 0)
@@ -390,7 +388,7 @@ def test_what_a_benchmark_lacks_is_told_before_training(tmp_path):
         "2",
         "--device",
         "cpu",
-        "--scene-count",
+        "--digits.scenes",
         "20",
         "--data-dir",
         tmp_path,

@@ -12,6 +12,7 @@ from PIL import Image
 import recipe
 from digits import pretrain, scenes
 from documents.readers import Picture
+from settings import DigitSettings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def trainer(stage, variant="deem", preset="digits", **given):
-    model, s = make(preset, stage=stage, variant=variant, batch=2, steps=6, warmup=2, scene_count=40, **given)
+    model, s = make(preset, stage=stage, variant=variant, batch=2, steps=6, warmup=2, digits=DigitSettings(40), **given)
     feeder = Feeder(s, model, scenes.SceneReader(1, stage, n=40), 1, 0)
     return Trainer(s, model, feeder, accelerator_of(CPU), 1)
 
@@ -118,6 +119,6 @@ def test_pretraining_falls_to_nothing_and_leaves_no_gradients(monkeypatch):
     expected = [0.1 * min(1, (k + 1) / 20) * 0.5 * (1 + np.cos(np.pi * k / 40)) for k in range(40)]
     assert rates == pytest.approx(expected) and w.grad is None
     monkeypatch.undo()
-    model, s = make("digits", scene_count=40, pretrain_text=1, pretrain_encoder=1, pretrain_denoiser=1)
+    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1))
     kept = pretrain.pretrain(model, s, 0)
     assert all(p.grad is None for p in model.parameters()) and all(pretrain.learned(k) for k in kept)

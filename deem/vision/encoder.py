@@ -129,27 +129,29 @@ def make_trunk(name: str, weights: str = "random", folder: Path | None = None, *
         except ValueError:
             widths = ()
         if not widths or min(widths) < 1:
-            raise UserError(f"--encoder {name}: give widths of stages, as in conv:16,32,64")
+            raise UserError(f"--encoder.name {name}: give widths of stages, as in conv:16,32,64")
         return ConvTrunk(widths)
     if kind == "timm":
         return TimmTrunk(_timm(rest, weights, folder, drop_path, download))
     if kind in ("open_clip", "plain"):
         visual = _open_clip(rest, weights, folder, drop_path, download)
         if kind == "plain" and not hasattr(visual, "transformer"):
-            raise UserError(f"--encoder plain:{rest} is no ViT; use open_clip:{rest}")
+            raise UserError(f"--encoder.name plain:{rest} is no ViT; use open_clip:{rest}")
         if kind == "plain":
             return PlainViT(visual)
         if hasattr(visual, "trunk"):
             return TimmTrunk(visual.trunk)
         return ViTAdapter(visual)
-    raise UserError(f"--encoder {name} is unknown; use conv:WIDTHS, open_clip:NAME, timm:NAME or plain:NAME")
+    raise UserError(f"--encoder.name {name} is unknown; use conv:WIDTHS, open_clip:NAME, timm:NAME or plain:NAME")
 
 
 def _timm(name: str, weights: str, folder: Path | None, drop_path: float, download: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UserError(f"--encoder timm:{name}: timm knows no such model; python -c 'import timm; timm.list_models()'")
+        raise UserError(
+            f"--encoder.name timm:{name}: timm knows no such model; python -c 'import timm; timm.list_models()'"
+        )
     path = weights_of(weights, folder, name)
     more = {"drop_path_rate": drop_path} if drop_path else {}
     if path and not Path(path).is_file():
@@ -167,7 +169,7 @@ def _open_clip(name: str, weights: str, folder: Path | None, drop_path: float, d
 
     config = open_clip.get_model_config(name)
     if config is None:
-        raise UserError(f"--encoder open_clip:{name}: open_clip knows no such model, see open_clip.list_models()")
+        raise UserError(f"--encoder.name open_clip:{name}: open_clip knows no such model, see open_clip.list_models()")
     path = weights_of(weights, folder, name)
     more = {}
     if drop_path and config["vision_cfg"].get("timm_model_name"):
@@ -197,7 +199,7 @@ def _load(network: nn.Module, path: str) -> None:
 
 def _absent(name: str, folder: Path | None, place: str) -> str:
     where = f"{folder}/{place.replace('/', '-')}/" if folder else "a folder of weights"
-    return f"weights of {name} are missing: put its file into {where}, name it by --encoder-weights, or add --download"
+    return f"weights of {name} are missing: put its file into {where}, name it by --encoder.weights, or add --download"
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
