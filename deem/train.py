@@ -105,7 +105,8 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
         found, rows = study.score(model, s, seed)
         metrics |= found
         runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, seed))
-        runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+        if rows:
+            runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     where = {**place(s), "scale": s.scale}
     total = t.before + time.perf_counter() - clock if before else time.perf_counter() - clock
     about = sources.about(s, seed)

@@ -171,14 +171,15 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
 
 @torch.no_grad()
 def score(model: Deem, s, seed: int) -> tuple[dict[str, float], list[dict]]:
-    """(metrics of the record, a dict a question) of a run on the digit scenes."""
+    """(metrics of the record, a dict a question) of a run on the digit scenes. Stage 1, which shows captions alone, is
+    asked nothing: what a model would say there is about the form of the question."""
     model.eval()
     out = probe(model, seed) | looks(model, seed)
     if model.denoiser is not None:
         held = scenes.make(256, stream(seed, "denoising scenes"), scenes.pools()[1])
         out |= denoising(model, held, seed, maps=s.csr_use_mmfs == "on")
-    rows = answers(model, *questions(seed, s.digits.questions))
-    return out | answer_scores(rows), rows
+    rows = answers(model, *questions(seed, s.digits.questions)) if s.stage > 1 else []
+    return out | (answer_scores(rows) if rows else {}), rows
 
 
 @torch.no_grad()

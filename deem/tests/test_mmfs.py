@@ -70,7 +70,7 @@ def test_against_loops(shape):
     mask = torch.tensor([[True, False, True], [True, True, True]])
     if shape != "shared":
         mask = torch.rand(2, 3, 3) < 0.6
-    got = m(query, ref, maps, mask)
+    got = m(query, ref, m.values(maps), mask)
     assert torch.allclose(got, reference(m, query, ref, maps, mask), atol=1e-5)
 
 
@@ -80,7 +80,7 @@ def test_gradients_match_differences():
     torch.nn.init.normal_(m.offsets.weight, std=0.3)
     q, maps = torch.randn(1, 2, 4, requires_grad=True), torch.randn(1, 2, 4, 3, 3, requires_grad=True)
     mask, ref = torch.ones(1, 2, dtype=torch.bool), torch.full((1, 2), 0.5)
-    f = lambda a, b: m(a, ref, [b], mask).sum()  # noqa: E731
+    f = lambda a, b: m(a, ref, m.values([b]), mask).sum()  # noqa: E731
     f(q, maps).backward()
     for x, other in ((q, lambda v: f(v, maps)), (maps, lambda v: f(q, v))):
         flat, g = x.detach().flatten(), x.grad.flatten()
@@ -99,17 +99,17 @@ def test_masked_images_change_nothing():
     q, ref = torch.randn(1, 2, 6), torch.full((1, 2), 0.5)
     maps = torch.randn(1, 3, 5, 4, 4)
     mask = torch.tensor([[True, False, True]])
-    before = m(q, ref, [maps], mask)
+    before = m(q, ref, m.values([maps]), mask)
     maps[:, 1] += 100
-    assert torch.equal(before, m(q, ref, [maps], mask))
+    assert torch.equal(before, m(q, ref, m.values([maps]), mask))
     maps[:, 2] += 1
-    assert not torch.equal(before, m(q, ref, [maps], mask))
+    assert not torch.equal(before, m(q, ref, m.values([maps]), mask))
 
 
 def test_nothing_to_read_gives_zero_before_the_output():
     m = MMFS(6, 5, levels=2, base=4, width=8, heads=2, points=3)
     maps = [torch.randn(1, 2, 5, s, s) for s in (4, 2)]
-    found = m(torch.randn(1, 2, 6), torch.full((1, 2), 0.5), maps, torch.zeros(1, 2, dtype=torch.bool))
+    found = m(torch.randn(1, 2, 6), torch.full((1, 2), 0.5), m.values(maps), torch.zeros(1, 2, dtype=torch.bool))
     assert torch.allclose(found, m.out.bias.expand_as(found), atol=1e-6)
 
 
@@ -127,19 +127,18 @@ def test_pieces_equal_the_whole(monkeypatch):
     q, ref = torch.randn(2, 7, 6, requires_grad=True), torch.rand(7, 2)
     maps = [torch.randn(2, 2, 5, s, s) for s in (4, 2)]
     mask = torch.ones(2, 2, dtype=torch.bool)
-    whole = m(q, ref, maps, mask)
+    whole = m(q, ref, m.values(maps), mask)
     (g,) = torch.autograd.grad(whole.square().sum(), q)
     monkeypatch.setattr(mmfs, "LARGEST", 40)
-    parts = m(q, ref, maps, mask)
+    parts = m(q, ref, m.values(maps), mask)
     (h,) = torch.autograd.grad(parts.square().sum(), q)
     assert torch.allclose(whole, parts, atol=1e-6) and torch.allclose(g, h, atol=1e-5)
 
 
 def test_more_images_than_positions_do_not_break():
     m = MMFS(4, 4, levels=1, base=2, width=4, heads=2, points=2, max_images=3)
-    out = m(
-        torch.randn(1, 1, 4), torch.full((1, 2), 0.5), [torch.randn(1, 5, 4, 2, 2)], torch.ones(1, 5, dtype=torch.bool)
-    )
+    values = m.values([torch.randn(1, 5, 4, 2, 2)])
+    out = m(torch.randn(1, 1, 4), torch.full((1, 2), 0.5), values, torch.ones(1, 5, dtype=torch.bool))
     assert torch.isfinite(out).all()
 
 

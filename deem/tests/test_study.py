@@ -106,7 +106,7 @@ def test_always_yes_gets_the_share_of_yes():
 
 @pytest.mark.parametrize("maps", ["on", "off"])
 def test_a_run_is_measured_as_it_was_trained_and_without_dropout(monkeypatch, maps):
-    model, s = make("digits", csr_use_mmfs=maps, digits=DigitSettings(questions=10))
+    model, s = make("digits", stage=2, csr_use_mmfs=maps, digits=DigitSettings(questions=10))
     model.train()
     told = {}
 
@@ -119,6 +119,10 @@ def test_a_run_is_measured_as_it_was_trained_and_without_dropout(monkeypatch, ma
     monkeypatch.setattr(study, "LOOKS", 20)
     found, rows = study.score(model, s, 0)
     assert told == {"maps": maps == "on", "training": False, "n": 256} and not found["training"] and rows
+    assert "POPE_accuracy" in found and "MMVP_accuracy" in found
+    s.stage = 1
+    found, rows = study.score(model, s, 0)
+    assert rows == [] and "caption_accuracy" in found and not any(k.startswith(("POPE", "MMVP")) for k in found)
 
 
 def test_denoising_reads_the_scenes_own_maps_in_both_errors():

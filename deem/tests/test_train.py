@@ -55,16 +55,17 @@ def whole(tmp_path_factory, quick_study):
 
 
 def test_a_run_leaves_its_files(whole):
-    seed = whole / "seed0"
-    assert {"record.json", "record-stage2.json", "model.safetensors", "metrics.jsonl", "answers.jsonl"} <= {
-        p.name for p in seed.iterdir()
-    }
+    seed, files = whole / "seed0", {"model.safetensors", "metrics.jsonl", "pictures.safetensors"}
+    assert files | {"record.json", "record-stage2.json"} <= {p.name for p in seed.iterdir()}
+    assert files | {"record.json", "answers.jsonl"} <= {p.name for p in (whole / "stage2" / "seed0").iterdir()}
     records = [json.loads(line) for line in (whole / "records.jsonl").read_text().splitlines()]
     assert sorted(r["setting"] for r in records) == ["stage 1", "stage 2"]
     assert not list(whole.rglob("checkpoint/*.safetensors"))
-    m = metrics(whole)
-    assert m["steps"] == 6 and m["POPE_random_always_yes"] == 50.0 and m["trained_parameters"] < m["parameters"]
-    rows = [json.loads(x) for x in (seed / "answers.jsonl").read_text().splitlines()]
+    m, later = metrics(whole), metrics(whole, name="record-stage2")
+    assert m["steps"] == 6 and later["POPE_random_always_yes"] == 50.0 and m["trained_parameters"] < m["parameters"]
+    assert not any("POPE" in k or "MMVP" in k for k in m)  # stage 1 is asked nothing
+    assert all("caption_accuracy" in x and "text_accuracy" in x for x in (m, later))
+    rows = [json.loads(x) for x in (whole / "stage2" / "seed0" / "answers.jsonl").read_text().splitlines()]
     assert {r["benchmark"] for r in rows} == {"POPE", "MMVP"}
     assert not torch.equal(weights(whole)["llm.model.norm.weight"], weights(whole / "stage2")["llm.model.norm.weight"])
     first, later = weights(whole), weights(whole / "stage2")

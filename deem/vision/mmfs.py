@@ -72,14 +72,16 @@ class MMFS(nn.Module):
         for layer in (self.value, self.out, self.mix, self.weights):
             nn.init.zeros_(layer.bias)
 
-    def values(self, maps: list[Tensor]) -> list[Tensor]:
-        """W_v F: L tensors (B, N, C_v, H, W) -> (B N heads, width / heads, H, W)."""
-        w, bias = self.value.weight[:, :, None, None], self.value.bias
-        return [F.conv2d(m.flatten(0, 1), w, bias).reshape(-1, w.shape[0] // self.heads, *m.shape[-2:]) for m in maps]
+    def values(self, maps: list[Tensor], norm: nn.Module | None = None) -> list[Tensor]:
+        """W_v norm(F): L tensors (B, N, C_v, H, W) -> (B N heads, width / heads, H, W); all levels in one product."""
+        flat = torch.cat([m.flatten(0, 1).flatten(2) for m in maps], 2).transpose(1, 2)
+        v = self.value(norm(flat) if norm else flat).transpose(1, 2).unflatten(1, (self.heads, -1)).flatten(0, 1)
+        parts = v.split([math.prod(m.shape[-2:]) for m in maps], 2)
+        return [part.unflatten(2, m.shape[-2:]) for part, m in zip(parts, maps, strict=True)]
 
-    def forward(self, query: Tensor, reference: Tensor, maps: list[Tensor] | None, mask: Tensor, values=None) -> Tensor:
-        """query (B, Q, C); reference (Q or 1, 2) in [0, 1]; maps: L tensors (B, N, C_v, H, W); mask (B, N) or
-        (B, Q, N) bool -> (B, Q, C). values: those of the maps, if they were made before."""
+    def forward(self, query: Tensor, reference: Tensor, values: list[Tensor], mask: Tensor) -> Tensor:
+        """query (B, Q, C); reference (Q or 1, 2) in [0, 1]; values: `values` of L maps; mask (B, N) or (B, Q, N) bool
+        -> (B, Q, C)."""
         b, nq, _ = query.shape
         n, h, p, levels = mask.shape[-1], self.heads, self.points, self.levels
         mask = mask[:, None].expand(b, nq, n) if mask.ndim == 2 else mask
@@ -98,7 +100,7 @@ class MMFS(nn.Module):
         shares = logits.permute(0, 2, 3, 1, 4, 5).flatten(3).softmax(-1).view(b, h, nq, n, levels, p + 1)
         shares = shares[..., :-1].permute(0, 3, 1, 2, 4, 5).reshape(b * n * h, nq, levels, p)
         total = 0
-        for level, v in enumerate(self.values(maps) if values is None else values):
+        for level, v in enumerate(values):
             total = total + sample(v, places, shares[:, :, level])
         total = total.view(b, n, h, nq, -1).sum(1).transpose(1, 2).flatten(2)
         return self.out(total.to(query.dtype))
@@ -140,11 +142,11 @@ class GatedMMFS(nn.Module):
             return h + (self.gate.tanh() * self.mmfs.out.bias).to(h.dtype)
         visible, values = context.rows(*h.shape[:2]), context.values.get(self)
         if values is None:
-            values = self.mmfs.values([self.value_norm(m.movedim(2, -1)).movedim(-1, 2) for m in context.maps])
+            values = self.mmfs.values(context.maps, self.value_norm)
             if not torch.is_grad_enabled():
                 context.values[self] = values
         q = self.query_norm(h).view(*visible.shape[:2], -1)
-        y = self.mmfs(q, self.centre, None, visible, values).view_as(h)
+        y = self.mmfs(q, self.centre, values, visible).view_as(h)
         return h + (self.gate.tanh() * y).to(h.dtype)
 
 
@@ -205,8 +207,7 @@ class MMFSBlock(nn.Module):
         )
         centres = torch.stack([x, y], -1).view(-1, 2)
         q = self.query_norm(feature.flatten(2).transpose(1, 2)) + resized(self.positions, h, w)
-        maps = [self.value_norm(m.movedim(2, -1)).movedim(-1, 2) for m in maps]
-        found = self.mmfs(q, centres, maps, mask)
+        found = self.mmfs(q, centres, self.mmfs.values(maps, self.value_norm), mask)
         return self.conv(found.transpose(1, 2).unflatten(2, (h, w)))
 
 
