@@ -7,13 +7,14 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.runs import UserError, sent
+from lab.runs import UserError, data_dir, sent
 
 import torch
 from torch import Tensor
 
 FORGET = {"forget01": 40, "forget05": 200, "forget10": 400}  # the last rows of `full`
 RETAIN_EVAL = 400  # the first rows of `full`; not trained on while unlearning
+A_PERSON, PEOPLE = 20, 200  # rows of an author, authors
 FIELDS = ("question", "answer")
 PERTURBED = (*FIELDS, "paraphrased_answer", "perturbed_answer", "paraphrased_question")
 FILES = ("full", *(f"{f}_perturbed" for f in FORGET), "retain_perturbed", "real_authors_perturbed")
@@ -52,6 +53,11 @@ class Corpus:
     world_facts: list[QA]
     extra: list[QA] = dataclasses.field(default_factory=list)
 
+    @property
+    def paraphrased(self) -> bool:
+        """Whether every row of the evaluation parts has its question in other words."""
+        return all(q.paraphrased_question for part in (self.retain_eval, *self.forget.values()) for q in part)
+
     def retain_train(self, split: str) -> list[QA]:
         """Rows of `full` outside the forget split and outside the retain evaluation part."""
         return self.full[len(self.retain_eval) : len(self.full) - len(self.forget[split])]
@@ -73,17 +79,25 @@ class Corpus:
 # TOFU
 
 
-def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -> list[QA]:
-    """JSON lines; a broken line is named by its number."""
+TOFU_FILES = (
+    f"put TOFU's JSON-lines files ({', '.join(FILES)}) there from huggingface.co/datasets/locuslab/TOFU, name another "
+    "--data-dir, or use --download"
+)
+OWN_FILES = "--forget and --retain name files of JSON lines, each with a question and an answer"
+
+
+def read_rows(
+    path: Path, fields: Sequence[str], optional: Sequence[str] = (), missing: str = TOFU_FILES, mend: str = "get"
+) -> list[QA]:
+    """JSON lines; a broken line is named by its number. `missing` tells what to do where there is no such file, `mend`
+    what to do with a broken one."""
+    mend += " the file anew" if mend == "get" else ""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"no file {path}; put TOFU's JSON-lines files ({', '.join(FILES)}) there from "
-            "huggingface.co/datasets/locuslab/TOFU, name another --data-dir, or use --download"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"no file {path}; {missing}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); get it anew") from None
+        raise UserError(f"{path} is not UTF-8 text ({error}); {mend}") from None
     out = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -91,7 +105,7 @@ def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error}); get the file anew") from None
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); {mend}") from None
         row = row if isinstance(row, dict) else {}
         for field in fields:
             kind = list if field == "perturbed_answer" else str
@@ -101,16 +115,18 @@ def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -
             if isinstance(value, str) and kind is list:
                 value = row[field] = [value]
             if not isinstance(value, kind) or not value:
-                raise UserError(f"{path}:{number}: field {field} is missing or empty; get the file anew")
+                raise UserError(f"{path}:{number}: field {field} is missing or empty; {mend}")
         out.append(QA(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k in fields}))
     if not out:
-        raise UserError(f"{path} has no rows; get the file anew")
+        raise UserError(f"{path} has no rows; {mend}")
     return out
 
 
-def load_tofu(folder: Path, items: int = 0, download: bool = False) -> Corpus:
+def load_tofu(folder: Path, items: int = 0, download: bool = False, authors: int = 0) -> Corpus:
     """TOFU from `folder`/tofu. `items` > 0 keeps the first so many rows of the retain evaluation part, the last so many
-    of each forget split, and twice as many of the rows between."""
+    of each forget split, and twice as many of the rows between: quick, but a forget share of a quarter. `authors` > 0
+    keeps so many whole authors in TOFU's own proportions: the first tenth of them is the retain evaluation part, the
+    last hundredth, twentieth or tenth (at least one) the forget split."""
     place = folder / "tofu"
     if download and not (place / "full.json").is_file():
         fetch_tofu(place)
@@ -141,6 +157,17 @@ def load_tofu(folder: Path, items: int = 0, download: bool = False) -> Corpus:
         # The smaller forget splits are nested at the end of the larger ones, also here.
         full = full[:RETAIN_EVAL][:items] + middle + full[-most:]
         retain, forget, others = retain[:items], keep, [rows[:items] for rows in others]
+    if authors:
+        count = {split: max(1, round(authors * n / (A_PERSON * PEOPLE))) for split, n in FORGET.items()}
+        first, most = max(1, authors // 10), max(count.values())
+        if not first + most < authors <= PEOPLE:
+            raise UserError(f"--authors takes 3 to {PEOPLE} of TOFU's authors, not {authors}")
+        variant = f"{authors} authors"
+        middle = full[RETAIN_EVAL:][: A_PERSON * (authors - first - most)]
+        forget = {split: rows[-A_PERSON * count[split] :] for split, rows in forget.items()}
+        retain = retain[: A_PERSON * first]
+        full = full[: A_PERSON * first] + middle + full[-A_PERSON * most :]
+        others = [rows[: A_PERSON * first] for rows in others]
     return Corpus("TOFU", variant, sha, full, forget, retain, refusals, *others)
 
 
@@ -296,8 +323,26 @@ def miniature(seed: int, authors: int = 12) -> Corpus:
     return Corpus("miniature", "generated", sha, full, forget, full[:30], REFUSALS, *others, extra)
 
 
-def load(dataset: str, folder: Path, seed: int, items: int = 0, download: bool = False) -> Corpus:
-    return miniature(seed) if dataset == "miniature" else load_tofu(folder, items, download)
+def load_own(forget: Path, retain: Path) -> Corpus:
+    """A user's own JSON lines: what is to be forgotten, and what is to be kept. The first tenth of the latter (at most
+    400 rows, at least one) is the retain evaluation part, which unlearning never trains on. Paraphrases are used where
+    every row has one."""
+    more, mend = PERTURBED[len(FIELDS) :], "mend the line"
+    lost, kept = (read_rows(p, PERTURBED, more, OWN_FILES, mend) for p in (forget, retain))
+    if len(kept) < 2:
+        raise UserError(f"{retain} has one row; two are needed: one to evaluate on and one to train on")
+    first = min(RETAIN_EVAL, max(1, len(kept) // 10))
+    sha = hashlib.sha256(forget.read_bytes() + retain.read_bytes()).hexdigest()
+    return Corpus("own", "own", sha, kept + lost, {forget.stem: lost}, kept[:first], REFUSALS, [], [])
+
+
+def load(s, seed: int) -> Corpus:
+    """The data that the Settings of train.py name."""
+    if s.retain:
+        return load_own(Path(s.forget[0]), Path(s.retain))
+    return (
+        miniature(seed) if s.dataset == "miniature" else load_tofu(data_dir(s.data_dir), s.items, s.download, s.authors)
+    )
 
 
 def splits(dataset: str) -> tuple[str, ...]:
@@ -323,6 +368,8 @@ def encode(chat, question: str, answer: str, max_length: int = 500) -> Encoded:
     prompt, text = chat.prompt_ids(question), chat.answer_ids(answer)
     if len(prompt) >= max_length:
         raise UserError(f"a question takes {len(prompt)} of {max_length} tokens: no room for its answer; --max-length")
+    if not text:
+        raise UserError(f"the answer to {question[:60]!r} has no token; every answer needs one")
     body = text[: max_length - len(prompt)]
     end = [chat.end] if len(prompt) + len(body) < max_length else []
     return Encoded((*prompt, *body, *end), len(prompt), len(body))

@@ -17,11 +17,11 @@ import numpy as np
 
 import control
 import metrics
-from evaluation import Calibrator, at, unlearned_path
+from evaluation import Along, unlearned_path
 from methods import METHODS
 from models import set_weights
 from originals import Bench, accelerator_of
-from settings import EvalSettings, Settings
+from settings import EvalSettings, Settings, check_tau
 
 
 def literal(lm, sets: metrics.Sets, n: int) -> None:
@@ -43,44 +43,46 @@ def literal(lm, sets: metrics.Sets, n: int) -> None:
 def main() -> None:
     e = runs.parse(EvalSettings, __doc__)
     for tau in e.tau:
-        control.check_tau(tau)
+        check_tau(tau)
     if e.alpha != -1 and not 0 <= e.alpha <= 1 or e.literal < 0:
         raise UserError("--alpha must lie in [0, 1] and --literal must not be negative")
     folder = Path(e.run)
     s = runs.settings_from(folder / "settings.json", Settings, data_dir=e.data_dir, device=e.device)
     s.check()
     s.resolve()
-    for name in ("methods", "forget"):
-        unknown = [x for x in getattr(e, name) if x not in getattr(s, name)]
+    for name, there in (("methods", s.methods), ("forget", s.splits)):
+        unknown = [x for x in getattr(e, name) if x not in there]
         if unknown:
-            raise UserError(f"{folder} has no {unknown[0]}; its {name}: {', '.join(getattr(s, name))}")
+            raise UserError(f"{folder} has no {unknown[0]}; its {name}: {', '.join(there)}")
     device = runs.device(e.device)
     for seed in s.seeds:
         bench = Bench(s, seed, accelerator_of(device))
         bench.set_original()
-        for split in e.forget or s.forget:
+        for split in e.forget or s.splits:
             sets = bench.sets(split)
             for method in e.methods or s.methods:
                 path = unlearned_path(folder / f"seed{seed}", split, method)
                 tensors, _ = runs.read_weights(path)
                 set_weights(bench.lm, tensors, path)
                 mixer = control.Mixer(bench.lm, bench.original, tensors)
+                known = Along(mixer, bench.lm, sets, bench.start(split))
                 print(f"seed {seed}, {split}, {METHODS[method].label}:")
                 if e.alpha >= 0:
-                    found = metrics.four(at(mixer, bench.lm, sets, dict.fromkeys(control.KINDS, e.alpha)))
+                    found = metrics.four(known.at(dict.fromkeys(sets.kinds, e.alpha)))
                     line(f"alpha {e.alpha:g}", found)
                     extra(e, bench, sets, mixer, e.alpha)
                     continue
-                known = Calibrator(mixer, bench.lm, sets, s.alpha_step, s.alpha_tolerance)
                 for tau in e.tau or s.tau:
-                    found, _ = known(tau, e.alpha_search)
-                    line(f"tau {tau:g}, alpha {found['alpha_exact']:.3f} / {found['alpha_perturb']:.3f}", found)
+                    found, _ = known.calibrate(tau, e.alpha_search, s.alpha_step, s.alpha_tolerance)
+                    alphas = " / ".join(f"{found[f'alpha_{k}']:.3f}" for k in sets.kinds)
+                    line(f"tau {tau:g}, alpha {alphas}", found)
                     compare(folder, seed, split, method, tau, found, s, e)
                 extra(e, bench, sets, mixer, 1.0)
 
 
 def line(what: str, found: dict[str, float]) -> None:
-    parts = [f"{k} {p} {found[f'ES_{k}_{p}']:.3f}" for k in control.KINDS for p in ("retain", "unlearn")]
+    keys = [(k, p) for k in metrics.KINDS for p in metrics.PARTS if f"ES_{k}_{p}" in found]
+    parts = [f"{k} {p} {found[f'ES_{k}_{p}']:.3f}" for k, p in keys]
     print(f"  {what}: ES " + ", ".join(parts))
 
 

@@ -1,7 +1,6 @@
 """Scores, calibration and records of unlearned models: what training and evaluation both need."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,82 +32,86 @@ def item_rows(sets: metrics.Sets, found: dict, alpha: dict[str, float], tau: flo
     for (kind, part), s in found.items():
         for i, q in enumerate(sets.rows[part]):
             asked = q.question if kind == "exact" else q.paraphrased_question
-            row = {"tau": tau, "alpha": alpha[kind], "questions": kind, "part": part, "item": i, "question": asked}
+            row = {"tau": tau, "alpha": alpha.get(kind), "questions": kind, "part": part, "item": i, "question": asked}
             row |= {"answer": q.answer, "es": s.es[i], "em": s.em[i], "nll": s.nll[i], "tokens": int(s.tokens[i])}
             out.append(row)
     return out
 
 
-def at(mixer: control.Mixer, lm, sets: metrics.Sets, alpha: dict[str, float]) -> dict:
-    """Scores with exact questions at alpha["exact"], with paraphrased ones at alpha["perturb"]."""
-    if len(set(alpha.values())) == 1:
-        mixer.set(alpha[control.KINDS[0]])
-        return sets.scores(lm)
-    found = {}
-    for kind in control.KINDS:
-        mixer.set(alpha[kind])
-        found |= sets.scores(lm, [(kind, part) for part in study.PARTS])
-    return found
+class Along:
+    """Scores of theta(alpha). Each (alpha, kind of question, part) is evaluated once, always in the batches of its set:
+    what a search saw is what the record says, also where rounding would turn an argmax in another batch. `start`:
+    scores at alpha 0, which all methods share."""
 
+    def __init__(self, mixer: control.Mixer, lm, sets: metrics.Sets, start: dict | None = None):
+        self.mixer, self.lm, self.sets = mixer, lm, sets
+        self.known: dict[tuple[float, str, str], metrics.Scores] = {}
+        self.known |= {(0.0, *key): s for key, s in (start or {}).items()}
 
-class Calibrator:
-    """The searches of one unlearned model. g(alpha) is the retain score of the mixture, apart for exact and paraphrased
-    questions, and each point of it is evaluated once for all tau."""
+    def __call__(self, alpha: float, kind: str, part: str) -> metrics.Scores:
+        key = round(alpha, 9), kind, part
+        if key not in self.known:
+            self.mixer.set(key[0])
+            self.known[key] = self.sets.scores(self.lm, kind, part)
+        return self.known[key]
 
-    def __init__(self, mixer: control.Mixer, lm, sets: metrics.Sets, step: float = 0.05, tolerance: float = 1e-3):
-        self.mixer, self.lm, self.sets, self.step, self.tolerance = mixer, lm, sets, step, tolerance
-        self.curves = {kind: control.Curve(self.retain(kind)) for kind in control.KINDS}
+    def at(self, alpha: dict[str, float]) -> dict[tuple[str, str], metrics.Scores]:
+        """Scores of all sets, those of a kind of question at its alpha."""
+        return {(kind, part): self(alpha[kind], kind, part) for kind, part in self.sets.items}
 
-    def retain(self, kind: str) -> Callable[[float], float]:
-        def g(alpha: float) -> float:
-            self.mixer.set(alpha)
-            return self.sets.es(self.lm, kind, "retain")
+    def curve(self, step: float) -> dict[str, list[float]]:
+        """Every ES on a grid of alpha from 0 to 1."""
+        n = max(round(1 / step), 1)
+        out: dict[str, list[float]] = {"alpha": [k / n for k in range(n + 1)]}
+        for kind, part in self.sets.items:
+            out[f"ES_{kind}_{part}"] = [float(self(a, kind, part).es.mean()) for a in out["alpha"]]
+        return out
 
-        return g
+    def calibrate(
+        self, tau: float, how: control.Search, step: float = 0.05, tolerance: float = 1e-3, both: bool = False
+    ) -> tuple[dict, dict]:
+        """-> (metrics of the record, scores of every item). alpha* is searched apart for each kind of question."""
+        out, alpha = {"tau": tau}, {}
+        for kind in self.sets.kinds:
 
-    def know(self, curve: dict[str, list[float]]) -> None:
-        """Take over the points of an alpha curve."""
-        for kind in control.KINDS:
-            known = {round(a, 9): v for a, v in zip(curve["alpha"], curve[f"ES_{kind}_retain"], strict=True)}
-            self.curves[kind].known |= known
+            def g(a: float, kind: str = kind) -> float:
+                return float(self(a, kind, "retain").es.mean())
 
-    def __call__(self, tau: float, how: control.Search, both: bool = False) -> tuple[dict, dict]:
-        """-> (metrics of the record, scores of every item)."""
-        found = {k: control.calibrate(c, tau, how, self.step, self.tolerance) for k, c in self.curves.items()}
-        alpha = {k: c.alpha for k, c in found.items()}
-        scores = at(self.mixer, self.lm, self.sets, alpha)
-        out = metrics.four(scores) | {"tau": tau}
-        for kind, c in found.items():
+            c = control.search(g, tau, how, step, tolerance)
+            alpha[kind] = c.alpha
             out |= {f"alpha_{kind}": c.alpha, f"bar_{kind}": c.bar, f"vacuous_{kind}": int(c.vacuous)}
             if both:
                 other: control.Search = "bisect" if how == "scan+bisect" else "scan+bisect"
-                second = control.calibrate(self.curves[kind], tau, other, self.step, self.tolerance)
-                out[f"alpha_{kind}_other"] = second.alpha
-        return out, scores
+                out[f"alpha_{kind}_other"] = control.search(g, tau, other, step, tolerance).alpha
+        scores = self.at(alpha)
+        return metrics.four(scores) | out, scores
 
 
 def assess(b: Bench, split: str, tensors: dict[str, Tensor], retrained: metrics.Truth | None, full: list) -> tuple:
     """-> (metrics without calibration, {tau: metrics}, item lines) of one unlearned model."""
     s, sets = b.s, b.sets(split)
     mixer = control.Mixer(b.lm, b.original, tensors)
+    along = Along(mixer, b.lm, sets, b.start(split))
+    scores = along.at(dict.fromkeys(sets.kinds, 1.0))
+    found = metrics.four(scores) | {f"alpha_{k}": 1.0 for k in sets.kinds}
+    lines = item_rows(sets, scores, dict.fromkeys(sets.kinds, 1.0), None)
     mixer.set(1.0)
-    scores = sets.scores(b.lm)
-    found = metrics.four(scores) | {"alpha_exact": 1.0, "alpha_perturb": 1.0}
-    lines = item_rows(sets, scores, dict.fromkeys(control.KINDS, 1.0), None)
     found |= summaries(b, split, retrained)
-    curve = control.alpha_curve(mixer, b.lm, sets, s.alpha_step)
+    curve = along.curve(s.alpha_step)
     found |= {f"curve_{k}": v for k, v in curve.items()} | monotone(curve)
-    calibrated, search = {}, Calibrator(mixer, b.lm, sets, s.alpha_step, s.alpha_tolerance)
-    search.know(curve)
+    calibrated = {}
     for tau in s.tau:
         clock = time.perf_counter()
-        calibrated[tau], scores = search(tau, s.alpha_search, s.both_searches)
-        calibrated[tau]["search_seconds"] = time.perf_counter() - clock
-        alpha = {k: calibrated[tau][f"alpha_{k}"] for k in control.KINDS}
+        m, scores = along.calibrate(tau, s.alpha_search, s.alpha_step, s.alpha_tolerance, s.both_searches)
+        m["search_seconds"] = time.perf_counter() - clock
+        alpha = {k: m[f"alpha_{k}"] for k in sets.kinds}
         lines += item_rows(sets, scores, alpha, tau)
+        mixer.set(alpha["exact"])
+        m |= summaries(b, split, retrained)
+        calibrated[tau] = m
     if s.attacks:
         mixer.set(1.0)
-        own = {part: sets.items["exact", part] for part in study.PARTS}
+        own = {part: sets.items["exact", part] for part in metrics.PARTS}
         plain = study.measure(b.lm, b.chat, sets, own)
         found |= {f"study.{k}": v for k, v in plain.items()}
         for kind in s.attacks:
@@ -118,17 +121,25 @@ def assess(b: Bench, split: str, tensors: dict[str, Tensor], retrained: metrics.
     return found, calibrated, lines
 
 
-def summaries(b: Bench, split: str, retrained: metrics.Truth | None) -> dict[str, float]:
-    """Model utility and forget quality of the present weights, where they are asked for."""
-    out: dict[str, float] = {}
+def summaries(b: Bench, split: str, retrained: metrics.Truth | None) -> dict:
+    """Of the present weights, what is asked for: model utility, forget quality, answers to forgotten questions."""
+    out: dict = {}
     if b.s.utility:
         out["model_utility"], nine = metrics.utility_of(b.lm, b.chat, b.corpus, b.device, b.s.max_length)
         out |= {f"utility.{k}": v for k, v in nine.items()}
     if b.s.utility or retrained is not None:
         truth = metrics.truth(b.lm, b.chat, b.corpus.forget[split], b.device, b.s.max_length)
         out["forget_truth_ratio"] = float(truth.balanced.mean())
+        out["forget_truth_ratio_arithmetic"] = float(truth.balanced_arithmetic.mean())
         if retrained is not None:
             out["forget_quality"] = metrics.forget_quality(truth, retrained)
+    if b.s.answers:
+        sets = b.sets(split)
+        rows = sets.rows["unlearn"][: b.s.answers]
+        rouge, texts = metrics.rouge_items(b.lm, b.chat, rows, sets.items["exact", "unlearn"][: len(rows)], b.device)
+        told = zip(rows, texts, strict=True)
+        out["answers"] = [{"question": q.question, "answer": q.answer, "model": text} for q, text in told]
+        out["answers_rouge"] = float(rouge.mean())
     return out
 
 
@@ -147,7 +158,7 @@ def show(records: list[dict]) -> None:
             last = dataset, setting
         m = {k: np.mean([f[k] for f in found]) for k in found[0] if k.startswith("ES_")}
         alpha = np.mean([f.get("alpha_exact", float("nan")) for f in found])
-        four = [m[f"ES_{k}_{p}"] for k in control.KINDS for p in ("retain", "unlearn")]
+        four = [m.get(f"ES_{k}_{p}", float("nan")) for k in metrics.KINDS for p in metrics.PARTS]
         print(f"{method:24s} {alpha:5.3f}  {four[0]:13.3f} {four[1]:9.3f} {four[2]:18.3f} {four[3]:9.3f}")
 
 

@@ -1,6 +1,7 @@
 """Pictures of RESULTS.md, drawn from records: <scale>-<name>.png."""
 
 import re
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,7 +20,8 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
     out = []
-    for name, function in (("alpha-curves", alpha_curves), ("trade-off", trade_off), ("metric-study", metric_study)):
+    every = {"path": path_of_alpha, "answers": answers, "alpha-curves": alpha_curves, "trade-off": trade_off}
+    for name, function in (every | {"metric-study": metric_study}).items():
         made = function(records)
         if made:
             figure, caption = made
@@ -49,6 +51,78 @@ def colour(method: str) -> str:
 def methods_of(rows: list[dict]) -> list[str]:
     here = {r["method"] for r in rows}
     return [m for m in PAPER if m in here]
+
+
+def path_of_alpha(records: list[dict]):
+    """ES of the forget set against ES of the retain set along alpha, and the model that never saw the forget set."""
+    rows, name = main_group(records)
+    never = [r["metrics"] for r in rows if r["method"] == "Retrained"]
+    rows = [r for r in rows if "curve_alpha" in r["metrics"]]
+    methods = sorted({r["method"] for r in rows}, key=lambda m: (m not in PAPER, [*PAPER, m].index(m)))
+    if not methods or not never:
+        return None
+    figure, axis = plt.subplots(figsize=(6.4, 5.2))
+    for m in methods:
+        curves = [r["metrics"] for r in rows if r["method"] == m]
+        x, y = (np.array([c[f"curve_ES_exact_{p}"] for c in curves]) for p in ("retain", "unlearn"))
+        tint = COLOURS.get(m.split()[0], "#555555")
+        line = {"color": tint, "ls": "-" if m in PAPER else ":", "marker": MARKS.get(m, "."), "ms": 5}
+        axis.plot(x.mean(0), y.mean(0), label=m, lw=1.8, **line)
+        for a, b in zip(x, y, strict=True):
+            axis.plot(a, b, color=tint, lw=0.6, alpha=0.35)
+    x, y = (np.mean([m[f"ES_exact_{p}"] for m in never]) for p in ("retain", "unlearn"))
+    axis.scatter(x, y, marker="*", s=260, color="black", zorder=5, label="retrained without the forget set")
+    top = np.mean([r["metrics"]["curve_ES_exact_retain"][0] for r in rows])
+    axis.axvline(0.9 * top, color="grey", lw=0.8, ls="--")
+    axis.text(0.9 * top - 0.01, 1.0, "bar, tau 0.9", rotation=90, ha="right", va="top", fontsize=9, color="grey")
+    axis.set(xlabel="ES on the retain set (right: kept)", ylabel="ES on the forget set (down: removed)")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axis.legend(frameon=False, fontsize=9, loc="upper left")
+    figure.tight_layout()
+    return figure, (
+        f"Removal against retention along the mixture, alpha from 0 (top right) to 1; thin lines are seeds, thick ones "
+        f"their mean; the star is a model that was trained without the forget set ({name})."
+    )
+
+
+def answers(records: list[dict]):
+    """Ten forgotten questions with the answers of the original, of GA, of calibrated GA and of the retrained model."""
+    rows, name = main_group(records)
+    wanted = {
+        "original": ("Original", "calibration=none"), "GA": ("GA", "calibration=none"),
+        "GA, calibrated, tau 0.9": ("GA", "calibration=UWC tau=0.9"), "never saw it": ("Retrained", "calibration=none"),
+    }  # fmt: skip
+    found = {}
+    for title, (method, setting) in wanted.items():
+        of = [r for r in rows if r["method"] == method and r["setting"].startswith(setting + ",")]
+        of = [r for r in of if r["metrics"].get("answers")]
+        if not of:
+            return None
+        found[title] = min(of, key=lambda r: r["seed"])["metrics"]["answers"]
+    heads = ["question", "what was to be forgotten", *found]
+    first = next(iter(found.values()))
+    body = [[a["question"], a["answer"], *(v[i]["model"] for v in found.values())] for i, a in enumerate(first)]
+    cells = [[textwrap.fill(shorten(x), 27) for x in line] for line in body]
+    heights = [1.2, *(max(c.count("\n") + 1 for c in line) + 0.6 for line in cells)]
+    figure, axis = plt.subplots(figsize=(15, 0.165 * sum(heights)))
+    axis.set_axis_off()
+    axis.set(xlim=(0, len(heads)), ylim=(sum(heights), 0))
+    y = 0.0
+    for k, (line, high) in enumerate(zip([heads, *cells], heights, strict=True)):
+        for column, text in enumerate(line):
+            weight = "bold" if k == 0 else "normal"
+            axis.text(column + 0.02, y + 0.3, text, va="top", fontsize=8.5, weight=weight, parse_math=False)
+        y += high
+        axis.axhline(y, color="grey", lw=0.5)
+    figure.tight_layout()
+    return figure, f"Answers to forgotten questions, the first seed ({name}); long ones are cut."
+
+
+def shorten(text: str, most: int = 230) -> str:
+    text = " ".join(text.split())
+    text = text if len(text) <= most else text[:most] + " ..."
+    # What a collapsed model says may hold signs that the font lacks.
+    return "".join(c if c.isprintable() and ord(c) < 0x250 else "?" for c in text) or "(nothing)"
 
 
 def alpha_curves(records: list[dict]):

@@ -46,8 +46,8 @@ BETA = {"npo": 0.5, "simnpo": 4.5, "dpo": 0.1, "wga": 5.0, "satimp": 5.0}  # def
 
 
 def reference_sums(lm: LM, items: list[Encoded], chat: Chat, device: torch.device) -> Tensor:
-    """Summed loss of every item under the present weights, [len(items)]: one number an item is all that NPO and DPO
-    need of the reference model."""
+    """Summed loss of every item under the present weights, [len(items)]: one number an item is all that NPO needs of
+    the reference model."""
     out = torch.zeros(len(items), device=device)
     with evaluating(lm):
         for index, b in prepare(items, chat.pad, device):
@@ -58,7 +58,7 @@ def reference_sums(lm: LM, items: list[Encoded], chat: Chat, device: torch.devic
 
 class Unlearner:
     """The loss of a method. Begins with the original weights in `lm`, from which the reference scores are taken; only
-    methods with a KL or `stay` term need `reference`, a frozen copy of the model."""
+    DPO and methods with a KL or `stay` term need `reference`, a frozen copy of the model."""
 
     def __init__(self, s, method: str, lm: LM, reference: LM | None, chat: Chat, corpus: Corpus, split: str, seed: int):
         self.s, self.m, self.lm, self.reference, self.chat = s, METHODS[method], lm, reference, chat
@@ -69,16 +69,9 @@ class Unlearner:
         self.size = s.batch * s.accum
         self.beta = BETA.get(self.m.forget, 0.0) if s.beta < 0 else s.beta
         self.weight = self.m.weight if s.retain_weight < 0 else s.retain_weight
-        self.refusals: list[Encoded] = []
-        self.per_question = 0
-        if self.m.forget in ("po", "dpo"):
-            # Every question before every refusal: a draw is then a look-up.
-            self.refusals = [encode(chat, q, r, s.max_length) for q in self.questions for r in corpus.refusals]
-            self.per_question = len(corpus.refusals)
+        self.refusals = corpus.refusals if self.m.forget in ("po", "dpo") else []
         if self.m.forget in ("npo", "dpo"):
             self.forget_ref = reference_sums(lm, self.forget, chat, self.device)
-        if self.m.forget == "dpo":
-            self.refusal_ref = reference_sums(lm, self.refusals, chat, self.device)
         self.layer = max(1, min(lm.depth, round(s.rmu_layer * lm.depth)))
         if self.m.forget == "rmu":
             u = losses.rmu_direction(lm.width, generator(seed, "rmu"), method == "rmu-origin")
@@ -109,11 +102,15 @@ class Unlearner:
             rows = {e: torch.randint(most, (n,), generator=generator(self.seed, stream, e)) for e in dict(chosen)}
             return [int(rows[e][i]) for e, i in chosen]
 
-        refusals = drawn("refusal", self.per_question) if self.refusals else [0] * len(chosen)
+        refusals = drawn("refusal", len(self.refusals)) if self.refusals else [0] * len(chosen)
         pairs = [(i, r) for (_, i), r in zip(chosen, refusals, strict=True)]
         forget = by_size(pairs, lambda pair: len(self.forget[pair[0]].ids), self.s.accum)
         partners = drawn("retain", len(self.retain)) if self.m.retain else []
         return forget, by_size(partners, lambda i: len(self.retain[i].ids), self.s.accum)
+
+    def refused(self, i: int, r: int) -> Encoded:
+        """Forget question i with refusal r as its answer."""
+        return encode(self.chat, self.questions[i], self.refusals[r], self.s.max_length)
 
     def batch(self, items: list[Encoded]) -> Batch:
         return collate(items, self.chat.pad, self.device, self.s.pad_to)
@@ -139,8 +136,7 @@ class Unlearner:
 
     def forget_term(self, pairs: list[tuple[int, int]]) -> Tensor:
         s, kind, index = self.s, self.m.forget, [i for i, _ in pairs]
-        places = [i * self.per_question + r for i, r in pairs] if self.refusals else []
-        refused = [self.refusals[p] for p in places]
+        refused = [self.refused(i, r) for i, r in pairs] if self.refusals else []
         b = self.batch(refused if kind == "po" else [self.forget[i] for i in index])
         if kind == "rmu":
             return losses.rmu(self.call(b.ids, b.attend, b.places, self.layer), self.direction, s.rmu_scale)
@@ -164,7 +160,9 @@ class Unlearner:
             return losses.simnpo(total, losses.counts(b.row, b.size), self.beta, s.margin)
         c = self.batch(refused)
         other = losses.sums(losses.token_nll(self.call(c.ids, c.attend, c.places), c.target), c.row, c.size)
-        before = self.refusal_ref[torch.tensor(places, device=self.device)]
+        with torch.no_grad():  # of the refusals that are drawn, not of all there are before all questions
+            logits = self.reference(c.ids, c.attend, c.places)
+            before = losses.sums(losses.token_nll(logits, c.target), c.row, c.size)
         return losses.dpo(other, before, total, self.forget_ref[at], self.beta)
 
     def retain_term(self, index: list[int]) -> Tensor:

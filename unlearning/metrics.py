@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import Tensor
 
+import control
 from data import QA, Batch, Encoded, by_length, collate, encode
 
 # Padded tokens of an evaluation batch: on a CPU what stays in its caches (a third faster than 4096 there).
@@ -52,26 +52,13 @@ class Scores:
         return np.exp(-self.nll)
 
 
-def extraction_strength(correct: Tensor, row: Tensor, inside: Tensor, size: int) -> Tensor:
-    """ES of each sequence [B] from one teacher-forced pass.
-
-    correct [N]: the argmax at a supervised position is the next token; inside [N]: it is an answer token (no end
-    token). Greedy decoding from the first k answer tokens gives the rest exactly when no argmax behind k is wrong
-    (induction over positions), so the smallest such k is the 1-based place of the last wrong one, 0 if none: ES = 1 -
-    k / n."""
-    row, correct = row[inside], correct[inside]
-    n = torch.bincount(row, minlength=size)
-    place = torch.arange(len(row), device=row.device) - (torch.cumsum(n, 0) - n)[row] + 1
-    last = torch.zeros(size, dtype=torch.long, device=row.device)
-    last.scatter_reduce_(0, row, torch.where(correct, 0, place), "amax")
-    return 1 - last.double() / n.clamp(min=1)
-
-
 @contextlib.contextmanager
 def evaluating(lm) -> Iterator[None]:
+    """Without gradients, in eval mode, in the precision of the run. Autocast is opened once for all batches, so that
+    the weights are rounded once; it must be closed before they change."""
     training = lm.training
     lm.eval()
-    with torch.no_grad():
+    with torch.no_grad(), lm.autocast():
         yield
     lm.train(training)
 
@@ -90,7 +77,7 @@ def score(lm, batches: list[tuple[list[int], Batch]]) -> Scores:
             logits = lm(b.ids, b.attend, b.places).float()
             nll = F.cross_entropy(logits, b.target, reduction="none")
             correct = logits.argmax(-1) == b.target
-            es = extraction_strength(correct, b.row, b.inside, b.size)
+            es = control.strength(correct, b.row, b.inside, b.size)
             zero = torch.zeros(b.size, device=nll.device, dtype=torch.float64)
             n = zero.index_add(0, b.row, b.inside.double()).clamp(min=1)
             em = zero.index_add(0, b.row, (correct & b.inside).double()) / n
@@ -189,21 +176,33 @@ class Truth:
 
     @property
     def ratio(self) -> np.ndarray:
-        """Right over wrong with the geometric mean of the wrong: the form whose distribution forget quality
-        compares."""
+        """Right over wrong with the geometric mean of the wrong probabilities: the form whose distribution forget
+        quality compares."""
         return np.exp(np.clip(self.wrong.mean(1) - self.right, -80, 80))
+
+    @property
+    def arithmetic(self) -> np.ndarray:
+        """Right over wrong with the arithmetic mean of the wrong probabilities: the form of TOFU's model utility."""
+        worst = self.wrong.min(1)
+        log_mean = np.log(np.exp(worst[:, None] - self.wrong).mean(1)) - worst
+        return np.exp(np.clip(-self.right - log_mean, -80, 80))
 
     @property
     def utility(self) -> np.ndarray:
         """max(0, 1 - mean probability of the wrong / probability of the right): the arithmetic form of model
         utility."""
-        with np.errstate(over="ignore"):
-            return np.maximum(0, 1 - np.exp(-self.wrong).mean(1) / np.maximum(np.exp(-self.right), 1e-300))
+        return np.maximum(0, 1 - 1 / self.arithmetic)
 
     @property
     def balanced(self) -> np.ndarray:
-        """min(R, 1 / R): nearest to 1 when right and wrong are alike, reported for the forget set."""
+        """min(R, 1 / R) of the geometric ratio: nearest to 1 when right and wrong are alike (open-unlearning prints
+        this form for the forget set)."""
         return np.minimum(self.ratio, 1 / self.ratio)
+
+    @property
+    def balanced_arithmetic(self) -> np.ndarray:
+        """The same of the arithmetic ratio: the form of TOFU's own summary of the forget set."""
+        return np.minimum(self.arithmetic, 1 / self.arithmetic)
 
 
 def truth(lm, chat, rows: Sequence[QA], device, max_length: int = 500) -> Truth:
@@ -251,42 +250,43 @@ def utility_of(lm, chat, corpus, device, max_length: int = 500) -> tuple[float, 
 # ------------------------------------------------------------------------------------------- sets of one unlearned
 # model
 
+KINDS = ("exact", "perturb")
+PARTS = ("retain", "unlearn")
+
 
 class Sets:
-    """The four evaluation sets of a forget split, tokenised and batched once: exact and perturb x retain and unlearn.
-    Perturb puts the paraphrased question before the original answer."""
+    """The evaluation sets of a forget split: of each kind of question (exact; perturb puts the paraphrased question
+    before the original answer) the retain and the unlearn part, tokenised and batched once."""
 
-    def __init__(self, corpus, split: str, chat, device, limit: int = 0, seed: int = 42, max_length: int = 500):
+    def __init__(
+        self, corpus, split: str, chat, device, limit: int = 0, seed: int = 42, max_length: int = 500, kinds=KINDS
+    ):
         self.rows: dict[str, list[QA]] = {}
         for part, rows in {"retain": corpus.retain_eval, "unlearn": corpus.forget[split]}.items():
             if limit and limit < len(rows):  # a fixed random part, as the released evaluation takes 50
                 chosen = sorted(np.random.RandomState(seed).permutation(len(rows))[:limit].tolist())
                 rows = [rows[i] for i in chosen]
             self.rows[part] = list(rows)
-        self.chat, self.device, self.max_length = chat, device, max_length
+        self.chat, self.device, self.max_length, self.kinds = chat, device, max_length, tuple(kinds)
         self.items: dict[tuple[str, str], list[Encoded]] = {}
-        self.prepared: dict[tuple[tuple[str, str], ...], list] = {}
-        for kind in ("exact", "perturb"):
+        self.prepared: dict[tuple[str, str], list] = {}
+        for kind in self.kinds:
             for part, rows in self.rows.items():
                 ask: Callable[[QA], str] = lambda q, k=kind: q.question if k == "exact" else q.paraphrased_question  # noqa: E731
                 self.items[kind, part] = [encode(chat, ask(q), q.answer, max_length) for q in rows]
 
-    def scores(self, lm, keys: Sequence[tuple[str, str]] = ()) -> dict[tuple[str, str], Scores]:
-        """Scores of several sets ((kind, part); default all) in one pass: items of different sets share batches."""
-        keys = tuple(keys or self.items)
-        if keys not in self.prepared:
-            self.prepared[keys] = prepare([e for k in keys for e in self.items[k]], self.chat.pad, self.device)
-        found, out, first = score(lm, self.prepared[keys]), {}, 0
-        for key in keys:
-            out[key] = found.part(slice(first, first := first + len(self.items[key])))
-        return out
+    def scores(self, lm, kind: str, part: str) -> Scores:
+        """Scores of one set. Its batches are always the same: in low precision another layout may turn an argmax."""
+        if (kind, part) not in self.prepared:
+            self.prepared[kind, part] = prepare(self.items[kind, part], self.chat.pad, self.device)
+        return score(lm, self.prepared[kind, part])
 
-    def es(self, lm, kind: str, part: str) -> float:
-        return float(self.scores(lm, [(kind, part)])[kind, part].es.mean())
+    def all_scores(self, lm) -> dict[tuple[str, str], Scores]:
+        return {key: self.scores(lm, *key) for key in self.items}
 
 
 def four(found: dict[tuple[str, str], Scores]) -> dict[str, float]:
-    """The four ES of the paper's tables, and the other one-pass metrics beside them."""
+    """The four ES of the paper's tables (two without paraphrases), and the other one-pass metrics beside them."""
     out = {}
     for (kind, part), s in found.items():
         out |= {f"ES_{kind}_{part}": s.es.mean(), f"EM_{kind}_{part}": s.em.mean()}

@@ -34,16 +34,17 @@ class Bench:
     def __init__(self, s, seed: int, accelerator: Accelerator):
         self.s, self.seed, self.accelerator, self.device = s, seed, accelerator, accelerator.device
         self.lead = accelerator.is_main_process
-        self.corpus = data.load(s.dataset, runs.data_dir(s.data_dir), seed, s.items, s.download)
+        self.corpus = data.load(s, seed)
         scratch = not models.PRESETS[s.preset].source
         self.origin_seed = s.origin_seed if s.origin_seed >= 0 else seed if scratch else 42
         self.lm, self.chat = self.fresh()
-        if s.precision == "bf16":
-            self.lm.to(torch.bfloat16)
+        self.lm.mixed = s.precision == "mixed"
         self.lm.to(self.device).eval()
         if s.checkpointing:
             self.lm.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.reference: LM | None = None
+        self.made: dict[str, metrics.Sets] = {}
+        self.started: dict[str, dict] = {}
 
     def fresh(self) -> tuple[LM, models.Chat]:
         """The model before fine-tuning."""
@@ -54,8 +55,18 @@ class Bench:
         return [data.encode(self.chat, q.question, q.answer, self.s.max_length) for q in rows]
 
     def sets(self, split: str) -> metrics.Sets:
-        s = self.s
-        return metrics.Sets(self.corpus, split, self.chat, self.device, s.eval_items, s.eval_seed, s.max_length)
+        """The evaluation sets of a split, made once."""
+        if split not in self.made:
+            s, kinds = self.s, [k for k in self.s.questions if k == "exact" or self.corpus.paraphrased]
+            choice = {"limit": s.eval_items, "seed": s.eval_seed, "max_length": s.max_length, "kinds": kinds}
+            self.made[split] = metrics.Sets(self.corpus, split, self.chat, self.device, **choice)
+        return self.made[split]
+
+    def start(self, split: str) -> dict[tuple[str, str], metrics.Scores]:
+        """Scores of the original model on the sets of a split, taken once."""
+        if split not in self.started:
+            self.started[split] = self.sets(split).all_scores(self.reference)
+        return self.started[split]
 
     @property
     def original(self) -> dict[str, Tensor]:
@@ -70,7 +81,18 @@ class Bench:
     def place(self, what: str) -> Path:
         """Folder of a fine-tuned model, named by everything it depends on."""
         s = self.s
-        keys = ("preset", "weights", "dataset", "items", "lr", "epochs", "train_batch", "train_accum", "weight_decay")
+        keys = (
+            "preset",
+            "weights",
+            "dataset",
+            "items",
+            "authors",
+            "lr",
+            "epochs",
+            "train_batch",
+            "train_accum",
+            "weight_decay",
+        )
         keys = (*keys, "clip", "optimizer", "precision", "max_length")
         about = {k: getattr(s, k) for k in keys} | {"seed": self.origin_seed, "data": self.corpus.sha256, "on": what}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
@@ -110,13 +132,18 @@ class Bench:
             b = data.collate([items[i] for i in chosen], self.chat.pad, self.device)
             return losses.token_nll(t.call(b.ids, b.attend, b.places), b.target).mean(), {}
 
-        lines: list[dict] = []
+        path, told = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
+        old = told.read_text().splitlines() if told.is_file() else []
+        lines = [line for line in old if json.loads(line)["step"] <= t.step]  # a start that was killed may have gone on
+
+        def log(new: list[dict]) -> None:
+            lines.extend(map(json.dumps, new))
+            runs.write_text(told, "".join(f"{line}\n" for line in lines))
+
         title = f"fine-tuning on {what}, seed {seed}"
-        path = folder / "checkpoint.safetensors"
-        seconds = t.fit(micro, path, every=s.checkpoint_steps, title=title, log=lines.extend)
+        seconds = t.fit(micro, path, every=s.checkpoint_steps, title=title, log=log)
         tensors = t.full_weights()
         if self.lead:
-            runs.write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             meta = {"seconds": str(seconds), "steps": str(total)}
             runs.write_tensors(folder / "model.safetensors", tensors, meta)
             path.unlink(missing_ok=True)
@@ -129,6 +156,6 @@ class Bench:
         return Trainer(
             *(lm, self.accelerator),
             **{"lr": lr, "steps": steps, "warmup": warmup, "accum": accum, "weight_decay": s.weight_decay},
-            **{"clip": s.clip, "precision": s.precision, "optimizer": s.optimizer, "trained": trained},
+            **{"clip": s.clip, "optimizer": s.optimizer, "trained": trained},
             compiled=s.compile,
         )

@@ -9,6 +9,7 @@ from lab.runs import Number, UserError, default_out
 import control
 import data
 import losses
+import metrics
 import models
 import study
 from methods import METHODS
@@ -18,17 +19,23 @@ from trainer import Optimizer, Precision
 @dataclass
 class Settings:
     preset: Literal[tuple(models.PRESETS)] = "mini"
-    """Model: mini (0.6 M, from scratch), scratch-medium (52 M), smollm2 (in a package), phi, llama2 (paper)."""
+    """Model: mini (0.6 M, from scratch), scratch-medium (52 M), smollm2 (in a package), phi, llama2 (paper); own: that
+    of --weights with its tokenizer's chat template."""
     weights: str = ""
     """Folder or hub id of other weights for the preset's template, e.g. locuslab/tofu_ft_phi-1.5 with --epochs 0."""
     dataset: Literal["miniature", "tofu"] = "miniature"
     """miniature is generated; tofu is read from <data-dir>/tofu."""
     items: int = 0
     """tofu: keep so many rows of each evaluation part and twice as many other training rows; 0: all (paper)."""
+    authors: int = 0
+    """tofu: keep so many whole authors in TOFU's proportions (40: 2 forgotten in forget05); 0: all 200 (paper)."""
     methods: tuple[Literal[tuple(METHODS)], ...] = ("ga", "gd", "kl", "po", "npo", "rmu")
     """Unlearning methods, one after the other (the default are those of the paper's tables)."""
     forget: tuple[str, ...] = ()
-    """Forget splits: forget01, forget05, forget10 (tofu); forget-small, forget-large (miniature). Default: all."""
+    """Forget splits: forget01, forget05, forget10 (tofu); forget-small, forget-large (miniature). Default: all. With
+    --retain: a file of JSON lines with question and answer, what is to be forgotten."""
+    retain: str = ""
+    """A file of JSON lines with question and answer, what is to be kept; --forget then names a file too."""
     seeds: tuple[int, ...] = (0,)
     """Seeds, one after the other; each gives its own order and draws, and a world of its own on miniature (paper:
     5)."""
@@ -59,7 +66,8 @@ class Settings:
     optimizer: Optimizer = "adamw"
     """adamw, or bitsandbytes' paged32 (paper) and paged8."""
     precision: Precision = "fp32"
-    """fp32; mixed: float32 weights and bf16 arithmetic; bf16: bf16 weights (paper). Losses are float32 in all."""
+    """fp32; mixed: float32 weights, bf16 in every forward pass of training and evaluation (paper: bf16). Losses are
+    float32 in both. Weights are never stored in bf16: mixing such neighbours is a switch at alpha = 0.5."""
     checkpointing: bool = False
     """Recompute activations in the backward pass (paper: for llama2)."""
     compile: bool = False
@@ -111,7 +119,13 @@ class Settings:
     off."""
     stop_every: int = 5
     """Steps between its looks."""
+    eval_every: int = 0
+    """Steps between lines of metrics.jsonl with ES of both parts (exact questions) while unlearning; 0: none."""
 
+    questions: tuple[Literal[metrics.KINDS], ...] = metrics.KINDS
+    """Kinds of evaluation questions: exact and perturb (paraphrased); exact alone takes half the time."""
+    answers: int = 0
+    """Keep the generated answers to the first so many forgotten questions in the records."""
     eval_items: int = 0
     """Random items of each evaluation set; 0: all (released evaluation: 50)."""
     eval_seed: int = 42
@@ -127,7 +141,9 @@ class Settings:
     utility: bool = False
     """Also TOFU's model utility of every unlearned model and of the original."""
     retrained: bool = False
-    """Also train a model without each forget split: forget quality of every unlearned model."""
+    """Also train a model without each forget split: forget quality of every unlearned model, raw and calibrated."""
+    export: bool = False
+    """Write every model calibrated to the largest tau as a folder that transformers loads, into seed<k>/."""
 
     table: str = "own"
     """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
@@ -157,7 +173,7 @@ class Settings:
         whole = {"items": 0, "epochs": -1, "train_batch": 0, "train_accum": 0, "unlearn_epochs": -1, "batch": 0}
         whole |= {"accum": 0, "max_length": 8, "pad_to": 0, "kl_length": 1, "stop_every": 1, "eval_items": 0}
         whole |= {"gcg_steps": 1, "checkpoint_steps": 0, "weight_decay": 0, "cap": 0, "rmu_scale": 0, "margin": 0}
-        whole |= {"beta2": 0, "eval_seed": 0, "origin_seed": -1}
+        whole |= {"beta2": 0, "eval_seed": 0, "origin_seed": -1, "authors": 0, "eval_every": 0, "answers": 0}
         for name, low in whole.items():
             if getattr(self, name) < low:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
@@ -180,8 +196,9 @@ class Settings:
         if not self.probe_layers or any(not 0 < x <= 1 for x in self.probe_layers):
             raise UserError("--probe-layers are shares of the depth in (0, 1]")
         for tau in self.tau:
-            control.check_tau(tau)
-        known = data.splits(self.dataset)
+            check_tau(tau)
+        self.check_own()
+        known = self.forget if self.retain else data.splits(self.dataset)
         for name, given in (("forget", self.forget), ("methods", self.methods), ("tau", self.tau)):
             if len(set(given)) != len(given):
                 raise UserError(f"--{name} names one of its values twice")
@@ -195,8 +212,25 @@ class Settings:
             raise UserError(
                 "--temperature, --select and --cap change GA, GD and KL (--methods ga gd kl), one at a time"
             )
-        if self.dataset == "miniature" and self.items:
-            raise UserError("--items is for --dataset tofu; miniature is small as it is")
+        for name in ("items", "authors"):
+            if self.dataset == "miniature" and getattr(self, name):
+                raise UserError(f"--{name} is for --dataset tofu; miniature is small as it is")
+        if self.items and self.authors:
+            raise UserError("--items and --authors are two ways to make TOFU smaller; choose one")
+        if "exact" not in self.questions or len(set(self.questions)) != len(self.questions):
+            raise UserError("--questions takes exact, or exact and perturb")
+
+    def check_own(self) -> None:
+        """A user's own rows have none of what TOFU's summaries and the metric study need."""
+        if self.preset == "own" and not self.weights:
+            raise UserError("--preset own needs --weights: a folder as `save_pretrained` writes it, or a hub id")
+        if not self.retain:
+            return
+        if len(self.forget) != 1:
+            raise UserError("--retain names what is to be kept; --forget must name one file, what is to be forgotten")
+        for name in ("attacks", "utility", "retrained", "items", "authors"):
+            if getattr(self, name):
+                raise UserError(f"--{name} needs TOFU or the generated authors, not rows of your own (--retain)")
 
     def resolve(self) -> None:
         """Put the defaults of preset and data set where none was given."""
@@ -209,8 +243,23 @@ class Settings:
         self.train_accum = self.train_accum or (1 if scratch else 8)
         self.batch, self.accum = self.batch or (8 if mini else 4), self.accum or (1 if mini else 4)
         self.forget = self.forget or data.splits(self.dataset)
-        self.out = self.out or default_out(self.scale, f"{self.table}-{self.preset}-{self.dataset}")
+        self.out = self.out or default_out(self.scale, f"{self.table}-{self.preset}-{self.source}")
         self.models = self.models or str(Path(self.out).parent / "models")
+
+    @property
+    def source(self) -> str:
+        """The data set's name in names of folders."""
+        return "own" if self.retain else self.dataset
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The forget splits by name: of a file its stem."""
+        return tuple(Path(f).stem for f in self.forget) if self.retain else self.forget
+
+
+def check_tau(tau: float) -> None:
+    if not 0 < tau <= 1:
+        raise UserError(f"--tau must lie in (0, 1], not {tau:g}: it is a share of the original model's retention")
 
 
 @dataclass

@@ -22,19 +22,18 @@ from trainer import Trainer, block, by_size, steps_of
 Attack = Literal["jail-breaking", "embedding probing", "relearning", "token noising", "relearning+probing", "GCG"]
 FOUR: tuple[Attack, ...] = ("jail-breaking", "embedding probing", "relearning", "token noising")
 STUDIED = ("ES", "EM", "PPL", "logPPL", "ROUGE-L", "truth_ratio")
-PARTS = ("retain", "unlearn")
 
 
 def measure(lm: LM, chat: Chat, sets: metrics.Sets, items: dict[str, list[Encoded]]) -> dict[str, float]:
     """The six metrics of both parts: {"ES_retain": ...}. `items` are the sets' own or attacked ones, in the same
     order."""
     out = {}
-    rows, every = [q for p in PARTS for q in sets.rows[p]], [e for p in PARTS for e in items[p]]
+    rows, every = [q for p in metrics.PARTS for q in sets.rows[p]], [e for p in metrics.PARTS for e in items[p]]
     rouge, _ = metrics.rouge_items(lm, chat, rows, every, sets.device)
     s, t = score_with_truth(lm, chat, rows, every, sets)
     values = {"ES": s.es, "EM": s.em, "PPL": s.ppl, "logPPL": s.nll, "ROUGE-L": rouge, "truth_ratio": t.balanced}
-    first = len(sets.rows[PARTS[0]])
-    for part, here in zip(PARTS, (slice(None, first), slice(first, None)), strict=True):
+    first = len(sets.rows[metrics.PARTS[0]])
+    for part, here in zip(metrics.PARTS, (slice(None, first), slice(first, None)), strict=True):
         out |= {f"{k}_{part}": float(v[here].mean()) for k, v in values.items()}
     return out
 
@@ -161,19 +160,19 @@ def attack(
 ) -> dict[str, float]:  # fmt: skip
     """Metrics under one attack; `plain`: those of the same weights without it, where they are known. Relearning changes
     the weights: the caller puts them back."""
-    items = {part: sets.items["exact", part] for part in PARTS}
+    items = {part: sets.items["exact", part] for part in metrics.PARTS}
     if kind in ("relearning", "relearning+probing"):
         relearn(lm, full, chat, lr=s.lr, batch=s.train_batch, accum=s.train_accum, seed=seed, show=False)
         plain = None  # of other weights
     if kind in ("embedding probing", "relearning+probing"):
         return probed(lm, chat, sets, items, s.probe_layers, plain)
     if kind == "jail-breaking":
-        items = {part: jailbroken(chat, sets.rows[part], s.max_length) for part in PARTS}
+        items = {part: jailbroken(chat, sets.rows[part], s.max_length) for part in metrics.PARTS}
     if kind == "token noising":
         size = lm.hf.get_input_embeddings().weight.shape[0]
-        items = {part: noised(items[part], s.noise_rate, size, seed) for part in PARTS}
+        items = {part: noised(items[part], s.noise_rate, size, seed) for part in metrics.PARTS}
     if kind == "GCG":
-        items = {part: gcg(lm, chat, items[part], sets.device, steps=s.gcg_steps, seed=seed) for part in PARTS}
+        items = {part: gcg(lm, chat, items[part], sets.device, steps=s.gcg_steps, seed=seed) for part in metrics.PARTS}
     return measure(lm, chat, sets, items)
 
 
@@ -195,7 +194,7 @@ def summarise(population: list[dict], attacks: tuple[Attack, ...]) -> list[tuple
     for kind in attacks:
         for metric in STUDIED:
             found: dict = {"models": len(population)}
-            for part in PARTS:
+            for part in metrics.PARTS:
                 before = [m[f"study.{metric}_{part}"] for m in population]
                 after = [m[f"study.{metric}_{part}@{kind}"] for m in population]
                 found |= {f"before_{part}": before, f"after_{part}": after}

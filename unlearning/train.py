@@ -3,7 +3,8 @@ model back to the original retention (UWC), and write a record for each forget s
 
     python train.py --methods ga gd kl po npo rmu --seeds 0 1 2            # generated authors, needs no data
     python train.py --preset smollm2 --dataset tofu --forget forget05 --items 20 --train-accum 1 --accum 1
-    python train.py --preset phi --dataset tofu --forget forget01 forget05 forget10 --precision bf16 --download
+    python train.py --preset phi --dataset tofu --forget forget01 forget05 forget10 --precision mixed --download
+    python train.py --preset own --weights FOLDER --forget my_forget.jsonl --retain my_retain.jsonl --tau 0.95 --export
     accelerate launch --config_file configs/fsdp.yaml train.py --preset llama2 --dataset tofu --forget forget05
 
 The run lands in runs/<scale>/<name>/, the fine-tuned originals beside it in models/, where other runs find them. It
@@ -42,21 +43,27 @@ def unlearn(b: Bench, split: str, method: str, out: Path, log) -> tuple[dict[str
     u = Unlearner(s, method, b.lm, b.reference, b.chat, b.corpus, split, b.seed)
     total, warmup = steps_of(s.unlearn_epochs, len(u.forget), s.batch, s.accum)
     t = b.trainer(s.unlearn_lr, total, warmup, s.accum, u.trained(method))
-    if s.early_stop and t.sharded:
-        raise UserError("--early-stop looks at the whole model and cannot be had with FSDP or DeepSpeed")
+    if (s.early_stop or s.eval_every) and t.sharded:
+        raise UserError("--early-stop and --eval-every look at the whole model, which FSDP and DeepSpeed cut in pieces")
     u.bind(t)
     t.load(path)
     ended: list[int] = []
+    sets = b.sets(split)
     if s.early_stop:
-        sets = b.sets(split)
-        bar = s.early_stop * sets.es(b.reference, "exact", "retain")
+        bar = s.early_stop * b.start(split)["exact", "retain"].es.mean()
+
+    def look(step: int) -> dict[str, float]:
+        """ES of both parts as unlearning goes on: excess can be seen while it happens."""
+        if not s.eval_every or step % s.eval_every:
+            return {}
+        return {f"ES_exact_{part}": float(sets.scores(t.lm, "exact", part).es.mean()) for part in metrics.PARTS}
 
     def stop(step: int) -> bool:
         """Keep the weights while the bar is met; the first look that fails ends the run with the last that were
         kept."""
         if not s.early_stop or (step % s.stop_every and step != total):
             return False
-        if sets.es(t.lm, "exact", "retain") >= bar:
+        if sets.scores(t.lm, "exact", "retain").es.mean() >= bar:
             t.lm.train()
             runs.write_tensors(kept, weights(t.lm), {"step": str(step)}) if b.lead else None
             return False
@@ -65,7 +72,7 @@ def unlearn(b: Bench, split: str, method: str, out: Path, log) -> tuple[dict[str
 
     lines = log(method, split, t.step)
     title = f"{METHODS[method].label} {split} seed {b.seed}"
-    seconds = t.fit(u.micro, path, every=s.checkpoint_steps, title=title, log=lines, after=stop)
+    seconds = t.fit(u.micro, path, every=s.checkpoint_steps, title=title, log=lines, after=stop, look=look)
     tensors, numbers = t.full_weights(), {"steps": t.step, "unlearn_seconds": seconds}
     if ended:  # before the first look nothing was kept: the original
         at = 0
@@ -86,13 +93,13 @@ class Writer:
     def __init__(self, run: runs.Run | None, b: Bench):
         self.run, self.b, self.s = run, b, b.s
         self.folder = Path(b.s.out) / f"seed{b.seed}"
-        self.stages = [(split, m) for split in b.s.forget for m in b.s.methods]
+        self.stages = [(split, m) for split in b.s.splits for m in b.s.methods]
 
     def log(self, method: str, split: str, done: int):
         """A function that adds lines to metrics.jsonl; steps of all stages count on, so that they never fall back."""
         if self.run is None:
             return None
-        n = {split: len(self.b.corpus.forget[split]) for split in self.s.forget}
+        n = {split: len(self.b.corpus.forget[split]) for split in self.s.splits}
         lengths = [steps_of(self.s.unlearn_epochs, n[sp], self.s.batch, self.s.accum)[0] for sp, _ in self.stages]
         before = sum(lengths[: self.stages.index((split, method))])
         self.run.log(self.b.seed, [], keep_to=before + done)
@@ -104,10 +111,10 @@ class Writer:
         return add
 
     def record(self, split: str, name: str, label: str, setting: str, found: dict, seconds: float) -> None:
-        title = {"miniature": "miniature", "tofu": "TOFU"}[self.s.dataset]
+        title = {"miniature": "miniature", "tofu": "TOFU", "own": "own"}[self.s.source]
         where = {"table": self.s.table, "dataset": f"{title} {split}".strip(), "method": label, "scale": self.s.scale}
         where["setting"] = f"{setting},model={models.PRESETS[self.s.preset].title}"
-        about = self.b.corpus.about(split or self.s.forget[0])
+        about = self.b.corpus.about(split or self.s.splits[0])
         more = {"data": about, "metrics": found, "where": where, "device": self.b.device, "suffix": f"-{name}"}
         self.run.record(self.b.seed, seconds=seconds, **more)
 
@@ -150,19 +157,18 @@ def baseline(b: Bench, w: Writer, split: str, full: list) -> metrics.Truth | Non
             set_weights(b.lm, tensors)
             truth = metrics.truth(b.lm, b.chat, b.corpus.forget[split], b.device, b.s.max_length)
             if not w.has(f"{split}-retrained"):
-                found = metrics.four(b.sets(split).scores(b.lm)) | evaluation.summaries(b, split, truth)
+                scores = b.sets(split).all_scores(b.lm)
+                w.items(f"{split}-retrained", evaluation.item_rows(b.sets(split), scores, {}, None))
+                found = metrics.four(scores) | evaluation.summaries(b, split, truth)
                 seconds = time.perf_counter() - clock
                 w.record(split, f"{split}-retrained", "Retrained", "calibration=none", found, seconds)
     if w.run is not None and not w.has(f"{split}-original"):
         clock = time.perf_counter()
         set_weights(b.lm, b.original)
-        scores = b.sets(split).scores(b.lm)
-        w.items(
-            f"{split}-original", evaluation.item_rows(b.sets(split), scores, dict.fromkeys(control.KINDS, 0.0), None)
-        )
-        found = (
-            metrics.four(scores) | {"alpha_exact": 0.0, "alpha_perturb": 0.0} | evaluation.summaries(b, split, truth)
-        )
+        sets, scores = b.sets(split), b.start(split)
+        w.items(f"{split}-original", evaluation.item_rows(sets, scores, dict.fromkeys(sets.kinds, 0.0), None))
+        alphas = {f"alpha_{kind}": 0.0 for kind in sets.kinds}
+        found = metrics.four(scores) | alphas | evaluation.summaries(b, split, truth)
         found["parameters"] = sum(v.numel() for v in b.original.values())
         found["targeted_share"] = 100 * len(b.corpus.forget[split]) / len(b.corpus.full)
         w.record(split, f"{split}-original", "Original", "calibration=none", found, time.perf_counter() - clock)
@@ -196,8 +202,18 @@ def stage(b: Bench, w: Writer, split: str, method: str, truth: metrics.Truth | N
         w.record(split, f"{name}-tau{tau:g}", label, f"calibration=UWC tau={tau:g}", m, m.pop("search_seconds"))
     seconds = numbers["unlearn_seconds"] + time.perf_counter() - clock
     w.record(split, f"{name}-none", label, "calibration=none", found | numbers, seconds)
+    if s.export:
+        export(b, w, split, method, tensors, calibrated[max(s.tau)]["alpha_exact"])
     if s.drop_models:
         path.unlink(missing_ok=True)
+
+
+def export(b: Bench, w: Writer, split: str, method: str, tensors: dict[str, Tensor], alpha: float) -> None:
+    """The calibrated model as a folder that transformers loads."""
+    folder = w.folder / f"calibrated-{split}-{method}-tau{max(b.s.tau):g}"
+    control.Mixer(b.lm, b.original, tensors).set(alpha)
+    models.save(b.lm.hf, b.chat.tokenizer, folder)
+    print(f"{folder}: {METHODS[method].label}, alpha {alpha:.3f}")
 
 
 def correlations(b: Bench, w: Writer) -> None:
@@ -212,7 +228,7 @@ def correlations(b: Bench, w: Writer) -> None:
 def describe(b: Bench) -> str:
     s, c = b.s, b.corpus
     size = sum(p.numel() for p in b.lm.parameters())
-    splits = ", ".join(f"{k} ({len(c.forget[k])})" for k in s.forget)
+    splits = ", ".join(f"{k} ({len(c.forget[k])})" for k in s.splits)
     return (
         f"{models.PRESETS[s.preset].title} ({size:,} parameters, {s.precision}) on {c.name} ({c.variant}; "
         f"{len(c.full)} questions): fine-tuning {s.epochs} epochs at {s.lr:g}; then "
@@ -247,7 +263,7 @@ def main() -> None:
         print(describe(b)) if run and not number else None
         b.set_original()
         full = b.encoded(b.corpus.full + b.corpus.extra)
-        for split in s.forget:
+        for split in s.splits:
             truth = baseline(b, w, split, full)
             for method in s.methods:
                 stage(b, w, split, method, truth, full)

@@ -21,9 +21,10 @@ from torch import Tensor
 from data import generator
 from models import LM, set_weights, weights
 
-Precision = Literal["fp32", "mixed", "bf16"]
+Precision = Literal["fp32", "mixed"]
 Optimizer = Literal["adamw", "paged32", "paged8"]
-LOG_EVERY = 10  # steps between lines of metrics.jsonl; the only waits for the device
+LOG_EVERY = 10  # steps between lines of metrics.jsonl
+FLUSH_SECONDS = 30.0  # at least so long between two waits for the device in which lines are written
 
 
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -63,7 +64,7 @@ class Trainer:
 
     def __init__(
         self, lm: LM, accelerator: Accelerator, *, lr: float, steps: int, warmup: int, accum: int,
-        weight_decay: float = 0.0, clip: float = 1.0, precision: Precision = "fp32", optimizer: Optimizer = "adamw",
+        weight_decay: float = 0.0, clip: float = 1.0, optimizer: Optimizer = "adamw",
         trained: Callable[[str], bool] | None = None, compiled: bool = False, alone: bool = False,
     ):  # fmt: skip
         self.lm, self.accelerator = lm, accelerator
@@ -91,8 +92,6 @@ class Trainer:
         else:
             self.model = lm
         self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
-        on = precision == "mixed"
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
         self.step, self.before = 0, 0.0
 
     @staticmethod
@@ -119,7 +118,7 @@ class Trainer:
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed steps inside the backward pass
             wait = self.accelerator.no_sync(self.model) if self.spread and not last else contextlib.nullcontext()
             with wait:
-                with self.autocast:
+                with self.lm.autocast():
                     loss, parts = micro(self.step, k)
                 for key, value in {"loss": loss, **parts}.items():
                     logged[key] = logged.get(key, 0) + value.detach() / len(mine)
@@ -133,10 +132,13 @@ class Trainer:
     def fit(
         self, micro: Callable[[int, int], tuple[Tensor, dict]], path: Path | None = None, *, every: int = 0,
         title: str = "", log: Callable[[list[dict]], None] | None = None, after: Callable[[int], bool] | None = None,
+        look: Callable[[int], dict] | None = None,
     ) -> float:  # fmt: skip
         """Run to the last step; a checkpoint at `path` every `every` steps (0: never inside). `after(step)` may end the
-        run by True. Returns the seconds spent, those of earlier starts included."""
+        run by True; what `look(step)` returns goes into a line of the log. Returns the seconds spent, those of earlier
+        starts included."""
         started, lines, total = time.perf_counter(), [], torch.zeros((), device=self.device)
+        flushed = started
         lead = self.accelerator.is_main_process
 
         def flush() -> None:
@@ -156,13 +158,16 @@ class Trainer:
             logged = self.update(micro)
             total += sum(0 * logged[k].float().to(self.device) for k in ("loss", "grad_norm") if k in logged)
             self.step += 1
-            if self.step % LOG_EVERY == 0 or self.step == self.steps:
+            seen = look(self.step) if look else {}
+            if seen or self.step % LOG_EVERY == 0 or self.step == self.steps:
                 rate = self.lr * schedule(self.step - 1, self.steps, self.warmup)
-                lines.append({"step": self.step, "lr": rate, **logged})
-            if every and self.step % every == 0 or self.step == self.steps:
+                lines.append({"step": self.step, "lr": rate, **logged, **seen})
+            saves = bool(every) and self.step % every == 0
+            if saves or self.step == self.steps or (lines and time.perf_counter() - flushed > FLUSH_SECONDS):
                 flush()
-                if path is not None and self.step < self.steps:
-                    self.save(path, self.before + time.perf_counter() - started)
+                flushed = time.perf_counter()
+            if saves and path is not None and self.step < self.steps:
+                self.save(path, self.before + time.perf_counter() - started)
             if after is not None and after(self.step):
                 break
         flush()

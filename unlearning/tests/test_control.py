@@ -1,12 +1,16 @@
 """Mixing and the search for alpha*: exact ends, exact sums, and what calibration promises for any curve."""
 
-from lab.runs import UserError
+import ast
+import copy
+import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import control
 import data
@@ -43,44 +47,127 @@ def test_mixture_is_elementwise_and_alpha_weighs_the_unlearned(tiny, alpha):
         )
 
 
-def test_bf16_models_are_mixed_in_float32(tiny):
-    """A small step away from the original survives alpha < 1 as well as rounding at the end allows."""
-    lm, _ = tiny
-    lm = lm.bfloat16()
-    a = {k: v.clone() for k, v in models.weights(lm).items()}
-    b = {k: (v.float() * 1.01).bfloat16() for k, v in a.items()}
-    control.Mixer(lm, a, b).set(0.5)
-    for k, v in models.weights(lm).items():
-        assert torch.equal(v, torch.lerp(a[k].float(), b[k].float(), 0.5).bfloat16())
+def neighbours():
+    """A linear map of bf16 weights, and what unlearning makes of it: most weights the same, the others moved by one
+    step of the format, as measured after an epoch of unlearning in bf16."""
+    torch.manual_seed(0)
+    a = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
+    b = copy.deepcopy(a)
+    moved = torch.rand(a.weight.shape) < 0.3
+    b.weight[moved] = torch.nextafter(a.weight, torch.full_like(a.weight, torch.inf))[moved]
+    return a, b, moved
 
 
-def test_float32_unlearned_weights_move_a_bf16_model_only_by_rounded_sums(tiny):
-    lm, _ = tiny
-    lm = lm.bfloat16()
-    a, b = ({k: v.float() for k, v in x.items()} for x in ends(lm))
-    control.Mixer(lm, a, b).set(0.25)
-    assert all(torch.equal(v, torch.lerp(a[k], b[k], 0.25).bfloat16()) for k, v in models.weights(lm).items())
+def test_mixing_neighbours_of_bf16_is_no_switch():
+    """Rounded to bf16 the mixture jumps at 0.5 from one end to the other; in float32 it goes with alpha, and so does
+    what the search finds."""
+    a, b, moved = neighbours()
+    rounded = {alpha: torch.lerp(a.weight.float(), b.weight.float(), alpha).bfloat16() for alpha in (0.49, 0.51)}
+    assert torch.equal(rounded[0.49], a.weight) and torch.equal(rounded[0.51], b.weight)  # the switch
+    x = torch.randn(256, 64)
+    before, after = (x @ m.weight.float().T for m in (a, b))
 
+    def score(model):
+        return 1 - float((model(x) - before).norm() / (after - before).norm())
 
-def test_float32_unlearned_weights_are_not_rounded_before_they_are_mixed(tiny):
-    """1 + 0.55 steps of bf16 rounds up by itself; six tenths of it do not."""
-    lm, _ = tiny
-    lm = lm.bfloat16()
-    a = {k: torch.ones_like(v) for k, v in models.weights(lm).items()}
-    b = {k: v.float() + 0.55 * 2**-7 for k, v in a.items()}
-    control.Mixer(lm, a, b).set(0.6)
-    assert all(torch.equal(v, a[k]) for k, v in models.weights(lm).items())
-    control.Mixer(lm, a, b).set(1.0)
-    assert all((v == 1 + 2**-7).all() for v in models.weights(lm).values())
+    found, mixed = control.calibrate(a, b, score, 0.7)
+    assert found.alpha == pytest.approx(0.3, abs=2e-3) and mixed.weight.dtype == torch.float32
+    assert a.weight.dtype == torch.bfloat16  # the user's models are as they were
+    part = (mixed.weight - a.weight.float())[moved] / (b.weight.float() - a.weight.float())[moved]
+    torch.testing.assert_close(part, torch.full_like(part, found.alpha), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="mixtures need float32"):
+        control.Mixer(a, a.state_dict(), b.state_dict())
 
 
 def test_other_architectures_and_alphas_are_refused(tiny):
     lm, _ = tiny
     a, b = ends(lm)
-    with pytest.raises(UserError, match="one architecture"):
+    with pytest.raises(ValueError, match="one architecture"):
         control.Mixer(lm, a, dict(list(b.items())[1:]))
-    with pytest.raises(UserError, match="alpha must lie"):
+    with pytest.raises(ValueError, match="one architecture"):
+        control.Mixer(lm, {**a, "more": torch.zeros(1)}, b)
+    with pytest.raises(ValueError, match="one architecture"):
+        control.Mixer(lm, {k: v[:1] for k, v in a.items()}, b)
+    with pytest.raises(ValueError, match="alpha must lie"):
         control.Mixer(lm, a, b).set(1.2)
+
+
+def test_a_tied_head_may_stand_in_both_ends_under_both_names(tiny):
+    """state_dict() of a model with a tied head names the embedding twice, the parameters once."""
+    hf = tiny[0].hf
+    a = {k: v.clone() for k, v in hf.state_dict().items()}
+    assert "lm_head.weight" in a and "lm_head.weight" not in dict(hf.named_parameters())
+    b = {k: v + 1 for k, v in a.items()}
+    control.Mixer(hf, a, b).set(0.25)
+    torch.testing.assert_close(hf.lm_head.weight.detach(), a["lm_head.weight"] + 0.25)
+    assert hf.lm_head.weight is hf.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="one architecture"):  # a head of its own weights is another network
+        control.Mixer(hf, a, {**b, "lm_head.weight": b["lm_head.weight"] + 1})
+
+
+def test_an_end_that_is_a_view_of_the_model_keeps_its_values(tiny):
+    """Alpha 0 after alpha 1 is the original, though the reference was given as the model's own tensors."""
+    lm, _ = tiny
+    a, b = ends(lm)
+    mixer = control.Mixer(lm, models.weights(lm), b)
+    for alpha, want in ((1.0, b), (0.0, a)):
+        mixer.set(alpha)
+        assert all(torch.equal(v, want[k]) for k, v in models.weights(lm).items())
+
+
+def test_extraction_strength_of_any_model_equals_the_one_of_the_tables(tiny, corpus):
+    """A user's call: model, tokenizer, texts; padding and batches change nothing."""
+    lm, chat = tiny
+    template = dataclasses.replace(chat, template="chat")
+    rows = corpus.full[:9]
+    optimizer = torch.optim.AdamW(lm.parameters(), 1e-2)
+    items = [data.encode(template, q.question, q.answer) for q in rows]
+    batch = data.collate(items, chat.pad, CPU)
+    for _ in range(45):  # so that ES is neither 0 nor 1 everywhere
+        loss = torch.nn.functional.cross_entropy(lm(batch.ids, batch.mask, batch.places), batch.target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    texts = [q.question for q in rows], [q.answer for q in rows]
+    found = [control.extraction_strength(lm.hf, chat.tokenizer, *texts, batch=n) for n in (1, 4, 9)]
+    want = metrics.score_items(lm, items, chat.pad, CPU).es
+    assert 0 < want.mean() < 1 and len(set(want)) > 2
+    for es in found:
+        np.testing.assert_array_equal(es.numpy(), want)
+    with pytest.raises(ValueError, match="no token"):
+        control.extraction_strength(lm.hf, chat.tokenizer, ["Question ?"], [""])
+    with pytest.raises(ValueError, match="1 questions and 2 answers"):
+        control.extraction_strength(lm.hf, chat.tokenizer, ["Question ?"], ["a", "b"])
+
+
+def test_the_snippet_of_the_readme(tiny, corpus, capsys):
+    text = (Path(control.__file__).parent / "README.md").read_text()
+    code = text.split("## In your own code")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 15
+    lm, chat = tiny
+    unlearned = copy.deepcopy(lm.hf)
+    with torch.no_grad():
+        next(unlearned.parameters()).add_(1)
+    rows = corpus.full[:4]
+    given = {
+        f"{part}_{what}s": [getattr(q, what) for q in rows]
+        for part in ("retain", "forget")
+        for what in ("question", "answer")
+    }
+    exec(code, {"original": lm.hf, "unlearned": unlearned, "tokenizer": chat.tokenizer, **given})
+    assert capsys.readouterr().out.startswith("alpha* 1.000: ES")  # a model that knows nothing: every alpha passes
+
+
+def imported(node):
+    if isinstance(node, ast.Import):
+        return [a.name.split(".")[0] for a in node.names]
+    return [node.module.split(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_control_stands_alone():
+    """The contribution's file can be taken by itself: nothing of this folder, nothing but torch."""
+    names = [n for x in ast.walk(ast.parse(Path(control.__file__).read_text())) for n in imported(x)]
+    assert "torch" in names and set(names) <= {"copy", "dataclasses", "collections", "typing", "torch"}
 
 
 # ------------------------------------------------------------------------------------------------------------- search
@@ -94,7 +181,7 @@ def falling(center, width=0.1):
 @pytest.mark.parametrize("tau", [0.4, 0.9, 0.95])
 def test_both_searches_find_the_crossing_of_a_falling_curve(how, tau):
     g = falling(0.5)
-    found = control.calibrate(g, tau, how)
+    found = control.search(g, tau, how)
     grid = np.linspace(0, 1, 100001)
     want = grid[g(grid) >= tau * g(0.0)].max()
     assert found.alpha <= want + 1e-9 and want - found.alpha <= 1e-3 + 1e-9
@@ -108,7 +195,7 @@ def test_both_searches_find_the_crossing_of_a_falling_curve(how, tau):
 def test_alpha_star_always_passes(values, tau, how):
     """Any curve, monotone or not: the mixture that is reported keeps the bar."""
     places = np.linspace(0, 1, len(values))
-    found = control.calibrate(lambda a: float(np.interp(a, places, values)), tau, how)
+    found = control.search(lambda a: float(np.interp(a, places, values)), tau, how)
     assert 0 <= found.alpha <= 1 and found.score >= tau * values[0] - 1e-12
     if values[-1] >= tau * values[0]:
         assert found.alpha == 1
@@ -119,7 +206,7 @@ def test_alpha_star_always_passes(values, tau, how):
 def test_a_smaller_bar_never_lowers_alpha(one, two):
     g = falling(0.4, 0.2)
     low, high = sorted((one, two))
-    assert control.calibrate(g, low).alpha >= control.calibrate(g, high).alpha - 1e-3
+    assert control.search(g, low).alpha >= control.search(g, high).alpha - 1e-3
 
 
 def test_scan_finds_a_second_rise_that_bisection_misses():
@@ -128,8 +215,8 @@ def test_scan_finds_a_second_rise_that_bisection_misses():
     def g(alpha):
         return 0.0 if 0.3 < alpha < 0.8 or alpha > 0.91 else 1.0
 
-    assert control.calibrate(g, 0.9).alpha == pytest.approx(0.91, abs=1.1e-3)
-    assert control.calibrate(g, 0.9, "bisect").alpha == pytest.approx(0.3, abs=1.1e-3)
+    assert control.search(g, 0.9).alpha == pytest.approx(0.91, abs=1.1e-3)
+    assert control.search(g, 0.9, "bisect").alpha == pytest.approx(0.3, abs=1.1e-3)
 
 
 @pytest.mark.parametrize("how", ["scan+bisect", "bisect"])
@@ -137,47 +224,44 @@ def test_a_score_exactly_at_the_bar_passes(how):
     """ES is a mean of few values: plateaus at the bar are common."""
     g = lambda alpha: 1.0 if alpha <= 0.2 else 0.5 if alpha <= edge else 0.0  # noqa: E731
     for edge in (0.63, 0.8):  # between two points of the grid, and on one
-        assert control.calibrate(g, 0.5, how).alpha == pytest.approx(edge, abs=1.1e-3)
+        assert control.search(g, 0.5, how).alpha == pytest.approx(edge, abs=1.1e-3)
 
 
 def test_the_scan_halves_only_the_interval_it_found():
     """0.85 is the first point of the grid that passes; five halvings of (0.85, 0.9) reach the tolerance."""
-    found = control.calibrate(lambda a: float(a <= 0.87), 0.5, step=0.05, tolerance=2e-3)
+    found = control.search(lambda a: float(a <= 0.87), 0.5, step=0.05, tolerance=2e-3)
     assert 0.868 <= found.alpha <= 0.87
     assert found.evaluations == len([0.0, 1.0, 0.95, 0.9, 0.85]) + 5
     # With steps that do not divide 1 every point counts: 0.65, then 0.3, where alone the bar is kept.
-    alone = control.calibrate(lambda a: float(a == 0 or 0.28 <= a <= 0.32), 0.5, step=0.35, tolerance=1e-3)
+    alone = control.search(lambda a: float(a == 0 or 0.28 <= a <= 0.32), 0.5, step=0.35, tolerance=1e-3)
     assert alone.alpha == pytest.approx(0.32, abs=1.1e-3)
 
 
 def test_the_original_is_the_answer_when_nothing_else_passes():
-    found = control.calibrate(lambda a: 1.0 if a == 0 else 0.0, 0.5, tolerance=0.01)
-    assert found.alpha <= 0.01 and control.calibrate(lambda a: 1 - a, 1.0).alpha == 0
+    found = control.search(lambda a: 1.0 if a == 0 else 0.0, 0.5, tolerance=0.01)
+    assert found.alpha <= 0.01 and control.search(lambda a: 1 - a, 1.0).alpha == 0
 
 
 def test_an_original_that_knows_nothing_is_told_apart():
-    found = control.calibrate(lambda a: 0.0, 0.9)
+    found = control.search(lambda a: 0.0, 0.9)
     assert found.alpha == 1 and found.vacuous
 
 
 @pytest.mark.parametrize("tau", [0, -0.1, 1.01, float("nan")])
 def test_tau_outside_its_range(tau):
-    with pytest.raises(UserError, match=r"--tau must lie in \(0, 1\]"):
-        control.calibrate(lambda a: 1.0, tau)
+    with pytest.raises(ValueError, match=r"tau must lie in \(0, 1\]"):
+        control.search(lambda a: 1.0, tau)
 
 
-def test_a_shared_curve_is_evaluated_once_a_point():
+def test_no_point_is_evaluated_twice():
     calls = []
 
     def g(alpha):
         calls.append(alpha)
         return 1 - alpha
 
-    curve = control.Curve(g)
-    first = control.calibrate(curve, 0.9)
-    before = len(calls)
-    second = control.calibrate(curve, 0.9)
-    assert len(calls) == before == len(set(calls)) and second.evaluations == 0 and first.alpha == second.alpha
+    found = control.search(g, 0.9)
+    assert len(calls) == len(set(calls)) == found.evaluations
 
 
 def test_exact_and_perturb_are_calibrated_apart_and_the_curve_meets_both_ends(tiny, corpus):
@@ -195,17 +279,43 @@ def test_exact_and_perturb_are_calibrated_apart_and_the_curve_meets_both_ends(ti
     g = torch.Generator().manual_seed(0)
     b = {k: v + 0.3 * v.std() * torch.randn(v.shape, generator=g) for k, v in a.items()}
     sets, mixer = metrics.Sets(corpus, "forget-small", chat, CPU), control.Mixer(lm, a, b)
-    curve = control.alpha_curve(mixer, lm, sets, 0.25)
+    mixer.set(0.0)
+    along = evaluation.Along(mixer, lm, sets, sets.all_scores(lm))
+    curve = along.curve(0.25)
     assert curve["alpha"] == [0, 0.25, 0.5, 0.75, 1]
     for alpha, place in ((0.0, 0), (1.0, -1)):
         mixer.set(alpha)
         for kind, part in sets.items:
-            assert curve[f"ES_{kind}_{part}"][place] == sets.es(lm, kind, part)
-    search = evaluation.Calibrator(mixer, lm, sets)
-    search.know(curve)
-    found, scores = search(0.9, "scan+bisect")
-    for kind in control.KINDS:
+            assert curve[f"ES_{kind}_{part}"][place] == sets.scores(lm, kind, part).es.mean()
+    found, scores = along.calibrate(0.9, "scan+bisect")
+    for kind in metrics.KINDS:
         assert found[f"ES_{kind}_retain"] >= 0.9 * curve[f"ES_{kind}_retain"][0] > 0
         mixer.set(found[f"alpha_{kind}"])
-        assert sets.es(lm, kind, "unlearn") == found[f"ES_{kind}_unlearn"] == scores[kind, "unlearn"].es.mean()
+        assert sets.scores(lm, kind, "unlearn").es.mean() == found[f"ES_{kind}_unlearn"]
+        assert scores[kind, "unlearn"].es.mean() == found[f"ES_{kind}_unlearn"]
     assert found["alpha_exact"] != found["alpha_perturb"]
+
+
+def test_what_the_search_saw_is_what_the_record_says(tiny, corpus, monkeypatch):
+    """Under autocast too, where another layout of the batches turns an argmax: each point is evaluated once, and the
+    record's retain score is the very one that passed the bar."""
+    lm, chat = tiny
+    lm.mixed = True
+    a, b = ends(lm)
+    sets, calls = metrics.Sets(corpus, "forget-small", chat, CPU), []
+    mixer = control.Mixer(lm, a, {k: a[k] + 0.02 * (b[k] - a[k]) for k in a})
+    score = metrics.score
+
+    def counted(lm, batches):
+        calls.append(id(batches))
+        return score(lm, batches)
+
+    monkeypatch.setattr(metrics, "score", counted)
+    along = evaluation.Along(mixer, lm, sets)
+    along.curve(0.25)
+    for tau in (0.9, 0.5):
+        found, scores = along.calibrate(tau, "scan+bisect", 0.25, 0.05)
+        for kind in metrics.KINDS:
+            assert found[f"ES_{kind}_retain"] >= found[f"bar_{kind}"]
+            assert along(found[f"alpha_{kind}"], kind, "retain") is scores[kind, "retain"]
+    assert len(calls) == len(along.known) and len(set(calls)) == 4  # four sets, one layout each

@@ -89,6 +89,41 @@ def test_items_reduce_every_part(tofu):
     assert [q.question for q in c.full[-60:]] == [q.question for q in c.forget["forget10"]] == last
 
 
+def test_authors_keep_tofus_proportions(tofu):
+    """Whole authors: a tenth to evaluate retention on, a twentieth forgotten, the rest retained."""
+    whole, few = data.load_tofu(tofu), data.load_tofu(tofu, authors=7)
+    assert few.variant == "7 authors" and few.full[:20] == whole.full[:20] and few.full[-20:] == whole.full[-20:]
+    assert (len(few.full), len(few.retain_eval)) == (140, 20) and few.retain_eval == whole.retain_eval[:20]
+    assert all(rows == whole.forget["forget01"][-20:] for rows in few.forget.values())
+    train = {q.question for q in few.retain_train("forget05")}
+    assert len(train) == 100 and not train & {q.question for q in [*few.retain_eval, *few.forget["forget05"]]}
+    for wrong in (2, 201):
+        with pytest.raises(UserError, match="--authors takes 3 to 200"):
+            data.load_tofu(tofu, authors=wrong)
+
+
+def test_rows_of_ones_own(tmp_path):
+    lost, kept = tmp_path / "my forget.jsonl", tmp_path / "kept.jsonl"
+    row = {"question": "Q {i}?", "answer": "A.", "note": "other fields are left alone"}
+    lost.write_text("\n".join(json.dumps(row) for _ in range(3)))
+    kept.write_text("\n".join(json.dumps({**row, "question": f"K{i}?"}) for i in range(25)) + "\n\n")
+    c = data.load_own(lost, kept)
+    assert len(c.full) == 28 and len(c.forget["my forget"]) == 3 and not c.paraphrased
+    assert [q.question for q in c.retain_eval] == ["K0?", "K1?"] and len(c.retain_train("my forget")) == 23
+    lines = [json.dumps({**row, "paraphrased_question": "P?"}) for _ in range(25)]
+    kept.write_text("\n".join(lines))
+    assert not data.load_own(lost, kept).paraphrased
+    lost.write_text(lines[0])
+    assert data.load_own(lost, kept).paraphrased and data.load_own(lost, kept).sha256 != c.sha256
+    lost.write_text('{"question": "x"}')
+    with pytest.raises(UserError, match="my forget.jsonl:1: field answer is missing or empty; mend the line"):
+        data.load_own(lost, kept)
+    with pytest.raises(UserError, match="no file .*nowhere; --forget and --retain name files of JSON lines"):
+        data.load_own(tmp_path / "nowhere", kept)
+    with pytest.raises(UserError, match="has one row"):
+        data.load_own(kept, lost) if lost.write_text(lines[0]) else None
+
+
 @pytest.mark.parametrize(
     ("name", "line", "text", "words"),
     [
@@ -142,6 +177,13 @@ def test_real_tofu():
     assert (len(c.real_authors), len(c.world_facts)) == (100, 117)
     assert {len(q.perturbed_answer) for q in c.retain_eval} == {5}
     assert {len(q.perturbed_answer) for q in c.world_facts} == {3}
+    few = data.load_tofu(Path(os.environ["REPRO_DATA"]), authors=40)
+    assert (len(few.full), len(few.retain_eval)) == (800, 80)
+    assert [len(few.forget[k]) for k in data.FORGET] == [20, 40, 80] and few.forget["forget10"] == c.forget["forget10"][
+        -80:
+    ]
+    assert [q.question for q in few.full[-80:]] == [q.question for q in c.full[-80:]] and len(set(few.full)) == 800
+    assert data.load_tofu(Path(os.environ["REPRO_DATA"]), authors=200).full == c.full
 
 
 # --------------------------------------------------------------------------------------------------- tokens and masks

@@ -83,7 +83,7 @@ def test_retain_partners_are_new_each_epoch_and_from_the_training_part(tiny, cor
 @pytest.mark.parametrize(("method", "stream"), [("gd", "retain"), ("po", "refusal")])
 def test_each_epoch_draws_partners_from_a_stream_of_its_own(tiny, corpus, method, stream):
     u, _ = unlearner(tiny, corpus, method)
-    n, most = len(u.forget), len(u.retain) if stream == "retain" else u.per_question
+    n, most = len(u.forget), len(u.retain) if stream == "retain" else len(u.refusals)
     table = [torch.randint(most, (n,), generator=data.generator(u.seed, stream, e)).tolist() for e in (0, 1)]
     assert table[0] != table[1]
     for step in (0, 4, 5):  # 6 items a step of 20: the fourth lies across two epochs
@@ -97,7 +97,7 @@ def test_refusals_stand_behind_their_question(tiny, corpus):
     lm, chat = tiny
     for pairs in u.draw(0)[0]:
         for i, r in pairs:
-            e = u.refusals[i * u.per_question + r]
+            e = u.refused(i, r)
             question = chat.prompt_ids(corpus.forget["forget-small"][i].question)
             assert list(e.ids[: e.start]) == question
             assert chat.decode(list(e.ids[e.start :])) == corpus.refusals[r]
@@ -129,7 +129,7 @@ def plain_forget(u, method, pairs):
     """The forget term with one sequence at a time."""
     kind, lm, ref = METHODS[method].forget, u.lm, u.reference
     items = [u.forget[i] for i, _ in pairs]
-    refused = [u.refusals[i * u.per_question + r] for i, r in pairs] if u.refusals else []
+    refused = [u.refused(i, r) for i, r in pairs] if u.refusals else []
     if kind == "rmu":
         rows = []
         for e in items:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import control
 import data
 import metrics
 import models
@@ -41,7 +42,7 @@ def test_one_pass_equals_the_definition_for_markov_models(draw):
         correct += [table[text[t]] == text[t + 1] for t in range(len(answer))] + [draw.draw(st.booleans())]
         row += [b] * (len(answer) + 1)
         inside += [True] * len(answer) + [False]  # the end token never counts
-    es = metrics.extraction_strength(torch.tensor(correct), torch.tensor(row), torch.tensor(inside), len(answers))
+    es = control.strength(torch.tensor(correct), torch.tensor(row), torch.tensor(inside), len(answers))
     assert es.tolist() == pytest.approx([literal(table, prompt, a) for a in answers])
 
 
@@ -81,12 +82,14 @@ def test_ends_of_extraction_strength():
     def es(correct):
         n = len(correct)
         ones = torch.ones(n, dtype=torch.bool)
-        return float(metrics.extraction_strength(torch.tensor(correct), torch.zeros(n, dtype=torch.long), ones, 1))
+        return float(control.strength(torch.tensor(correct), torch.zeros(n, dtype=torch.long), ones, 1))
 
     assert es([True] * 4) == 1 and es([False] * 4) == 0
     assert es([True, True, True, False]) == 0  # the last token is missed: only the empty rest fits
     assert es([False, True, True, True]) == pytest.approx(0.75)
     assert es([False]) == 0 and es([True]) == 1  # one-token answers: wrong is 0, not 1 / n
+    alone = torch.tensor([True, False]), torch.tensor([0, 1]), torch.tensor([False, True])  # an end token and no answer
+    assert control.strength(*alone, 2).isnan().tolist() == [True, False]
 
 
 def encoded(chat, corpus, n=6):
@@ -167,6 +170,10 @@ def test_truth_ratio_forms():
     arithmetic = [1 - (math.exp(-1) + math.exp(-3)) / 2 / math.exp(-0.5), 0.0]
     assert t.utility.tolist() == pytest.approx(arithmetic)
     assert t.balanced.tolist() == pytest.approx([min(r, 1 / r) for r in geometric])
+    wrong = [(math.exp(-1) + math.exp(-3)) / 2, (math.exp(-0.1) + math.exp(-0.2)) / 2]
+    plain = [math.exp(-0.5) / wrong[0], math.exp(-2) / wrong[1]]
+    assert t.arithmetic.tolist() == pytest.approx(plain)
+    assert t.balanced_arithmetic.tolist() == pytest.approx([min(r, 1 / r) for r in plain])
 
 
 def test_truth_uses_the_paraphrase_and_every_wrong_answer(tiny, corpus):

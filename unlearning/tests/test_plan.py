@@ -14,6 +14,7 @@ import pytest
 import claims
 import data
 import figures
+import metrics
 import models
 import settings
 import study
@@ -68,7 +69,7 @@ def test_a_run_by_hand_enters_no_table():
         assert own != where and own not in where
 
 
-@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("scale", ["demo", "real", "paper"])
 def test_every_run_stands_in_a_table(scale):
     views = [v for v in PLAN["tables"] if v.get("scale", "paper") == scale]
     names = ("table", "dataset", "setting", "method")
@@ -120,7 +121,7 @@ def test_the_papers_settings():
         1,
         500,
     )
-    assert (s.precision, s.optimizer, s.kl) == ("bf16", "paged32", "padded")
+    assert (s.precision, s.optimizer, s.kl) == ("mixed", "paged32", "padded")
     s = resolved(next(j for j in plans.jobs(PLAN, "paper") if j.name == "main-llama2-forget05-npo"), "paper")
     assert (s.lr, s.unlearn_lr, s.checkpointing) == (1e-5, 1e-5, True)
 
@@ -164,6 +165,27 @@ def world(**change):
     return frame(cells)
 
 
+def real(**change):
+    """Cells of scale real on which every claim and control holds."""
+    none, bar = f"calibration=none,{claims.REAL.model}", f"calibration=UWC tau=0.9,{claims.REAL.model}"
+    values = {"original": 0.95, "ga_retain": 0.1, "ga_forget": 0.0, "gd": 0.1, "ga": 0.5, "kept": 0.92, "slow": 0.7}
+    values |= {"alpha_ga": 0.2, "alpha_gd": 0.4, "other_raw": 0.05, "rho": -0.95, "jump": 0.3, "never": 0.05}
+    v, d = values | change, claims.REAL.dataset
+    cells = [(d, none, "Original", f"ES_exact_{p}", v["original"]) for p in ("retain", "unlearn")]
+    cells += [(d, none, "GA", "ES_exact_retain", v["ga_retain"]), (d, none, "GA", "ES_exact_unlearn", v["ga_forget"])]
+    cells += [(d, none, claims.SLOW, "ES_exact_unlearn", v["slow"]), (d, none, claims.SLOW, "ES_exact_retain", 0.95)]
+    cells += [(d, none, "Retrained", "ES_exact_unlearn", v["never"])]
+    for m in claims.REAL.methods:
+        cells += [(d, none, m, "ES_exact_unlearn", v["other_raw"])] if m != "GA" else []
+        after = {"GA": v["ga"], "GD": v["gd"]}.get(m, 0.5)
+        cells += [(d, bar, m, "ES_exact_unlearn", after), (d, bar, m, "ES_exact_retain", v["kept"])]
+        cells += [(d, bar, m, "bar_exact", 0.9)]
+        cells += [(d, bar, m, "alpha_exact", v["alpha_ga"] if m == "GA" else v["alpha_gd"])]
+        for p in ("retain", "unlearn"):
+            cells += [(d, none, m, f"spearman_exact_{p}", v["rho"]), (d, none, m, f"jump_exact_{p}", v["jump"])]
+    return frame(cells)
+
+
 JUDGES = {c.id: c.judge for c in claims.CLAIMS}
 
 
@@ -188,6 +210,27 @@ def test_claims_hold_and_fail_on_either_side_of_their_bars(claim, change):
     assert JUDGES[claim](world(**change))[0] == FAILS
 
 
+@pytest.mark.parametrize(
+    ("claim", "change"),
+    [
+        ("RA", {"original": 0.79}),
+        ("RB", {"ga_forget": 0.06}),
+        ("RB", {"ga_retain": 0.48}),
+        ("RC", {"kept": 0.88}),
+        ("RC", {"alpha_ga": 0.41}),
+        ("RD", {"gd": 0.45}),
+        ("RD", {"other_raw": -0.03}),
+        ("RE", {"rho": -0.89}),
+        ("RE", {"jump": 0.36}),
+        ("RL", {"slow": 0.49}),
+        ("RG", {"never": -0.01}),
+    ],
+)
+def test_claims_of_scale_real_hold_and_fail_on_either_side_of_their_bars(claim, change):
+    assert JUDGES[claim](real())[0] == HOLDS
+    assert JUDGES[claim](real(**change))[0] == FAILS
+
+
 @pytest.mark.parametrize("claim", [c.id for c in claims.CLAIMS])
 def test_claims_without_their_numbers_are_not_measured(claim):
     assert JUDGES[claim](frame([("x", "y", "z", "w", 1.0)]))[0] == UNKNOWN
@@ -206,8 +249,8 @@ def test_claims_of_the_paper_hold_on_its_own_numbers():
 
 def test_correlations_of_a_made_up_population():
     population = [
-        {f"study.{m}_{p}": float(i) for m in study.STUDIED for p in study.PARTS}
-        | {f"study.{m}_{p}@relearning": 2.0 * i + 1 for m in study.STUDIED for p in study.PARTS}
+        {f"study.{m}_{p}": float(i) for m in study.STUDIED for p in metrics.PARTS}
+        | {f"study.{m}_{p}@relearning": 2.0 * i + 1 for m in study.STUDIED for p in metrics.PARTS}
         for i in range(4)
     ]
     for kind, _, found in study.summarise(population, ("relearning",)):
@@ -238,8 +281,6 @@ def test_attacked_prompts(tiny, corpus):
 def test_gcg_never_makes_the_answers_less_likely_than_its_first_suffix(tiny, corpus):
     import torch
 
-    import metrics
-
     lm, chat = tiny
     items = [data.encode(chat, q.question, q.answer) for q in corpus.full[:3]]
     losses = []
@@ -252,7 +293,8 @@ def test_gcg_never_makes_the_answers_less_likely_than_its_first_suffix(tiny, cor
 
 def test_figures_can_be_drawn_from_few_records(tmp_path):
     curve = {"curve_alpha": [0.0, 1.0], "curve_ES_exact_retain": [1.0, 0.2], "curve_ES_exact_unlearn": [1.0, 0.0]}
-    one = {"ES_exact_retain": 0.2, "ES_exact_unlearn": 0.0}
+    told = {"answers": [{"question": "Who ?", "answer": "$She$ did .", "model": "\u4e2d" * 300}]}
+    one = {"ES_exact_retain": 0.2, "ES_exact_unlearn": 0.0} | told
     base = {"table": "main", "dataset": "d s", "method": "GA", "seed": 0}
     records = [{**base, "setting": "calibration=none,model=m", "metrics": curve | one}]
     records += [{**base, "setting": "calibration=UWC tau=0.9,model=m", "metrics": one}]
@@ -262,4 +304,9 @@ def test_figures_can_be_drawn_from_few_records(tmp_path):
     ]
     drawn = figures.draw(records, tmp_path, "demo")
     assert [p.name for p, _ in drawn] == ["demo-alpha-curves.png", "demo-trade-off.png", "demo-metric-study.png"]
+    for method in ("Original", "Retrained"):
+        records += [{**base, "method": method, "setting": "calibration=none,model=m", "metrics": one}]
+    drawn = figures.draw(records, tmp_path, "demo")
+    assert [p.name for p, _ in drawn][:2] == ["demo-path.png", "demo-answers.png"] and len(drawn) == 5
+    assert all(p.stat().st_size > 1000 for p, _ in drawn)
     assert figures.draw([], tmp_path, "demo") == []

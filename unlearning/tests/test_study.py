@@ -26,7 +26,7 @@ def bench(tiny, corpus):
     lm, chat = tiny
     sets = metrics.Sets(corpus, "forget-small", chat, CPU)
     sets.rows["retain"] = sets.rows["retain"][:7]
-    for kind in control.KINDS:
+    for kind in metrics.KINDS:
         sets.items[kind, "retain"] = sets.items[kind, "retain"][:7]
     full = [data.encode(chat, q.question, q.answer) for q in corpus.full]
     for seed in range(8):
@@ -37,7 +37,7 @@ def bench(tiny, corpus):
 def alone(lm, chat, sets, items):
     """Each metric by itself, one set after the other."""
     out = {}
-    for part in study.PARTS:
+    for part in metrics.PARTS:
         rows = sets.rows[part]
         s, wrong = metrics.score_items(lm, items[part], chat.pad, CPU), []
         for q, e in zip(rows, items[part], strict=True):
@@ -54,7 +54,7 @@ def alone(lm, chat, sets, items):
 
 
 def exact(sets):
-    return {part: sets.items["exact", part] for part in study.PARTS}
+    return {part: sets.items["exact", part] for part in metrics.PARTS}
 
 
 def test_measure_equals_each_metric_alone(bench):
@@ -64,28 +64,23 @@ def test_measure_equals_each_metric_alone(bench):
     assert found["logPPL_retain"] != found["logPPL_unlearn"] and 0 < found["EM_retain"] < 1
 
 
-def test_sets_in_one_pass_equal_sets_one_by_one(bench):
+def test_every_set_is_scored_as_it_is_alone_and_at_an_alpha_of_its_own(bench):
     lm, chat, sets, _ = bench
-    joined = sets.scores(lm)
+    joined = sets.all_scores(lm)
     assert list(joined) == list(sets.items)
     for key, items in sets.items.items():
         one = metrics.score_items(lm, items, chat.pad, CPU)
         np.testing.assert_array_equal(joined[key].es, one.es)
-        np.testing.assert_array_equal(joined[key].em, one.em)
-        np.testing.assert_array_equal(joined[key].tokens, one.tokens)
-        np.testing.assert_allclose(joined[key].nll_sum, one.nll_sum, rtol=1e-5)
-        assert sets.es(lm, *key) == one.es.mean()
-    kinds = {"exact": 1.0, "perturb": 0.5}  # and at an alpha of its own each
+        np.testing.assert_array_equal(joined[key].nll_sum, one.nll_sum)
+    kinds = {"exact": 1.0, "perturb": 0.5}
     a = {k: v.clone() for k, v in weights(lm).items()}
     mixer = control.Mixer(lm, {k: 0.5 * v for k, v in a.items()}, a)
-    found = evaluation.at(mixer, lm, sets, kinds)
+    found = evaluation.Along(mixer, lm, sets).at(kinds)
     assert set(found) == set(sets.items)
     for (kind, part), s in found.items():
         mixer.set(kinds[kind])
         own = metrics.score_items(lm, sets.items[kind, part], chat.pad, CPU)
         np.testing.assert_allclose(s.nll, own.nll, rtol=1e-5)
-    same = evaluation.at(mixer, lm, sets, dict.fromkeys(control.KINDS, 0.5))
-    np.testing.assert_allclose(same["perturb", "unlearn"].nll, found["perturb", "unlearn"].nll, rtol=1e-5)
 
 
 def test_probing_averages_the_layers_and_the_last_is_the_plain_pass(bench):
@@ -122,8 +117,8 @@ def test_attacks_on_prompts_are_measured_on_the_attacked_prompts(bench):
     lm, chat, sets, full = bench
     size = len(chat.tokenizer)
     for kind, items in (
-        ("jail-breaking", {p: study.jailbroken(chat, sets.rows[p], 500) for p in study.PARTS}),
-        ("token noising", {p: study.noised(sets.items["exact", p], 0.3, size, 5) for p in study.PARTS}),
+        ("jail-breaking", {p: study.jailbroken(chat, sets.rows[p], 500) for p in metrics.PARTS}),
+        ("token noising", {p: study.noised(sets.items["exact", p], 0.3, size, 5) for p in metrics.PARTS}),
     ):
         found = study.attack(kind, lm, chat, sets, SETTINGS, 5, full)
         assert found == pytest.approx(alone(lm, chat, sets, items), rel=1e-4, abs=1e-6)
@@ -177,7 +172,7 @@ def test_the_first_gcg_step_follows_the_slope(bench):
 
 def test_a_line_an_item_names_the_question_that_was_asked(bench):
     lm, chat, sets, _ = bench
-    scores = sets.scores(lm)
+    scores = sets.all_scores(lm)
     rows = evaluation.item_rows(sets, scores, {"exact": 0.25, "perturb": 0.5}, 0.9)
     assert len(rows) == sum(map(len, sets.items.values()))
     for row in rows:
@@ -198,9 +193,13 @@ def test_both_searches_are_of_different_kinds(bench):
     """On a curve with a dip they disagree."""
     lm, _, sets, _ = bench
     a = {k: v.clone() for k, v in weights(lm).items()}
-    found = evaluation.Calibrator(control.Mixer(lm, a, a), lm, sets)
-    for kind in control.KINDS:
-        found.curves[kind] = control.Curve(lambda alpha: 0.0 if 0.3 < alpha < 0.8 or alpha > 0.91 else 1.0)
+
+    class Dip(evaluation.Along):
+        def __call__(self, alpha, kind, part):
+            es = np.array([0.0 if 0.3 < alpha < 0.8 or alpha > 0.91 else 1.0])
+            return metrics.Scores(es, es, es, np.ones(1))
+
+    along = Dip(control.Mixer(lm, a, a), lm, sets)
     for how, alpha, other in (("scan+bisect", 0.91, 0.3), ("bisect", 0.3, 0.91)):
-        m, _ = found(0.9, how, both=True)
+        m, _ = along.calibrate(0.9, how, both=True)
         assert (m["alpha_exact"], m["alpha_perturb_other"]) == pytest.approx((alpha, other), abs=1.1e-3)

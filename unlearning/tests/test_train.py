@@ -1,5 +1,6 @@
 """The commands end to end: records, resume, errors, evaluation again, two processes."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -15,6 +16,8 @@ from lab import runs
 import pytest
 import torch
 
+import control
+import data
 import eval as command
 import evaluation
 import models
@@ -22,6 +25,7 @@ import originals
 import settings
 import study
 import train
+import trainer
 from trainer import Trainer
 
 HERE = runs.HERE
@@ -202,8 +206,8 @@ def test_the_original_is_shared_and_early_stopping_keeps_the_bar(done, tmp_path,
 @pytest.mark.parametrize(
     "switch",
     [
-        ["--precision", "bf16"],
         ["--precision", "mixed", "--drop-models"],
+        ["--questions", "exact", "--answers", "2", "--eval-every", "1", "--precision", "mixed"],
         ["--checkpointing"],
         ["--kl", "positions", "--pad-to", "64"],
         pytest.param(["--compile"], marks=pytest.mark.slow),
@@ -218,8 +222,7 @@ def test_switches_of_the_loop(tmp_path, monkeypatch, switch):
     path = tmp_path / "r" / "seed0" / "model-forget-small-kl.safetensors"
     assert path.is_file() != ("--drop-models" in switch)
     if path.is_file():
-        want = torch.bfloat16 if "bf16" in switch else torch.float32
-        assert {v.dtype for v in runs.read_tensors(path)[0].values()} == {want}
+        assert {v.dtype for v in runs.read_tensors(path)[0].values()} == {torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------------- resume
@@ -251,6 +254,32 @@ def test_resume_is_exact(tmp_path, monkeypatch, at):
     kept.write_text(own)
     run_main(monkeypatch, *args, "--out", tmp_path / "b" / "r")
     same_runs(tmp_path / "a" / "r", tmp_path / "b" / "r")
+
+
+def test_lines_of_a_fine_tuning_outlive_a_kill(tmp_path, monkeypatch):
+    """They are written as it goes on; a new start from before them drops what it will do again."""
+    monkeypatch.setattr(trainer, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    update = Trainer.update
+
+    def cut(self, micro):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return update(self, micro)
+
+    args = [*TINY, "--methods", "ga", "--checkpoint-steps", "3", "--out", tmp_path / "r"]
+
+    def steps():
+        (path,) = (tmp_path / "models").glob("*/metrics.jsonl")
+        return [json.loads(x)["step"] for x in path.read_text().splitlines()]
+
+    monkeypatch.setattr(Trainer, "update", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_main(monkeypatch, *args)
+    assert steps() == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(Trainer, "update", update)
+    run_main(monkeypatch, *args)
+    assert steps() == list(range(1, steps()[-1] + 1)) and steps()[-1] > 6
 
 
 def environment():
@@ -340,6 +369,10 @@ def test_broken_and_foreign_checkpoints_are_told(done, tmp_path, capsys, monkeyp
         (["--unlearn-epochs", "0"], "--unlearn-epochs must be at least 1"),
         (["--max-length", "4"], "--max-length must be at least 8"),
         (["--items", "5"], "--items is for --dataset tofu"),
+        (["--authors", "5"], "--authors is for --dataset tofu"),
+        (["--dataset", "tofu", "--forget", "forget05", "--items", "5", "--authors", "5"], "choose one"),
+        (["--questions", "perturb"], "--questions takes exact"),
+        (["--precision", "bf16"], "precision"),
         (["--probe-layers", "0", "1"], "--probe-layers"),
         (["--seeds", "-1"], "--seeds"),
         (["--seeds", "1", "1"], "--seeds"),
@@ -399,6 +432,50 @@ def test_commands_from_the_shell():
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
 
 
+def test_rows_and_model_of_ones_own_end_to_end(tmp_path, capsys, monkeypatch, tiny):
+    """A user's two files and model folder: unlearned, calibrated, written as a folder that transformers loads and whose
+    extraction strength is the record's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    lm, chat = tiny
+    rows = [{"question": q.question, "answer": q.answer} for q in data.miniature(0).full[:24]]
+    paths = {"retain": (tmp_path / "keep.jsonl", rows[:20]), "forget": (tmp_path / "lose.jsonl", rows[20:])}
+    for path, some in paths.values():
+        path.write_text("".join(json.dumps(r) + "\n" for r in some))
+    items = [data.encode(dataclasses.replace(chat, template="chat"), r["question"], r["answer"]) for r in rows]
+    study.relearn(lm, items * 60, chat, lr=1e-2, batch=24, accum=1, seed=0, show=False)  # the user's model knows them
+    models.save(lm.hf, chat.tokenizer, tmp_path / "mine")
+    args = ["--preset", "own", "--weights", tmp_path / "mine", "--device", "cpu", "--methods", "gd", "--tau", "0.9"]
+    args += ["--forget", paths["forget"][0], "--retain", paths["retain"][0], "--unlearn-lr", "3e-3", "--batch", "2"]
+    args += ["--accum", "1", "--alpha-step", "0.25", "--export", "--eval-every", "2", "--out", tmp_path / "r"]
+    run_main(monkeypatch, *args)
+    made = tmp_path / "r" / "seed0" / "calibrated-lose-gd-tau0.9"
+    assert str(made) in capsys.readouterr().out
+    hf, tokenizer = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
+    record = runs.read_record(tmp_path / "r" / "seed0" / "record-lose-gd-tau0.9.json")
+    raw = runs.read_record(tmp_path / "r" / "seed0" / "record-lose-gd-none.json")["metrics"]
+    m = record["metrics"]
+    for part, some in (("unlearn", rows[20:]), ("retain", rows[:2])):
+        texts = [r["question"] for r in some], [r["answer"] for r in some]
+        assert float(control.extraction_strength(hf, tokenizer, *texts).mean()) == pytest.approx(m[f"ES_exact_{part}"])
+    assert 0 < m["alpha_exact"] < 1 and m["ES_exact_retain"] >= m["bar_exact"] > raw["ES_exact_retain"]
+    assert m["ES_exact_unlearn"] < 1 and "ES_perturb_unlearn" not in m and record["dataset"] == "own lose"
+    lines = [json.loads(x) for x in (tmp_path / "r" / "seed0" / "metrics.jsonl").read_text().splitlines()]
+    seen = {x["step"]: x["ES_exact_retain"] for x in lines if "ES_exact_retain" in x}
+    assert list(seen) == [2, 4, 6, 8, 10] and seen[10] == raw["ES_exact_retain"] < seen[2]
+    run_main(monkeypatch, "--run", tmp_path / "r", "--device", "cpu", main=command.main)
+    assert "says otherwise" not in capsys.readouterr().out
+
+    def says(*more):
+        return told(capsys, monkeypatch, [*args[:-1], tmp_path / "s", *more])
+
+    assert "--attacks needs TOFU or the generated authors" in says("--attacks", "relearning")
+    assert "--forget must name one file" in says("--forget", paths["forget"][0], paths["retain"][0])
+    assert "no file" in says("--forget", tmp_path / "none.jsonl")
+    line = told(capsys, monkeypatch, ["--preset", "own", "--device", "cpu", "--out", tmp_path / "s"])
+    assert "--preset own needs --weights" in line
+
+
 # ----------------------------------------------------------------------------------------------- processes, real models
 
 
@@ -429,8 +506,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_from_its_package(tmp_path, monkeypatch):
-    """The real model of the package on TOFU rows: it answers, its template has its tokens, a step changes ES; and
-    bf16."""
+    """The real model of the package on TOFU rows: it answers, its template has its tokens, a step changes ES."""
     if not os.environ.get("REPRO_DATA"):
         pytest.skip("REPRO_DATA is not set")
     args = ["--preset", "smollm2", "--dataset", "tofu", "--items", "2", "--epochs", "1", "--unlearn-epochs", "2"]
