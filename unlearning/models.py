@@ -118,7 +118,12 @@ class LM(nn.Module):
 
     def __init__(self, hf):
         super().__init__()
-        self.hf, self.mixed = hf, False
+        self.hf, self.mixed, self.attention = hf, False, "sdpa"
+
+    def train(self, mode: bool = True):
+        """`attention` is the kernel of training; forward passes alone are fastest with torch's fused one."""
+        self.hf.set_attn_implementation(self.attention if mode else "sdpa")
+        return super().train(mode)
 
     def autocast(self):
         """The context of every forward pass."""
@@ -230,7 +235,11 @@ def converted(gguf: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
-        save(AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32), tokenizer, Path(new))
+        hf = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # The numbers are plain float32 now; what says that they were read from GGUF would forbid to write them.
+        hf.hf_quantizer = None
+        del hf.config.quantization_config
+        save(hf, tokenizer, Path(new))
         with contextlib.suppress(OSError):  # another process was quicker
             os.rename(new, folder)
             Path(new).mkdir()

@@ -39,6 +39,7 @@ class Bench:
         self.origin_seed = s.origin_seed if s.origin_seed >= 0 else seed if scratch else 42
         self.lm, self.chat = self.fresh()
         self.lm.mixed = s.precision == "mixed"
+        self.lm.attention = s.attention
         self.lm.to(self.device).eval()
         if s.checkpointing:
             self.lm.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -93,7 +94,7 @@ class Bench:
             "train_accum",
             "weight_decay",
         )
-        keys = (*keys, "clip", "optimizer", "precision", "max_length")
+        keys = (*keys, "clip", "optimizer", "precision", "attention", "max_length")
         about = {k: getattr(s, k) for k in keys} | {"seed": self.origin_seed, "data": self.corpus.sha256, "on": what}
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
         return Path(s.models) / f"{s.preset}-{s.dataset}-{what}-seed{self.origin_seed}-{digest}"
