@@ -17,6 +17,7 @@ import numpy as np
 
 import control
 import metrics
+import models
 from evaluation import Along, unlearned_path
 from methods import METHODS
 from models import set_weights
@@ -70,12 +71,14 @@ def main() -> None:
                 if e.alpha >= 0:
                     found = metrics.four(known.at(dict.fromkeys(sets.kinds, e.alpha)))
                     line(f"alpha {e.alpha:g}", found)
+                    export(e, bench, mixer, e.alpha, f"seed{seed}-{split}-{method}-alpha{e.alpha:g}")
                     extra(e, bench, sets, mixer, e.alpha)
                     continue
                 for tau in e.tau or s.tau:
                     found, _ = known.calibrate(tau, e.alpha_search, s.alpha_step, s.alpha_tolerance)
                     alphas = " / ".join(f"{found[f'alpha_{k}']:.3f}" for k in sets.kinds)
                     line(f"tau {tau:g}, alpha {alphas}", found)
+                    export(e, bench, mixer, found["alpha_exact"], f"seed{seed}-{split}-{method}-tau{tau:g}")
                     compare(folder, seed, split, method, tau, found, s, e)
                 extra(e, bench, sets, mixer, 1.0)
 
@@ -84,6 +87,13 @@ def line(what: str, found: dict[str, float]) -> None:
     keys = [(k, p) for k in metrics.KINDS for p in metrics.PARTS if f"ES_{k}_{p}" in found]
     parts = [f"{k} {p} {found[f'ES_{k}_{p}']:.3f}" for k, p in keys]
     print(f"  {what}: ES " + ", ".join(parts))
+
+
+def export(e: EvalSettings, bench: Bench, mixer: control.Mixer, alpha: float, name: str) -> None:
+    if e.export:
+        mixer.set(alpha)
+        models.save(bench.lm.hf, bench.chat.tokenizer, runs.home(e.export) / name)
+        print(f"    written to {runs.home(e.export) / name}")
 
 
 def extra(e: EvalSettings, bench, sets: metrics.Sets, mixer: control.Mixer, alpha: float) -> None:

@@ -66,8 +66,10 @@ def path_of_alpha(records: list[dict]):
         curves = [r["metrics"] for r in rows if r["method"] == m]
         x, y = (np.array([c[f"curve_ES_exact_{p}"] for c in curves]) for p in ("retain", "unlearn"))
         tint = COLOURS.get(m.split()[0], "#555555")
-        line = {"color": tint, "ls": "-" if m in PAPER else ":", "marker": MARKS.get(m, "."), "ms": 5}
-        axis.plot(x.mean(0), y.mean(0), label=m, lw=1.8, **line)
+        if m not in PAPER:  # a control: only where it ends
+            axis.plot(x.mean(0)[-1], y.mean(0)[-1], label=m, color=tint, marker="x", ms=9, mew=2, ls="none")
+            continue
+        axis.plot(x.mean(0), y.mean(0), label=m, lw=1.8, color=tint, marker=MARKS[m], ms=5)
         for a, b in zip(x, y, strict=True):
             axis.plot(a, b, color=tint, lw=0.6, alpha=0.35)
     x, y = (np.mean([m[f"ES_exact_{p}"] for m in never]) for p in ("retain", "unlearn"))

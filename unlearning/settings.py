@@ -283,6 +283,8 @@ class EvalSettings:
     """Also compute ES by generating for the first so many items of each set, and compare."""
     utility: bool = False
     """Also model utility of the mixture that is scored (needs generation)."""
+    export: str = ""
+    """Folder for every mixture that is scored, each as a folder that transformers loads: original, unlearned, mixed."""
     write: bool = False
     """Write the calibrated scores into records of their own (record-eval-...json); they stand in no table."""
     data_dir: str = ""

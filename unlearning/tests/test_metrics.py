@@ -123,6 +123,27 @@ def test_scores_do_not_depend_on_batches(tiny, corpus):
     np.testing.assert_array_equal(one.es, many.es)
 
 
+def test_evaluation_is_in_the_precision_of_the_run(tiny, corpus):
+    """`mixed` rounds evaluation like training, and a mixture that is set afterwards is not scored by old weights."""
+    lm, chat = tiny
+    items, whole = encoded(chat, corpus), {}
+    for mixed in (False, True):
+        lm.mixed = mixed
+        whole[mixed] = metrics.score_items(lm, items, chat.pad, CPU).nll
+    assert not np.array_equal(whole[False], whole[True])
+    np.testing.assert_allclose(whole[False], whole[True], rtol=2e-2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (_, b), *rest = metrics.prepare(items, chat.pad, CPU)
+        assert not rest
+        nll = torch.nn.functional.cross_entropy(lm(b.ids, b.attend, b.places).float(), b.target, reduction="none")
+    total = torch.zeros(b.size).index_add(0, b.row, nll)
+    np.testing.assert_allclose(np.sort(total.numpy()), np.sort(whole[True] * [e.n + 1 for e in items]), rtol=1e-6)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(0)
+    assert metrics.score_items(lm, items, chat.pad, CPU).nll == pytest.approx(math.log(len(chat.tokenizer)), rel=1e-3)
+
+
 def test_a_model_with_nan_gets_no_score(tiny, corpus):
     lm, chat = tiny
     with torch.no_grad():

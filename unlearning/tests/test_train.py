@@ -464,8 +464,16 @@ def test_rows_and_model_of_ones_own_end_to_end(tmp_path, capsys, monkeypatch, ti
     lines = [json.loads(x) for x in (tmp_path / "r" / "seed0" / "metrics.jsonl").read_text().splitlines()]
     seen = {x["step"]: x["ES_exact_retain"] for x in lines if "ES_exact_retain" in x}
     assert list(seen) == [2, 4, 6, 8, 10] and seen[10] == raw["ES_exact_retain"] < seen[2]
-    run_main(monkeypatch, "--run", tmp_path / "r", "--device", "cpu", main=command.main)
+    again = ["--run", tmp_path / "r", "--device", "cpu", "--export", tmp_path / "out"]
+    run_main(monkeypatch, *again, main=command.main)
     assert "says otherwise" not in capsys.readouterr().out
+    run_main(monkeypatch, *again, "--alpha", "0", main=command.main)
+    first, second, third = (
+        AutoModelForCausalLM.from_pretrained(p).state_dict()
+        for p in (made, tmp_path / "out" / "seed0-lose-gd-tau0.9", tmp_path / "out" / "seed0-lose-gd-alpha0")
+    )
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert all(torch.equal(v, third[k]) for k, v in lm.hf.state_dict().items())  # alpha 0 is the user's own model
 
     def says(*more):
         return told(capsys, monkeypatch, [*args[:-1], tmp_path / "s", *more])
