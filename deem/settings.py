@@ -58,7 +58,7 @@ class DiffusionSettings:
 
 @dataclass
 class DigitSettings:
-    """The digit scenes, and what is pretrained on the spot for them; runs of a seed share it."""
+    """The digit scenes, and what is pretrained on the spot for them."""
 
     scenes: int = 6000
     """Training scenes."""
@@ -70,6 +70,9 @@ class DigitSettings:
     """Steps of the denoiser's pretraining on complete descriptions."""
     questions: int = 170
     """Scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
+    pretrained: int = -1
+    """Seed of the pretrained parts; -1: the run's own. With a number the runs of all seeds begin with the same, as the
+    paper's do with one Vicuna, one CLIP, one Stable Diffusion."""
 
 
 @dataclass
@@ -213,7 +216,7 @@ class Settings:
             raise UserError(f"--then {' '.join(map(str, self.then))}: name later stages in their order, at most 3")
         low = {"steps": 0, "batch": 0, "accum": 1, "max_tokens": 0, "max_images": 0, "warmup": -1, "workers": 0}
         low |= {"digits.text": 0, "digits.encoder": 0, "digits.denoiser": 0, "digits.scenes": 10}
-        low |= {"digits.questions": 10, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
+        low |= {"digits.questions": 10, "digits.pretrained": -1, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
         low |= {"encoder.resolution": 0, "sd.resolution": 0, "weight_decay": 0}
         low |= {"lambda_csr": 0, "lambda_nip": 0, "lambda_ntp": 0}
         for name, least in low.items():

@@ -4,7 +4,9 @@
     python train.py --variant clean --seeds 0 1 2                   # the same without CSR
     python train.py --preset deem --stage 1 --dataset paper --precision bf16 --checkpointing --download
     python train.py --preset deem --stage 2 --init runs/paper/NAME --dataset paper --precision bf16 --checkpointing
-    accelerate launch --config_file configs/fsdp.yaml train.py --preset deem --stage 1 --dataset paper ...
+    accelerate launch --config_file configs/ddp.yaml train.py --preset deem --stage 1 --dataset paper ...
+
+Several processes were run on two CPUs (configs/ddp.yaml); configs/fsdp.yaml and configs/deepspeed.yaml are UNTESTED.
 
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
 """

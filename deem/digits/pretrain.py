@@ -31,8 +31,9 @@ def learned(name: str) -> bool:
 
 
 def base(model: Deem, s, seed: int) -> None:
-    """Load the pretrained parts of a seed into the model; runs that start at once share one pretraining: the others
-    wait for it."""
+    """Load the pretrained parts of a seed (--digits.pretrained, else the run's) into the model; runs that start at once
+    share one pretraining: the others wait for it."""
+    seed = seed if s.digits.pretrained < 0 else s.digits.pretrained
     about = {k: getattr(s.digits, k) for k in ("text", "encoder", "denoiser", "scenes")}
     about |= {"preset": s.preset, "seed": seed, "shapes": shapes(model)}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]

@@ -176,6 +176,10 @@ def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
     before = (next(base.glob("*")) / "model.safetensors").stat().st_mtime
     pretrain.base(model, s, 0)
     assert (next(base.glob("*")) / "model.safetensors").stat().st_mtime == before
+    shared, s = make("digits", digits=DigitSettings(60, 2, 2, 2, pretrained=0), base=str(base))
+    pretrain.base(shared, s, 5)  # another run's seed, the same pretrained parts
+    assert len(list(base.glob("*"))) == 1
+    assert all(torch.equal(p, q) for p, q in zip(shared.parameters(), model.parameters(), strict=True))
     other, s = make("digits", digits=DigitSettings(60, 1, 1, 1), base=str(tmp_path))
     pretrain.base(other, s, 0)
     name = "encoder.trunk.stages.0.0.weight"

@@ -18,12 +18,12 @@ LARGEST = 2**27  # sampled values kept at once; more are made in pieces and made
 def sample(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """Weighted bilinear samples of one map, zero outside.
 
-    value (G, D, H, W); places (G, Q, P, 2) in [0, 1], x first; weights (G, Q, P) -> (G, Q, D).
+    value (G, D, H, W); places (G, Q, P, 2) in [0, 1], x first; weights (G, Q, P) -> (G, D, Q).
     """
 
     def part(v: Tensor, at: Tensor, w: Tensor) -> Tensor:
         found = F.grid_sample(v, 2 * at.to(v.dtype) - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return torch.einsum("gdqp,gqp->gqd", found, w.to(v.dtype))
+        return (found * w.to(v.dtype)[:, None]).sum(-1)
 
     pieces = math.ceil(places.shape[0] * places.shape[1] * places.shape[2] * value.shape[1] / LARGEST)
     if pieces <= 1:
@@ -32,7 +32,7 @@ def sample(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     out = []
     for at, w in zip(places.split(size, 1), weights.split(size, 1), strict=True):
         out.append(torch.utils.checkpoint.checkpoint(part, value, at, w, use_reentrant=False))
-    return torch.cat(out, 1)
+    return torch.cat(out, 2)
 
 
 def distances(mask: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class MMFS(nn.Module):
         total = 0
         for level, v in enumerate(values):
             total = total + sample(v, places, shares[:, :, level])
-        total = total.view(b, n, h, nq, -1).sum(1).transpose(1, 2).flatten(2)
+        total = total.view(b, n, -1, nq).sum(1).transpose(1, 2)
         return self.out(total.to(query.dtype))
 
 

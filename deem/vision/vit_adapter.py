@@ -35,7 +35,7 @@ class Deformable(nn.Module):
             v = self.value(m.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(b * h, -1, *m.shape[-2:])
             at = places.transpose(1, 2).reshape(b * h, nq, p, 2)
             total = total + sample(v, at, shares[:, :, :, level].transpose(1, 2).reshape(b * h, nq, p))
-        return self.out(total.view(b, h, nq, -1).transpose(1, 2).flatten(2).to(query.dtype))
+        return self.out(total.view(b, -1, nq).transpose(1, 2).to(query.dtype))
 
 
 def centres(sizes: list[tuple[int, int]], device) -> Tensor:
