@@ -62,7 +62,7 @@ class DigitSettings:
 
     scenes: int = 6000
     """Training scenes."""
-    text: int = 500
+    text: int = 1000
     """Steps of the text-only warm-up of the language model."""
     encoder: int = 500
     """Steps of the encoder's pretraining on captions, as CLIP's."""
@@ -120,7 +120,7 @@ class Settings:
     """NIP: share of samples with the learned null condition (paper: 0.1)."""
 
     steps: int = 0
-    """Optimizer steps; 0: 10000 (paper), digits 400 in stage 1 and 150 later."""
+    """Optimizer steps; 0: 10000 (paper), digits and tiny 300."""
     batch: int = 0
     """Rows of a micro-batch on one device; 0: 4, 16, 2 by stage (paper, 32 GPUs), digits 32, tiny 2."""
     accum: int = 1
@@ -130,7 +130,7 @@ class Settings:
     max_images: int = 0
     """Images of a row; 0: 15 in stage 1, else 1 (code)."""
     lr: Number = -1.0
-    """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 2e-3."""
+    """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 1e-3 and 5e-4."""
     mmfs_lr: Number = -1.0
     """Rate of the synchronisers and gates; -1: 1e-4, 5e-6, 5e-6 by stage (code)."""
     offsets_lr: Number = -1.0
@@ -252,7 +252,7 @@ class Settings:
     def resolve(self) -> None:
         """Put the defaults of stage, preset and form where none was given."""
         k, digits, code = self.stage - 1, self.preset == "digits", self.form == "official"
-        self.steps = self.steps or ((400, 150, 150)[k] if self.small else 10000)
+        self.steps = self.steps or ((300, 300, 300)[k] if self.small else 10000)
         self.batch = self.batch or (32 if digits else 2 if self.small else (4, 16, 2)[k])
         self.max_tokens = self.max_tokens or (0 if self.small else 2048)
         self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
@@ -294,7 +294,7 @@ class Settings:
         r = recipe.RATES[self.stage]
         if self.preset == "digits":
             r = (
-                Rates(1e-3, 1e-3, 3e-4, 3e-4, 1e-3, 1e-4)
+                Rates(1e-3, 2e-4, 3e-4, 3e-4, 1e-3, 1e-4)
                 if self.stage == 1
                 else Rates(5e-4, 1e-3, 3e-4, 5e-4, 5e-4, 1e-4)
             )
