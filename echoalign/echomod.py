@@ -158,6 +158,44 @@ class ExactDenoiser:
         return to_images(sdedit(predict, x0, noise, self.strength, self.steps, self.sampler, clip=False))
 
 
+def edit(
+    pipe,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    names: Sequence[str],
+    prompt: str = "a photo of a {name}",
+    control: Callable[[Image.Image], Image.Image] | None = None,
+    seed: int = 0,
+    batch: int = 16,
+    **knobs,
+) -> Tensor:
+    """x'_i = G(x_i, y~_i) with an image-to-image pipeline of diffusers, yours: images uint8 [n, H, W, C] in the size
+    the pipeline takes, labels int [n] -> uint8 [n, h, w, 3].
+
+    names: a word a class for the prompt; control: picture -> what its ControlNet is held to, where the pipeline has
+    one; knobs go to the pipeline as they are (`strength`, `guidance_scale`, `num_inference_steps`). Each image has a
+    generator of its own from (seed, its index), so the batch changes nothing but rounding. UserError where the parts
+    do not fit.
+    """
+    held = getattr(pipe, "controlnet", None) is not None
+    if held != (control is not None):
+        raise UserError("edit takes control for a pipeline with a ControlNet, and for no other")
+    if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
+        raise UserError("edit takes images uint8 [n, H, W, C] and labels [n]")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise UserError(f"labels must lie in 0..{len(names) - 1}, a name each")
+    out = []
+    for part in _chunks(range(len(images)), batch):
+        found = [_picture(v).convert("RGB") for v in images[part.start : part.stop].numpy()]
+        told = {"image": found, **({"control_image": [control(p) for p in found]} if held else {})}
+        words = [prompt.format(name=names[k]) for k in labels[part.start : part.stop].tolist()]
+        draws = [torch.Generator().manual_seed(image_seed(seed, i)) for i in part]
+        made = pipe(prompt=words, generator=draws, output_type="np", **told, **knobs).images
+        out.append(torch.from_numpy(np.rint(np.nan_to_num(made) * 255).astype(np.uint8)))
+    return torch.cat(out)
+
+
 # --------------------------------------------------------------------------------------- the pass over a whole data set
 
 
@@ -173,13 +211,17 @@ class Modified:
     seconds: float
 
 
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """uint8 [n, h, w, C] -> [n, size, size, C] with PIL's bicubic filter, its default for these images."""
     if images.shape[1] == images.shape[2] == size:
         return images
     out = []
     for image in images.numpy():
-        picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        picture = _picture(image)
         small = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
         out.append(small[..., None] if image.shape[-1] == 1 else small)
     return torch.from_numpy(np.stack(out))

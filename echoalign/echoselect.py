@@ -7,6 +7,7 @@ L = (1/B) sum_b w(c_b) CE(h(x_b), y~_b)                      (divided by B, not 
 """
 
 import math
+from dataclasses import dataclass
 
 from lab.runs import UserError
 
@@ -32,6 +33,8 @@ def by_threshold(s: Tensor, tau: float) -> Tensor:
 def automatic_threshold(s: Tensor, rule: str) -> float:
     """tau from the similarities alone, no label used. gmm: where the two components of a Gaussian mixture are equally
     likely, between their means; otsu: the histogram's best split."""
+    if rule not in ("gmm", "otsu"):
+        raise UserError(f"a threshold is a number, gmm or otsu, not {rule}")
     v = s[torch.isfinite(s)].numpy()
     if len(np.unique(v)) < 2:
         raise UserError(
@@ -46,6 +49,34 @@ def automatic_threshold(s: Tensor, rule: str) -> float:
     grid = np.linspace(low, high, 10_001)
     upper = mixture.predict_proba(grid[:, None])[:, int(mixture.means_[:, 0].argmax())]
     return float(grid[int((upper >= 0.5).argmax())]) if (upper >= 0.5).any() else float(high)
+
+
+@dataclass
+class Selection:
+    """What `select` found, rows in the order of the features."""
+
+    keep: Tensor
+    """bool [n]: S, the originals to keep with their labels."""
+    similarity: Tensor
+    """s [n], float64; NaN where a feature was zero or not finite, which is never kept."""
+    threshold: float
+    """tau."""
+    empty: list[int]
+    """Labels of which no original was kept: the classifier sees edited images of them alone."""
+
+
+def select(features: Tensor, edited_features: Tensor, labels: Tensor, threshold: float | str = "gmm") -> Selection:
+    """EchoSelect on your own tensors: features [n, D] of the originals and [n, D] of their edited images by the same
+    network, noisy labels int [n]. S = {i : s_i > tau}, s_i the cosine of the two rows; threshold: tau itself, or gmm or
+    otsu, which find it from the similarities. UserError where the three do not belong together."""
+    if features.dim() != 2 or features.shape != edited_features.shape or labels.shape != features.shape[:1]:
+        shapes = ", ".join(str(tuple(v.shape)) for v in (features, edited_features, labels))
+        raise UserError(f"select takes features [n, D] of originals and of edited images, and labels [n]; not {shapes}")
+    s = similarity(features, edited_features).cpu()
+    tau = automatic_threshold(s, threshold) if isinstance(threshold, str) else float(threshold)
+    keep = by_threshold(s, tau)
+    left = set(labels.cpu()[keep].tolist())
+    return Selection(keep, s, tau, sorted(set(labels.tolist()) - left))
 
 
 def small_loss_ratio(rho: float) -> float:

@@ -1,7 +1,8 @@
-"""Evaluate the classifiers of a run again, and look through its selection at other thresholds.
+"""Evaluate the classifiers of a run again, or rank a folder of pictures by how well label and picture fit.
 
     python eval.py --run runs/demo/own-mnist5k-instance-0.5
-    python eval.py --run runs/demo/own-mnist5k-instance-0.5/seed0 --taus 0.4 0.5 0.6 --check
+    python eval.py --run runs/demo/own-mnist5k-instance-0.5/seed0 --taus 0.4 0.5 0.6 --check 0.5
+    python eval.py --images ~/pictures                         # pictures/<class>/*.jpg -> labels.csv, labels.html
 
 A run is a folder that train.py wrote, or one seed of it.
 """
@@ -13,8 +14,10 @@ from lab.runs import UserError
 
 import torch
 
+import pictures
 from echoselect import by_threshold, quality
 from evaluation import official_seed, weights
+from features import Lite0
 from prepare import Prepared
 from settings import METHODS, EvalSettings, Settings
 from tasks import needs_edits, task_of
@@ -34,6 +37,11 @@ def open_run(run: str, **changed):
 
 def main() -> None:
     e = runs.parse(EvalSettings, __doc__)
+    if bool(e.run) == bool(e.images):
+        raise UserError("give --run, a folder that train.py wrote, or --images, a folder of pictures")
+    if e.images:
+        rank_folder(e)
+        return
     changed = {"data_dir": e.data_dir, "device": e.device, "check": e.check, **({"cache": e.cache} if e.cache else {})}
     s, folder, seeds = open_run(e.run, **changed)
     torch.set_float32_matmul_precision("high")
@@ -50,9 +58,9 @@ def main() -> None:
             task.c, task.tune = torch.zeros(len(task.x)).long(), task.test
             learner = cls(s, task, seed, device)
             load(learner, folder / f"seed{seed}" / f"model-{m}.safetensors")
-            metrics = {"accuracy": learner.accuracy(p.data.test)}
+            metrics = {"accuracy": learner.accuracy(p.test)}
             if e.official:
-                metrics["accuracy_official"] = learner.accuracy(p.data.test, official_seed(seed))
+                metrics["accuracy_official"] = learner.accuracy(p.test, official_seed(seed))
             text = "".join(f"  {k} {v:.2f} %" for k, v in metrics.items())
             print(f"seed {seed} {name:36s}{text}")
             if abs(metrics["accuracy"] - old["metrics"]["accuracy"]) > 1e-6:
@@ -70,6 +78,21 @@ def main() -> None:
         if e.check:
             p.check()
             print(f"seed {seed}: the generator passes its check")
+
+
+def rank_folder(e: EvalSettings) -> None:
+    """--images: labels.csv and labels.html of a folder of pictures."""
+    if e.worst < 1:
+        raise UserError(f"--worst must be at least 1, not {e.worst}")
+    folder = runs.home(e.images)
+    out = Path(e.out or runs.default_out("images", folder.resolve().name))
+    pictures.find(folder)  # before the network is loaded
+    r = pictures.report(folder, Lite0(runs.device(e.device)), out, e.worst)
+    doubted = int((r.likeliest != r.y).sum())
+    print(f"{len(r.y)} pictures of {len(r.classes)} classes; for {doubted} another class is likelier than their label")
+    for i in r.worst()[:5]:
+        print(f"  {r.files[i]}: {r.classes[r.likeliest[i]]} rather than {r.classes[r.y[i]]}")
+    print(f"{out / 'labels.csv'} and {out / 'labels.html'}")
 
 
 def load(learner, path: Path) -> None:

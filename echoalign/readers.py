@@ -244,10 +244,14 @@ def load(
 ) -> Data:
     """Read a data set and split it by the seed.
 
-    pretrain: clean images taken from the training part for the generator (`pre`); the wheel sets have their own share.
+    pretrain: clean images taken from the training part for the generator (`pre`); the wheel sets have a share of their
+    own, of which so many are kept (0: all), so that `train` and `test` stay what they are.
     train_limit: keep so many of the rest, at random (0: all).
     """
-    kind, (parts, variant) = KINDS[name], READERS[name](folder, download)
+    kind = KINDS[name]
+    if 0 < pretrain < kind.classes:
+        raise UserError(f"--pretrain {pretrain} is less than an image of each of the {kind.classes} classes")
+    parts, variant = READERS[name](folder, download)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(np.ascontiguousarray(np.asarray(part)).tobytes())
@@ -258,6 +262,8 @@ def load(
         x, y = torch.as_tensor(parts[0]), torch.as_tensor(parts[1]).long()
         index = [torch.from_numpy(i) for i in stratified(labels, SHARES[name], seed)]
         pre, train, test = (Part(x[i], y[i]) for i in index)
+        if pretrain:
+            pre = pre[torch.from_numpy(stratified(pre.y.numpy(), (pretrain // kind.classes,), seed)[0])]
     else:
         x, y, x_test, y_test = (torch.as_tensor(p) for p in parts)
         train, test = Part(x, y.long(), torch.arange(len(y))), Part(x_test, y_test.long())

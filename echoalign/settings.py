@@ -12,6 +12,7 @@ from lab.runs import Number, UserError, default_out
 
 import tyro
 
+import features
 import methods
 import models
 import noise as label_noise
@@ -228,7 +229,8 @@ class Settings:
     noise_scale: Literal["unit", "raw"] = "unit"
     """instance: pixels in [0, 1] (released code) or in [0, 255] (Xia et al. 2020)."""
     pretrain: int = 0
-    """Clean images taken out of the training part for generator and features; the wheel sets have their own share."""
+    """Clean images taken out of the training part for generator and features; of the wheel sets' own share so many, 0:
+    all of it."""
     train_limit: int = 0
     """Keep so many training images at random; 0: all."""
     val_fraction: Number = -1.0
@@ -264,7 +266,7 @@ class Settings:
 
     model: Literal[("auto", *models.NAMES)] = "auto"
     """Classifier; auto: resnet18 (CIFAR-10), resnet34 (CIFAR-100), cnn (wheel sets, MNIST); resnet18-w16: a
-    quarter of the width."""
+    quarter of the width; head: two layers on the fixed features of --features lite0 or clip."""
     epochs: int = 0
     """Epochs; 0: 200 (released code), wheel sets 30."""
     finetune: int = -1
@@ -349,6 +351,8 @@ class Settings:
             raise UserError(
                 f"--edit.control ink and box belong to the small networks; use {', '.join(stable.CONTROLNETS)} or none"
             )
+        if self.model == "head" and self.features not in features.READY:
+            raise UserError(f"--model head reads the features of a network: --features {' or '.join(features.READY)}")
         if self.threshold not in ("auto", "gmm", "otsu"):
             try:
                 ok = -1 <= float(self.threshold) <= 1
@@ -455,8 +459,14 @@ IGNORE = ("out", "data_dir", "device", "download", "dry_run", "checkpoint_every"
 
 @dataclass
 class EvalSettings:
-    run: str
+    run: str = ""
     """Run folder written by train.py, or one seed of it (runs/.../seed0)."""
+    images: str = ""
+    """In a run's place: a folder of pictures, a folder a class, to be ranked by how well label and picture fit."""
+    worst: int = 50
+    """--images: pictures on the page."""
+    out: str = ""
+    """--images: where labels.csv and labels.html go; default runs/images/<name>."""
     taus: tuple[Number, ...] = ()
     """Thresholds to try on the similarities: samples kept, precision, recall."""
     check: Number = 0.0

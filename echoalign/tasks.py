@@ -15,20 +15,20 @@ SELECTORS |= {"prior-filter": "prior", "clipcleaner": "CLIPCleaner"}
 def task_of(p: Prepared, method: str) -> Task:
     """What a method learns from."""
     d, use = p.data, p.train
-    x, y = d.train.x, p.y
-    more = {"test": d.test, "kind": d.kind, "rho": p.s.rate, "noise": p.s.noise}
+    x, y = p.seen("train"), p.y
+    more = {"test": p.test, "kind": d.kind, "rho": p.s.rate, "noise": p.s.noise}
     more["val"] = Part(x[~use], y[~use]) if bool((~use).any()) else None
     if method == "echoalign":
         m, chosen = p.modified, p.selected
-        x_all, y_all, c = mixture(x[use], m.small[use], y[use], chosen[use], m.ok[use], p.s.modified_set)
+        x_all, y_all, c = mixture(x[use], p.seen("modified")[use], y[use], chosen[use], m.ok[use], p.s.modified_set)
         return Task(x_all, y_all, c=c, tune=p.part(chosen), **more)
     if method == "pretrain":
-        return Task(d.pre.x, d.pre.y, **{**more, "val": None})
+        return Task(p.seen("pre"), d.pre.y, **{**more, "val": None})
     if method == "ce-clean":
         return Task(x[use], d.train.y[use], **more)
     if method == "modified-only":
         fine = use & p.modified.ok
-        return Task(p.modified.small[fine], y[fine], **more)
+        return Task(p.seen("modified")[fine], y[fine], **more)
     if method == "selected-only":
         chosen = p.selected
     elif method in SELECTORS:

@@ -39,7 +39,7 @@ def train_method(p: Prepared, method: str, run: runs.Run, offset: int, prefix: s
         learner, accuracy = p.pretrained
         row = {"accuracy": accuracy, "accuracy_best": accuracy, "trained_on": len(p.data.pre)}
         if p.s.official_eval:
-            row["accuracy_official"] = learner.accuracy(p.data.test, evaluation.official_seed(p.seed))
+            row["accuracy_official"] = learner.accuracy(p.test, evaluation.official_seed(p.seed))
         return learner, row, 0.0
     learner = cls(p.s, task_of(p, method), p.seed, p.device)
     checkpoint = folder / "checkpoint" / f"{method}.safetensors"

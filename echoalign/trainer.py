@@ -48,8 +48,8 @@ def crop_and_flip(x: Tensor, pad: int, flip: bool, generator: torch.Generator) -
 
 @dataclass
 class Task:
-    """What a method learns from. x uint8 [n, H, W, C], y noisy labels; c: class flag (1: modified image); `test` has
-    true labels; `val`: images and noisy labels, looked at and never used."""
+    """What a method learns from. x uint8 [n, H, W, C], or features [n, D] for a head; y noisy labels; c: class flag (1:
+    modified image); `test` has true labels; `val`: images and noisy labels, looked at and never used."""
 
     x: Tensor
     y: Tensor
@@ -123,8 +123,7 @@ class Learner:
 
     def network(self, k: int) -> nn.Module:
         torch.manual_seed(self.seed * 1009 + k)
-        shape = self.kind.classes, self.task.x.shape[3], self.kind.mean, self.kind.std
-        net = models.build(self.s.model, *shape)
+        net = models.build(self.s.model, self.kind.classes, self.x.shape[-1], self.kind.mean, self.kind.std)
         return net.to(self.device, memory_format=torch.channels_last)
 
     def optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
@@ -139,6 +138,8 @@ class Learner:
         return torch.Generator(self.device).manual_seed(stream_seed(self.seed, stream, epoch))
 
     def augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        if x.dim() == 2:  # features of whole images
+            return to_input(x)
         return to_input(crop_and_flip(x, self.kind.pad, self.kind.flip, generator))
 
     def batches(self, epoch: int, index: Tensor | None = None, x: Tensor | None = None, salt: int = 0) -> Iterator:
@@ -193,7 +194,7 @@ class Learner:
     def accuracy(self, part: Part, augmented_seed: int | None = None) -> float:
         """Per cent. augmented_seed: on images cropped and flipped as in training, the released code's protocol."""
         x = part.x
-        if augmented_seed is not None:
+        if augmented_seed is not None and x.dim() == 4:
             draw = torch.Generator(x.device).manual_seed(augmented_seed)
             kind = self.kind
             x = torch.cat([crop_and_flip(v, kind.pad, kind.flip, draw) for v in x.split(TEST_BATCH)])

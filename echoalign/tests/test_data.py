@@ -15,6 +15,9 @@ import classes
 import features
 import prepare
 import readers
+import tasks
+from settings import METHODS
+from trainer import fit
 
 CPU = torch.device("cpu")
 
@@ -27,6 +30,28 @@ def test_the_wheel_sets_split_by_seed(tmp_path):
     assert d.sha256 == other.sha256 and not torch.equal(d.train.x, other.train.x)
     rows = {bytes(v.numpy().tobytes()) for p in (d.pre, d.test) for v in p.x}
     assert sum(v.numpy().tobytes() in rows for v in d.train.x) < 5  # disjoint but for equal pictures
+
+
+def test_fewer_clean_images_leave_the_noisy_ones_and_the_test_as_they_are(tmp_path):
+    whole, few = readers.load("digits", tmp_path, seed=2), readers.load("digits", tmp_path, seed=2, pretrain=50)
+    assert torch.bincount(few.pre.y).tolist() == [5] * 10
+    assert torch.equal(whole.train.x, few.train.x) and torch.equal(whole.test.y, few.test.y)
+    every = {v.numpy().tobytes() for v in whole.pre.x}
+    assert all(v.numpy().tobytes() in every for v in few.pre.x)
+    with pytest.raises(UserError, match="less than an image of each"):
+        readers.load("digits", tmp_path, pretrain=9)
+    with pytest.raises(UserError, match="lower --pretrain"):
+        readers.load("digits", tmp_path, pretrain=610)
+
+
+def test_few_clean_images_are_shown_more_often(tmp_path, monkeypatch):
+    """The classifier of the clean images alone takes about the steps of the others."""
+    seen = []
+    monkeypatch.setattr(prepare, "fit", lambda learner, *args, **more: seen.append(learner.s))
+    for n, times in ((600, 1), (100, 8)):
+        p = prepare.Prepared(settings("--pretrain", n, "--cache", tmp_path / str(n)), 0, CPU, show=False)
+        p.pretrained  # noqa: B018
+        assert seen[-1].epochs == 3 * times and seen[-1].milestones == (times, 2 * times)
 
 
 def test_stratified_parts_are_disjoint_and_complete():
@@ -184,3 +209,34 @@ def test_a_whole_selection_with_clip(tmp_path, clip, monkeypatch):
     again = prepare.Prepared(s, 0, CPU, show=False)
     monkeypatch.setattr(type(clip), "__call__", lambda self, x: pytest.fail("features were computed again"))
     assert torch.equal(again.similarity, p.similarity)
+
+
+def test_a_head_on_features_of_a_network(tmp_path, monkeypatch):
+    """Every method reads features in the images' place, those of the edited images too; the noise is that of pixels."""
+    project = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
+
+    class Extractor:
+        def __init__(self, device):
+            pass
+
+        def about(self):
+            return {"features": "made"}
+
+        def __call__(self, images):
+            return images.flatten(1).float() / 255 @ project
+
+    monkeypatch.setattr(prepare.features, "Lite0", Extractor)
+    more = ["--model", "head", "--features", "lite0", "--train-limit", "60", "--cache", tmp_path, "--batch", "16"]
+    more += ["--rate", "0.1", "--epochs", "8", "--divide.warmup", "4", "--pair.lr", "0.01"]
+    p = prepare.Prepared(settings(*more), 0, CPU, show=False)
+    plain = prepare.Prepared(settings("--train-limit", "60", "--cache", tmp_path, "--rate", "0.1"), 0, CPU, show=False)
+    assert torch.equal(p.y, plain.y)
+    f = Extractor(CPU)
+    for method, x in (("ce", p.data.train.x), ("pretrain", p.data.pre.x), ("modified-only", p.modified.small)):
+        task = tasks.task_of(p, method)
+        assert torch.allclose(task.x, f(x)) and torch.allclose(task.test.x, f(p.data.test.x))
+    assert tasks.task_of(p, "echoalign").x.shape == (60 + int(p.selected.sum()), 24)
+    for name in ("forward", "dividemix", "elr", "co-teaching"):
+        learner = METHODS[name][1](p.s, tasks.task_of(p, name), 0, CPU)
+        fit(learner, tmp_path / f"{name}.safetensors", show=False)
+        assert learner.accuracy(p.test) > 30 and learner.nets[0].features(f(p.data.test.x)).min() >= 0

@@ -129,3 +129,19 @@ def test_frechet():
     a, b = np.cov(f.T), np.cov(g.T)
     expected = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
     assert es.frechet(f, g) == pytest.approx(expected, rel=1e-6)
+
+
+def test_select_on_a_strangers_tensors():
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(60, 8, generator=g)
+    edited = f + 0.1 * torch.randn(60, 8, generator=g)
+    edited[:20] = -f[:20] + 0.5 * torch.randn(20, 8, generator=g)  # these were changed much
+    labels = torch.cat([torch.zeros(20), torch.arange(40) % 3 + 1]).long()
+    for threshold in ("gmm", "otsu", 0.9):
+        found = es.select(f, edited, labels, threshold)
+        assert not found.keep[:20].any() and found.keep[20:].all() and found.empty == [0]
+        assert torch.equal(found.keep, found.similarity > found.threshold)
+    with pytest.raises(UserError, match="not \\(60, 8\\), \\(59, 8\\), \\(60,\\)"):
+        es.select(f, edited[1:], labels)
+    with pytest.raises(UserError, match="not median"):
+        es.select(f, edited, labels, "median")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from conftest import HERE, TINY, environment, start, told
 import bench
 import eval as evaluation
 import train
-from settings import METHODS, Settings, parse
+from settings import METHODS, PARTS, Settings, parse
 
 QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
 
@@ -46,6 +47,7 @@ QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
         (["--milestones", "5", "3"], "--milestones must be rising"),
         (["--sd.prompt", "a photo"], "--sd.prompt must contain {name}"),
         (["--model", "resnet50"], "resnet50"),
+        (["--model", "head"], "--model head reads the features of a network: --features lite0 or clip"),
         (["--edit.batch", "0"], "--edit.batch must be at least 1, not 0"),
         (["--generator", "none", "--methods", "echoalign"], "--generator none edits nothing"),
         (["--features", "lite0", "--methods", "prior-filter"], "needs something that knows no noisy label"),
@@ -191,16 +193,107 @@ def test_dry_run_and_published_thresholds(capsys, monkeypatch, tmp_path, cache):
         assert (s.threshold, s.model, s.epochs, s.finetune, s.milestones) == (tau, "resnet18", 200, 40, (100, 150))
 
 
-def test_commands_from_the_shell():
-    def shell(*args):
-        return subprocess.run(
-            [sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120, env=environment()
-        )
+def shell(*args, **more):
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=HERE, capture_output=True, text=True, timeout=120,
+        env={**environment(), **more},
+    )  # fmt: skip
 
+
+def test_commands_from_the_shell():
     done = shell("train.py", "--help")
     assert done.returncode == 0 and "--stage" in done.stdout and "--sd.resolution" not in done.stdout
     done = shell("train.py", "--rate", "9")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_help_lists_what_concerns_every_run_and_parts_have_their_own(capsys):
+    def options(*args):
+        with pytest.raises(SystemExit) as stop:
+            parse("", list(args))
+        assert stop.value.code == 0
+        return set(re.findall(r"^\W (--[a-z][a-z0-9.-]+)", capsys.readouterr().out, re.M))
+
+    brief = options("--help")
+    assert len(brief) <= 52 and {"--methods", "--generator", "--device"} <= brief
+    assert not any("." in o for o in brief)
+    every = set(brief)
+    for name in PARTS:
+        mine = options(f"--{name}.help")
+        assert mine and all(o.startswith(f"--{name}.") for o in mine)
+        every |= mine
+    fields = {f"--{k}" for k in vars(Settings()) if k not in PARTS}
+    fields |= {f"--{k}.{v}" for k, kind in PARTS.items() for v in vars(kind())}
+    assert every == {o.replace("_", "-") for o in fields}  # none is lost
+
+
+def test_tqdm_disabled_by_the_environment(tmp_path):
+    args = [*QUICK, "--generator", "concat", "--net.steps", "2", "--net.checkpoint", "1", "--stage", "generator"]
+    done = shell("train.py", *args, "--out", tmp_path / "r", "--cache", tmp_path / "c", TQDM_DISABLE="1")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_the_closed_form_is_refused_on_photographs(capsys, monkeypatch, tmp_path):
+    import readers
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (120, 8, 8, 3), generator=g, dtype=torch.uint8)
+    photographs = (x, torch.arange(120) % 10, x, torch.arange(120) % 10), "made"
+    monkeypatch.setitem(readers.READERS, "cifar10", lambda folder, download: photographs)
+    args = [
+        "--dataset",
+        "cifar10",
+        "--model",
+        "cnn",
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+        "--finetune",
+        "1",
+        "--pretrain",
+        "40",
+    ]
+    args += ["--cache", tmp_path / "c", "--small-loss-epochs", "1", "--eval-last", "1", "--batch", "16"]
+    line = told(capsys, monkeypatch, train.main, [*args, "--out", tmp_path / "r"])
+    assert "--generator exact is refused on photographs" in line
+    # A small network trained on the held-out images is not: the rehearsal of the run on CIFAR-10.
+    net = [
+        "--generator",
+        "concat",
+        "--net.steps",
+        "2",
+        "--net.widths",
+        "8",
+        "16",
+        "--edit.steps",
+        "2",
+        "--features",
+        "cnn",
+    ]
+    rows = ["echoalign", "ce", "modified-only", "selected-only", "pretrain", "prior-filter"]
+    start(monkeypatch, *args, *net, "--methods", *rows, "--threshold", "-1", "--out", tmp_path / "s")
+    assert {p.stem for p in (tmp_path / "s" / "seed0").glob("record-*.json")} >= {f"record-{m}" for m in rows}
+    line = told(
+        capsys, monkeypatch, train.main, [*args, *net, "--stage", "modify", "--check", "1", "--out", tmp_path / "t"]
+    )
+    assert "the generator ignores the label" in line
+
+
+def test_selectors_that_need_no_generator(monkeypatch, tmp_path):
+    args = [*QUICK, "--noise", "symmetric", "--rate", "0.4", "--generator", "none", "--stage", "select"]
+    start(monkeypatch, *args, "--out", tmp_path / "r", "--cache", tmp_path / "c")
+    found = [runs.read_record(p) for p in sorted((tmp_path / "r" / "seed0").glob("record*.json"))]
+    rows = {r["method"] for r in found}
+    assert rows == {"small-loss", "GMM on loss", "kNN agreement", "cleanlab", "pretrained classifier", "CLIPCleaner"}
+    assert all(r["table"] == "own-selection" and 0 <= r["metrics"]["auc"] <= 1 for r in found)
+    assert not (tmp_path / "c" / "modified").exists()
+
+
+def test_worst_is_another_word_for_worse():
+    s = parse("", ["--dataset", "cifar10", "--noise", "worst"])
+    s.resolve()
+    assert s.noise == "worse" and s.setting == "worse"
 
 
 def test_bench_runs(monkeypatch, capsys):

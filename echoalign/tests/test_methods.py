@@ -167,7 +167,7 @@ def test_clipcleaner_and_cleanlab_find_planted_errors():
     assert not selection.clipcleaner(flat, flat, y)[1].any()
     alone = torch.zeros(4).long()
     assert selection.cleanlab(torch.ones(4, 3) / 3, alone)[1].all()
-    assert selection.logistic(torch.randn(4, 2), alone, 0)[:, 0].tolist() == [1, 1, 1, 1]
+    assert selection.logistic(torch.randn(4, 2), alone)[:, 0].tolist() == [1, 1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the loop

@@ -102,6 +102,18 @@ def test_each_network_is_divided_by_the_other_and_the_ramp_takes_sixteen_epochs(
     assert {r for *_, r in seen[0]} == {1.0}
 
 
+@pytest.mark.parametrize("clean", [17, 33])
+def test_a_last_batch_of_one_is_left_out(monkeypatch, clean):
+    """On 8x8 pictures one image has a single value a channel at the top, which has no batch statistics."""
+    own = semi.DivideMix(settings("--divide.batch", "16"), task(noise="instance", rho=0.4), 0, CPU)
+    own.losses = lambda k: (torch.arange(40) >= clean).float()
+    monkeypatch.setattr(semi, "clean_probability", lambda losses: 1 - 0.9 * losses)
+    assert math.isfinite(float(own.epoch("main", 0, 5)))
+    sizes = [len(b) for b in own.shuffled(torch.arange(clean), 5, 0, 0, clean // 16)]
+    assert sizes == [16] * (clean // 16)
+    assert [len(b) for b in own.shuffled(torch.arange(18), 5, 0, 0, 3)] == [16, 2, 16]
+
+
 def test_at_ninety_per_cent_the_division_is_made_from_five_epochs(monkeypatch):
     monkeypatch.setattr(semi, "clean_probability", lambda v: v)
     g = torch.Generator().manual_seed(1)

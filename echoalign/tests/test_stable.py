@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import records, start, told
 
+import echomod
 import train
 from classes import names
 from generator import stable
@@ -119,6 +120,33 @@ def test_canny_finds_an_edge():
     edges = stable.canny(picture, 100, 200)
     columns = {x for x in range(64) if edges.getpixel((x, 32))[0]}
     assert columns and columns <= {18, 19, 20, 21}
+
+
+def test_edit_with_a_pipeline_of_ones_own(weights):
+    """The README's snippet, with a ControlNet and without."""
+    from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline, StableDiffusionImg2ImgPipeline
+
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    net = ControlNetModel.from_pretrained(weights[1])
+    held = StableDiffusionControlNetImg2ImgPipeline.from_pretrained(weights[0], controlnet=net, **none)
+    free = StableDiffusionImg2ImgPipeline.from_pretrained(weights[0], **none)
+    x, y = toy(3)
+    x = echomod.resize(x, 64)
+    knobs = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.0, "names": names("cifar10")}
+    for pipe, control in ((held, lambda p: stable.canny(p, 100, 200)), (free, None)):
+        pipe.set_progress_bar_config(disable=True)
+        out = echomod.edit(pipe, x, y, control=control, **knobs)
+        assert out.shape == (3, 64, 64, 3) and out.dtype == torch.uint8 and not torch.equal(out, x)
+        one = echomod.edit(pipe, x, y, control=control, batch=1, **knobs)
+        assert (one.int() - out.int()).abs().max() <= 2
+        assert not torch.equal(echomod.edit(pipe, x, (y + 1) % 10, control=control, **knobs), out)
+        assert not torch.equal(echomod.edit(pipe, x, y, control=control, seed=1, **knobs), out)
+    grey = echomod.edit(free, x[..., :1], y, **knobs)
+    assert grey.shape == (3, 64, 64, 3)
+    for bad, words in (({"control": lambda p: p}, "for no other"), ({"labels": y + 9}, "must lie in 0..9"),
+                       ({"images": x.float()}, "uint8")):  # fmt: skip
+        with pytest.raises(runs.UserError, match=words):
+            echomod.edit(free, **{"images": x, "labels": y, **knobs, **bad})
 
 
 def test_missing_weights_are_told(tmp_path):
