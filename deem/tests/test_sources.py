@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_readers import lines, page, shard
+from test_pages import lines, page
+from test_readers import shard
 
 import sources
 from settings import Settings
