@@ -1,5 +1,7 @@
-"""Models out of settings and out of finished runs: random, pretrained, or with the weights of an earlier stage."""
+"""Out of settings: models (random, pretrained, with the weights of an earlier stage or of a finished run) and documents
+(the digit scenes, the paper's sets below the data folder, given files)."""
 
+import hashlib
 from pathlib import Path
 
 from lab import runs
@@ -8,10 +10,12 @@ from lab.runs import UserError
 import torch
 
 import recipe
+from digits import scenes
 from digits.pretrain import base
+from documents import readers
 from model import Deem
 from settings import Settings
-from streams import torch_seed
+from streams import stream, torch_seed
 
 
 def build(s: Settings, seed: int, device: torch.device) -> Deem:
@@ -77,3 +81,81 @@ def inherited(s: Settings, seed: int) -> dict:
     if not s.init:
         return {}
     return runs.read_weights(Path(s.init) / f"seed{seed}" / "model.safetensors")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+PLACES = {
+    1: ("deem/mmc4", "deem/blip-lcs"),
+    2: ("deem/llava/llava_v1_5_mix665k.json", "deem/llava/images"),
+    3: ("deem/regions", "deem/regions/images"),
+}
+
+
+def reader(s, seed: int, accelerator):
+    """The endless reader of a run; every process reads its own part."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if s.dataset == "digits":
+        return scenes.SceneReader(seed, s.stage, n=s.digits.scenes, rank=rank, world=world)
+    more = {"seed": seed, "rank": rank, "world": world, "broken": s.broken}
+    if s.dataset == "files":
+        return of_files(s, [Path(f).expanduser() for f in s.files], more)
+    folder = runs.data_dir(s.data_dir)
+    first, second = (folder / p for p in PLACES[s.stage])
+    if s.stage == 1:
+        pages = shards(
+            first, "*.jsonl*", "MMC4-core shards docs_no_face_shard_*_v3.jsonl and images/ (github.com/allenai/mmc4)"
+        )
+        pairs = shards(
+            second, "*.tar", "tar shards of LAION, CC12M and SBU with BLIP captions (github.com/salesforce/BLIP)"
+        )
+        both = [readers.mmc4(pages, first / "images", **more), readers.captions_webdataset(pairs, **more)]
+        return readers.Mixture(both, [2, 1], seed=seed + rank)
+    if s.stage == 2:
+        if not first.is_file():
+            raise UserError(f"no file {first}; fetch it from huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K")
+        return readers.llava665k(first, second, form=s.prompt_form, **more)
+    found = shards(first, "*.json", "region instructions as Osprey prepares them (github.com/CircleRadon/Osprey)")
+    parts = [readers.regions(f, second, form=s.prompt_form, **more) for f in found]
+    return parts[0] if len(parts) == 1 else readers.Mixture(parts, [1] * len(parts), seed=seed + rank)
+
+
+def of_files(s, files: list[Path], more: dict):
+    for f in files:
+        if not f.is_file():
+            raise UserError(f"--files: no file {f}")
+    root = Path(s.image_root).expanduser() if s.image_root else files[0].parent
+    if s.files_kind == "webdataset":
+        return readers.captions_webdataset(files, **more)
+    if s.files_kind == "parquet":
+        return readers.captions_parquet(files, image_root=root, **more)
+    if s.files_kind == "mmc4":
+        return readers.mmc4(files, root, **more)
+    make = readers.llava665k if s.files_kind == "llava" else readers.regions
+    parts = [make(f, root, form=s.prompt_form, **more) for f in files]
+    return parts[0] if len(parts) == 1 else readers.Mixture(parts, [1] * len(parts), seed=more["seed"] + more["rank"])
+
+
+def shards(folder: Path, pattern: str, origin: str) -> list[Path]:
+    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    if not found:
+        raise UserError(f"no {pattern} in {folder}; place {origin} there, or give another --data-dir")
+    return found
+
+
+def title(s) -> str:
+    if s.dataset == "digits":
+        return "digit scenes"
+    return {"paper": {1: "MMC4 + BLIP-LCS", 2: "LLaVA-665K", 3: "regions"}[s.stage], "files": "files"}[s.dataset]
+
+
+def data_of(s, seed: int) -> dict:
+    """The record's `data`. Files are told by name and size: whole they would take hours to read."""
+    if s.dataset == "digits":
+        made = scenes.make(s.digits.scenes, stream(seed, "scenes"), scenes.pools()[0])
+        digest = hashlib.sha256(made.images.tobytes() + made.cells.tobytes()).hexdigest()
+        return {"name": "digit scenes", "variant": "wheel", "sha256": digest, "n": len(made)}
+    places = [Path(f).expanduser() for f in s.files] or [runs.data_dir(s.data_dir) / p for p in PLACES[s.stage]]
+    files = [f for p in places for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
+    digest = hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()
+    return {"name": title(s), "variant": "paper" if s.dataset == "paper" else "own files", "sha256": digest, "n": 0}

@@ -18,7 +18,7 @@ import torch
 
 from build import load_run, settings_of
 from digits import study
-from evaluation.measure import check_data, evaluate, show
+from evaluation.asking import check_data, evaluate, show
 from settings import NOT_PART_OF_AN_EVALUATION, EvalSettings
 
 

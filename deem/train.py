@@ -25,10 +25,9 @@ from lab.runs import UserError
 import torch
 
 import recipe
-import sources
-from build import build, inherited
+from build import build, data_of, inherited, reader, title
 from digits import study
-from evaluation.measure import check_data, evaluate
+from evaluation.asking import check_data, evaluate
 from evaluation.sets import BENCHMARKS
 from model import Deem
 from settings import NOT_PART_OF_A_RUN, EvalSettings, Settings
@@ -77,14 +76,14 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     names = recipe.benchmarks_of(s.stage, s.variant, s.benchmarks, first=not later)
     asked = benchmarks_of(s, seed, names) if names else None  # what is missing is told before training
     model = build(s, seed, accelerator.device)
-    feeder = Feeder(s, model, sources.reader(s, seed, accelerator), seed, accelerator.process_index)
+    feeder = Feeder(s, model, reader(s, seed, accelerator), seed, accelerator.process_index)
     t = Trainer(s, model, feeder, accelerator, seed)
     counts = {"parameters": sum(p.numel() for p in model.parameters())}
     counts["trained_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     path = Path(s.out) / "checkpoint" / f"seed{seed}.safetensors"
     t.load(path)
     if run:
-        run.same_data(seed, [sources.about(s, seed)["sha256"]])
+        run.same_data(seed, [data_of(s, seed)["sha256"]])
         run.log(seed, [], keep_to=t.step)
     until = min(s.steps, t.step + s.max_steps) if s.max_steps else s.steps
     title = f"stage {s.stage} {s.label} seed {seed}"
@@ -111,11 +110,10 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
             runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     where = {**place(s), "scale": s.scale}
     total = t.before + time.perf_counter() - clock if before else time.perf_counter() - clock
-    about = sources.about(s, seed)
     if asked:
         root = runs.data_dir(s.data_dir) / "deem"
         evaluate(asked, run, seed, model.eval(), s.prompt_form, row(s), root, accelerator.device)
-    run.record(seed, seconds=total, data=about, metrics=metrics, where=where, device=accelerator.device)
+    run.record(seed, seconds=total, data=data_of(s, seed), metrics=metrics, where=where, device=accelerator.device)
     path.unlink(missing_ok=True)
     return True
 
@@ -135,7 +133,7 @@ def benchmarks_of(s: Settings, seed: int, names: tuple[str, ...]):
 def place(s: Settings) -> dict[str, str]:
     """Where a training record stands; the demo's tables are by stage, the paper's name a model after its stage."""
     method = s.label if s.dataset == "digits" else row(s)
-    return {"table": s.table, "dataset": sources.title(s), "setting": setting(s), "method": method}
+    return {"table": s.table, "dataset": title(s), "setting": setting(s), "method": method}
 
 
 def row(s: Settings) -> str:

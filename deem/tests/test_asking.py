@@ -13,7 +13,7 @@ from PIL import Image
 
 from digits import scenes
 from documents.readers import Picture
-from evaluation import asking, drawing, measure, sets
+from evaluation import asking, drawing, sets
 from evaluation.benchmarks import Question
 from settings import EvalSettings
 from streams import stream
@@ -150,24 +150,24 @@ def test_rankings_choices_and_captions_carry_what_their_scores_need():
         0, "is it?", "b", "v", "", {"caption": "c", "turns": [], "options": ["a", "b"], "relevance": [0, 1], "right": 1}
     )
     (r,) = asking.ask(Oracle(), [q], "rank", form="plain", picture=lambda q: Picture(q.image))
-    assert measure.score("rank", [r])["ndcg"] == 100.0 and r["scores"] == [0.0, 1.0]
+    assert asking.score("rank", [r])["ndcg"] == 100.0 and r["scores"] == [0.0, 1.0]
     pair = [
         Question(k, "(a) Yes (b) No", m, "m", "p0", {"options": [("(a)", "Yes"), ("(b)", "No")]})
         for k, m in ((0, "(a)"), (1, "(b)"))
     ]
     got = asking.ask(Oracle(), pair, "choice", form="plain", picture=lambda q: Picture(q.image))
-    assert [r["parsed"] for r in got] == ["(a)", ""] and measure.score("choice", got)["score"] == 0.0
+    assert [r["parsed"] for r in got] == ["(a)", ""] and asking.score("choice", got)["score"] == 0.0
     named = [
         {"answer": "Yes.", "label": "yes"},
         {"answer": "the [hen]", "label": "hen"},
         {"answer": "cock", "label": "hen"},
     ]
-    assert measure.score("name", named)["accuracy"] == pytest.approx(200 / 3)
-    vqa = measure.score("vqa", [{"answer": "dog", "answers": ["dog"] * 10}])
+    assert asking.score("name", named)["accuracy"] == pytest.approx(200 / 3)
+    vqa = asking.score("vqa", [{"answer": "dog", "answers": ["dog"] * 10}])
     assert vqa["score"] == vqa["accuracy"] == 100.0
     s = EvalSettings(tokenize="plain", metrics=("cider",))
     said = [{"answer": "a dog", "references": ["a dog"]}, {"answer": "two cats", "references": ["two cats"]}]
-    caption = measure.score("caption", said, s)
+    caption = asking.score("caption", said, s)
     assert caption["score"] == caption["cider"] > 0
 
 

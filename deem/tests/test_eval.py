@@ -20,7 +20,7 @@ from PIL import Image
 import build
 import eval as command
 from digits import scenes, study
-from evaluation import benchmarks, measure, parsers, sets
+from evaluation import asking, benchmarks, parsers, sets
 from evaluation.benchmarks import Question
 from model import Deem
 from settings import DigitSettings, EvalSettings, Settings
@@ -233,7 +233,7 @@ def test_robustvqa_and_table_9(monkeypatch, data, tmp_path):
     )
     assert "[cock, hen]" in wrong.question and "[hen, cock]" in right.question
     s = EvalSettings()
-    assert measure.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
+    assert asking.setting_of(s, "robustvqa-wrong-first", "paper") == "choice [wrong, right]"
     (place / "robustvqa_test.json").unlink()
     with pytest.raises(UserError, match="mine it with mining.py"):
         sets.questions_of(s, sets.BENCHMARKS["robustvqa"][0], root)

@@ -8,7 +8,7 @@ import pytest
 
 import recipe
 import train
-from evaluation import measure
+from evaluation import asking
 from evaluation.sets import BENCHMARKS
 from settings import EvalSettings, Settings
 
@@ -36,8 +36,8 @@ def records():
     def benchmarks(run, names, table, label, e):
         for name in names:
             for one in BENCHMARKS[name]:
-                metrics = {measure.HEADLINE[one.kind], "score"} | ({"meteor"} if one.kind == "region" else set())
-                where = {"table": table, "dataset": one.label, "setting": measure.setting_of(e, name, "paper")}
+                metrics = {asking.HEADLINE[one.kind], "score"} | ({"meteor"} if one.kind == "region" else set())
+                where = {"table": table, "dataset": one.label, "setting": asking.setting_of(e, name, "paper")}
                 add(run, where | {"method": label}, sorted(metrics))
 
     for job in plans.jobs(PLAN, "paper"):

@@ -10,7 +10,7 @@ from PIL import Image
 from test_pages import lines, page
 from test_readers import shard
 
-import sources
+import build
 from settings import Settings
 from vision.views import two_views
 
@@ -43,7 +43,7 @@ def test_stage_one_reads_two_pages_for_a_pair(tmp_path):
     s = Settings(preset="tiny", dataset="paper", data_dir=str(tmp_path))
     order = []
     for rank in (0, 1):
-        reader = sources.reader(s, 0, SimpleNamespace(process_index=rank, num_processes=2))
+        reader = build.reader(s, 0, SimpleNamespace(process_index=rank, num_processes=2))
         order.append(["mmc4" in next(reader).name for _ in range(900)])
         assert np.mean(order[-1]) == pytest.approx(2 / 3, abs=0.05)
     assert order[0] != order[1]
@@ -61,7 +61,7 @@ def test_several_files_of_regions_are_mixed(tmp_path):
     one = SimpleNamespace(process_index=0, num_processes=1)
     given = {"files": tuple(map(str, sorted(folder.glob("*.json")))), "files_kind": "regions"}
     for more in ({"dataset": "paper", "data_dir": str(tmp_path)}, {"dataset": "files", **given}):
-        reader = sources.reader(Settings(preset="tiny", stage=3, **more), 0, one)
+        reader = build.reader(Settings(preset="tiny", stage=3, **more), 0, one)
         assert {next(reader).name.split("/")[-1] for _ in range(40)} == {f"{k}.json annotation 0" for k in (0, 1)}
 
 
@@ -82,5 +82,5 @@ def test_files_find_their_pictures(tmp_path):
     for kind in ("parquet", "mmc4", "llava"):
         for root, place in (("", tmp_path), (str(tmp_path / "root"), tmp_path / "root")):
             given = {"files": (str(tmp_path / kind),), "files_kind": kind, "image_root": root}
-            reader = sources.reader(Settings(preset="tiny", dataset="files", **given), 0, one)
+            reader = build.reader(Settings(preset="tiny", dataset="files", **given), 0, one)
             assert next(reader).pictures[0].source.parent == place

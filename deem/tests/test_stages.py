@@ -17,7 +17,6 @@ from conftest import HERE, documents, make, run
 from test_train import FEW, _first, metrics
 
 import build
-import sources
 import train
 from digits import scenes
 from settings import DigitSettings, Settings
@@ -50,7 +49,7 @@ def test_two_processes_train(tmp_path):
     s.resolve()
     model = build.build(s, 0, torch.device("cpu"))
     ranks = [SimpleNamespace(process_index=k, num_processes=2) for k in (0, 1)]
-    feeders = [Feeder(s, model, sources.reader(s, 0, r), 0, r.process_index) for r in ranks]
+    feeders = [Feeder(s, model, build.reader(s, 0, r), 0, r.process_index) for r in ranks]
     model.freeze(1, "deem")
     groups = model.trainable_groups(1, "deem", rates=s.rates())
     rates = [g["lr"] for g in groups]
