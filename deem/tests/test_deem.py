@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deem
+import recipe
 from deem import csr_error, csr_loss, squeezed_steps
 
 
@@ -148,3 +149,24 @@ def test_the_model_computes_csr_as_the_file_says(csr_maps):
             lambda z, t, c: den(z, t, c, **more), seen.condition, z0, den.abar, prediction=den.kind, generator=g
         )
     assert float(found["csr"]) == pytest.approx(float(alone), rel=1e-5) and "nip" in found
+
+
+def test_the_table_of_who_trains_is_what_trains():
+    parts = {
+        "image encoder (trunk)": {"trunk"}, "adapters, resampler, W_t": {"eyes"}, "W_i, the map of CSR": {"condition"},
+        "language model, but its output head": {"llm"}, "U-Net": {"unet"},
+        "image attention in it, gates, new tokens": {"synchroniser", "gate", "offsets", "soi", "new head"},
+        "attention beside the U-Net, NIP's reader": {"net", "net offsets", "context", "null"},
+    }  # fmt: skip
+    columns = [(1, "deem"), (1, "deem-star"), (1, "clean"), (2, "deem"), (3, "deem")]
+    said = {}
+    for line in deem.__doc__.splitlines():
+        name, *marks = (x.strip() for x in line.split("|"))
+        if name in parts:
+            said[name] = [mark == "T" for mark in " ".join(marks).replace("not loaded", "-").split()]
+    assert {*said} == {*parts} and all(len(marks) == len(columns) for marks in said.values())
+    for k, (stage, variant) in enumerate(columns):
+        model, _ = make("tiny", stage=stage, variant=variant)
+        model.freeze(stage, variant)
+        training = {recipe.part_of(n) for n, p in model.named_parameters() if p.requires_grad} - {"regions"}
+        assert training == set().union(*(parts[name] for name, marks in said.items() if marks[k])), (stage, variant)
