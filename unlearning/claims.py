@@ -47,6 +47,8 @@ class World:
     methods: tuple[str, ...]
     holders: tuple[str, ...]
     """Of these the methods with a retain term, which are said to do better once all are calibrated."""
+    jump: float
+    """Claim E: most that ES may change in a step of the grid (0.05 in the demo, 0.125 at scale real)."""
 
     def raw(self, f: pd.DataFrame, method: str, part: str) -> pd.Series:
         return raw(f, method, part, self.dataset, self.model)
@@ -99,7 +101,7 @@ class World:
                 rho, jump = (self.of(f, f"{k}_exact_{part}", m, RAW) for k in ("spearman", "jump"))
                 out += [
                     Difference(f"{m}, {part}: rank correlation", rho, above=None, below=-0.9),
-                    Difference("largest jump", jump, above=None, below=0.35),
+                    Difference("largest jump", jump, above=None, below=self.jump),
                 ]
         return out
 
@@ -112,14 +114,14 @@ def lower(names: tuple[str, ...]) -> str:
     return f"the lower of {' and '.join(names)}" if len(names) > 1 else names[0]
 
 
-DEMO = World(SMALL, MINI, METHODS, ("GD", "KL"))
-REAL = World("TOFU forget05", "model=SmolLM2-135M", ("GA", "GD", "NPO"), ("GD",))
+DEMO = World(SMALL, MINI, METHODS, ("GD", "KL"), 0.35)
+REAL = World("TOFU forget05", "model=SmolLM2-135M", ("GA", "GD", "NPO"), ("GD",), 0.5)
 SLOW = "GA at a lower rate"
 
 
 def rate(f: pd.DataFrame) -> list[Difference]:
-    """Does a lower learning rate of GA do what calibration does? The lower one is the largest that kept the bar by
-    itself on other seeds."""
+    """Does a lower learning rate of GA do what calibration does? On seed 100 GA kept 0.863 at 1e-4, just below the bar
+    of 0.891; the lower rate is therefore 9e-5."""
     left = paired(REAL.raw(f, SLOW, "unlearn"), REAL.calibrated(f, "GA", "unlearn"))
     kept = paired(REAL.raw(f, SLOW, "retain"), REAL.of(f, "bar_exact", "GA"))
     beside = f" (its retention is {kept.mean():+.3f} from the bar)" if len(kept) else ""
@@ -247,15 +249,15 @@ CLAIMS = [
     ),
     Claim(
         "RE",
-        "SmolLM2-135M, TOFU: control is smooth: rank correlations at most -0.9, steps of 0.1 change ES by at most "
-        "0.35, for GA and NPO",
+        "SmolLM2-135M, TOFU: control is smooth: rank correlations at most -0.9, steps of 0.125 change ES by at "
+        "most 0.5, for GA and NPO",
         "figure 3",
         "real",
         REAL.smooth,
     ),
     Claim(
         "RL",
-        "a lower learning rate does not do what calibration does: GA at the largest rate that keeps the bar by itself "
+        "a lower learning rate does not do what calibration does: GA at a rate chosen to keep the bar by itself "
         "leaves more of the forget set than GA calibrated to it",
         "section 5",
         "real",

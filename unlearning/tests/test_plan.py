@@ -234,7 +234,7 @@ def test_claims_hold_and_fail_on_either_side_of_their_bars(claim, change):
         ("RD", {"gd": 0.45}),
         ("RD", {"other_raw": -0.03}),
         ("RE", {"rho": -0.89}),
-        ("RE", {"jump": 0.36}),
+        ("RE", {"jump": 0.51}),
         ("RL", {"slow": 0.49}),
         ("RG", {"never": -0.01}),
     ],
