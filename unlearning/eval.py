@@ -101,12 +101,9 @@ def extra(e: EvalSettings, bench, sets: metrics.Sets, mixer: control.Mixer, alph
     if e.literal:
         literal(bench.lm, sets, e.literal)
     if e.utility:
-        value, nine = metrics.utility_of(bench.lm, bench.chat, bench.corpus, bench.device, bench.s.max_length)
-        print(
-            f"    model utility at alpha {alpha:g}: {value:.3f} ("
-            + ", ".join(f"{k} {v:.3f}" for k, v in nine.items())
-            + ")"
-        )
+        found = metrics.utility_of(bench.lm, bench.chat, bench.corpus, bench.device, bench.s.max_length)
+        nine = ", ".join(f"{k.removeprefix('utility.')} {v:.3f}" for k, v in found.items() if k != "model_utility")
+        print(f"    model utility at alpha {alpha:g}: {found['model_utility']:.3f} ({nine})")
 
 
 def compare(folder: Path, seed: int, split: str, method: str, tau: float, found: dict, s, e: EvalSettings) -> None:

@@ -125,8 +125,7 @@ def summaries(b: Bench, split: str, retrained: metrics.Truth | None) -> dict:
     """Of the present weights, what is asked for: model utility, forget quality, answers to forgotten questions."""
     out: dict = {}
     if b.s.utility:
-        out["model_utility"], nine = metrics.utility_of(b.lm, b.chat, b.corpus, b.device, b.s.max_length)
-        out |= {f"utility.{k}": v for k, v in nine.items()}
+        out |= metrics.utility_of(b.lm, b.chat, b.corpus, b.device, b.s.max_length)
     if b.s.utility or retrained is not None:
         truth = metrics.truth(b.lm, b.chat, b.corpus.forget[split], b.device, b.s.max_length)
         out["forget_truth_ratio"] = float(truth.balanced.mean())

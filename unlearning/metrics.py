@@ -189,9 +189,13 @@ class Truth:
 
     @property
     def utility(self) -> np.ndarray:
-        """max(0, 1 - mean probability of the wrong / probability of the right): the arithmetic form of model
-        utility."""
+        """max(0, 1 - wrong / right) of the arithmetic ratio: TOFU's form for model utility."""
         return np.maximum(0, 1 - 1 / self.arithmetic)
+
+    @property
+    def utility_geometric(self) -> np.ndarray:
+        """The same of the geometric ratio: open-unlearning's form for model utility."""
+        return np.maximum(0, 1 - 1 / self.ratio)
 
     @property
     def balanced(self) -> np.ndarray:
@@ -235,16 +239,20 @@ def forget_quality(unlearned: Truth, retrained: Truth) -> float:
     return float(stats.ks_2samp(unlearned.ratio, retrained.ratio).pvalue)
 
 
-def utility_of(lm, chat, corpus, device, max_length: int = 500) -> tuple[float, dict[str, float]]:
-    """Model utility over the retain evaluation part, real authors and world facts."""
-    out = {}
+def utility_of(lm, chat, corpus, device, max_length: int = 500) -> dict[str, float]:
+    """Model utility over the retain evaluation part, real authors and world facts: TOFU's (`model_utility`), the one
+    with open-unlearning's form of the truth ratio (`model_utility_geometric`), and the nine numbers of the first."""
+    out, geometric = {}, {}
     for part, rows in {"retain": corpus.retain_eval, "real": corpus.real_authors, "world": corpus.world_facts}.items():
         items = [encode(chat, q.question, q.answer, max_length) for q in rows]
         s, t = score_items(lm, items, chat.pad, device), truth(lm, chat, rows, device, max_length)
         share = s.probability if part == "retain" else probability_among(s.nll, t.wrong)
         rouge, _ = rouge_items(lm, chat, rows, items, device)
         out[part] = {"rouge": rouge, "probability": share, "truth": t.utility}
-    return model_utility(out)
+        geometric[part] = out[part] | {"truth": t.utility_geometric}
+    value, nine = model_utility(out)
+    both = {"model_utility": value, "model_utility_geometric": model_utility(geometric)[0]}
+    return both | {f"utility.{k}": v for k, v in nine.items()}
 
 
 # ------------------------------------------------------------------------------------------- sets of one unlearned

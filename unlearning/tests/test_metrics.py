@@ -190,6 +190,7 @@ def test_truth_ratio_forms():
     assert t.ratio.tolist() == pytest.approx(geometric)
     arithmetic = [1 - (math.exp(-1) + math.exp(-3)) / 2 / math.exp(-0.5), 0.0]
     assert t.utility.tolist() == pytest.approx(arithmetic)
+    assert t.utility_geometric.tolist() == pytest.approx([max(0, 1 - 1 / r) for r in geometric])
     assert t.balanced.tolist() == pytest.approx([min(r, 1 / r) for r in geometric])
     wrong = [(math.exp(-1) + math.exp(-3)) / 2, (math.exp(-0.1) + math.exp(-0.2)) / 2]
     plain = [math.exp(-0.5) / wrong[0], math.exp(-2) / wrong[1]]

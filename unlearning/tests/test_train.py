@@ -100,6 +100,9 @@ def test_a_run_gives_every_record(done):
     assert len(study) == 3 * 6 and all(r["metrics"]["models"] == 3 for r in study)
     m = next(r for r in records if r["method"] == labels[0] and "none" in r["setting"])["metrics"]
     assert 0 <= m["forget_quality"] <= 1 and 0 <= m["model_utility"] <= 1
+    assert 0 <= m["model_utility_geometric"] <= 1 and m["forget_truth_ratio"] != m["forget_truth_ratio_arithmetic"]
+    calibrated = next(r for r in records if r["method"] == labels[0] and "tau" in r["setting"])["metrics"]
+    assert 0 <= calibrated["forget_quality"] <= 1 and calibrated["model_utility"] != m["model_utility"]
     original = next(r for r in records if r["method"] == "Original")["metrics"]
     # Else the tests below would compare equal numbers.
     assert original["ES_exact_unlearn"] > m["ES_exact_unlearn"] + 0.2 and 0.1 < m["ES_perturb_retain"] < 0.9
