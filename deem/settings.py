@@ -68,6 +68,8 @@ class DigitSettings:
     """Steps of the encoder's pretraining on captions, as CLIP's."""
     denoiser: int = 400
     """Steps of the denoiser's pretraining on complete descriptions."""
+    align: int = 250
+    """Steps of resampler and language model on captions alone, behind the frozen trunk, before any run begins."""
     questions: int = 170
     """Scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
     pretrained: int = -1
@@ -216,6 +218,7 @@ class Settings:
             raise UserError(f"--then {' '.join(map(str, self.then))}: name later stages in their order, at most 3")
         low = {"steps": 0, "batch": 0, "accum": 1, "max_tokens": 0, "max_images": 0, "warmup": -1, "workers": 0}
         low |= {"digits.text": 0, "digits.encoder": 0, "digits.denoiser": 0, "digits.scenes": 10}
+        low |= {"digits.align": 0}
         low |= {"digits.questions": 10, "digits.pretrained": -1, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
         low |= {"encoder.resolution": 0, "sd.resolution": 0, "weight_decay": 0}
         low |= {"lambda_csr": 0, "lambda_nip": 0, "lambda_ntp": 0}

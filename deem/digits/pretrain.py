@@ -1,5 +1,6 @@
-"""What the digit scenes have instead of downloaded weights: a language model that has read texts, an encoder that has
-seen captions (as CLIP has), a denoiser that has seen complete descriptions. Made once a seed and shared by its runs.
+"""What the digit scenes have instead of downloaded weights and a long stage 1: a language model that has read texts, an
+encoder that has seen captions (as CLIP has), a denoiser that has seen complete descriptions, and a resampler whose
+tokens the language model already reads. Made once a seed and shared by its runs.
 """
 
 import fcntl
@@ -16,25 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import recipe
 from digits import scenes
 from documents import sequences
 from model import Deem
 from streams import stream, torch_seed
+from trainer import Feeder
 
 BATCH = 64
-LEARNED = ("llm.", "encoder.trunk.", "denoiser.unet.", "denoiser.null")
+ALIGNED = {"eyes"} | recipe.SIGHT  # what the caption loss of stage 1 trains in every variant
 
 
 def learned(name: str) -> bool:
-    """Whether a parameter is part of the shared base; the synchronisers and the head of new tokens are not."""
-    return name.startswith(LEARNED) and ".synchroniser." not in name and "lm_head.new" not in name
+    """Whether a parameter is part of the shared base; what only the diffusion losses train is not."""
+    return recipe.part_of(name) in {"llm", "llm head", "trunk", "unet", "null"} | ALIGNED
 
 
 def base(model: Deem, s, seed: int) -> None:
     """Load the pretrained parts of a seed (--digits.pretrained, else the run's) into the model; runs that start at once
     share one pretraining: the others wait for it."""
     seed = seed if s.digits.pretrained < 0 else s.digits.pretrained
-    about = {k: getattr(s.digits, k) for k in ("text", "encoder", "denoiser", "scenes")}
+    about = {k: getattr(s.digits, k) for k in ("text", "encoder", "denoiser", "align", "scenes")}
     about |= {"preset": s.preset, "seed": seed, "shapes": shapes(model)}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(s.base or Path(s.out).parent / "base") / f"{s.preset}-seed{seed}-{digest}"
@@ -72,6 +75,7 @@ def pretrain(model: Deem, s, seed: int) -> dict[str, Tensor]:
         train = scenes.make(s.digits.scenes, stream(seed, "scenes"), scenes.pools()[0])
         captions(model, s.digits.encoder, train, seed)
         denoise(model, s.digits.denoiser, train, seed)
+        align(model, s, seed)
     model.zero_grad(set_to_none=True)  # of weights that were in a graph and not in the optimizer
     return {k: p.detach() for k, p in model.named_parameters() if learned(k)}
 
@@ -97,7 +101,7 @@ def fit(parameters: list, steps: int, lr: float, loss: Callable[[int], Tensor], 
 
 def text(model: Deem, steps: int, seed: int) -> None:
     """The language model on descriptions and questions without pictures."""
-    own = [p for k, p in model.named_parameters() if k.startswith("llm.") and learned(k)]
+    own = [p for k, p in model.named_parameters() if recipe.part_of(k) in ("llm", "llm head")]
 
     def loss(step: int) -> Tensor:
         rng = stream(seed, "text", step)
@@ -169,6 +173,23 @@ def denoise(model: Deem, steps: int, train: scenes.Scenes, seed: int) -> None:
     fit([*den.unet.parameters(), *texts.parameters()], steps, 2e-3, loss, f"denoiser, seed {seed}")
     with torch.no_grad():
         den.null.copy_(texts.empty())
+
+
+def align(model: Deem, s, seed: int) -> None:
+    """Resampler, W_t and the language model's image attention by L_NTP on stage 1's captions; all else is frozen. The
+    tokens are read by the language model when a run begins, which would take most of a short stage 1."""
+    reader = scenes.SceneReader(seed, 1, n=s.digits.scenes)
+    reader.at = 10**6  # no run reads so far
+    feeder = Feeder(s, model, reader, seed, 0)
+    model.requires_grad_(False)
+    own = [p for k, p in model.named_parameters() if recipe.part_of(k) in ALIGNED]
+
+    def loss(step: int) -> Tensor:
+        b = feeder.batch(step, 0).to(model.device)
+        return model.ntp(model.hidden(b, model.encode_images(b.images)), b.labels)
+
+    fit(own, s.digits.align, 1e-3, loss, f"alignment, seed {seed}")
+    model.requires_grad_(True)
 
 
 def views(model: Deem, part: scenes.Scenes, index) -> Tensor:

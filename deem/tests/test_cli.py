@@ -96,7 +96,7 @@ def test_dry_run_prints_parts(monkeypatch, capsys):
 
 def test_nothing_to_learn_is_told(fails, tmp_path):
     words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --digits.scenes 20 --device cpu".split()
-    words += "--digits.text 1 --digits.encoder 1 --digits.denoiser 1".split()
+    words += "--digits.text 1 --digits.encoder 1 --digits.denoiser 1 --digits.align 1".split()
     fails(train, [*words, "--out", tmp_path / "x"], "nothing to learn")
     assert not list(tmp_path.rglob("record*"))
 

@@ -23,7 +23,7 @@ from settings import DigitSettings
 pytestmark = pytest.mark.usefixtures("quick_study")
 
 FEW = ["--batch", "3", "--digits.scenes", "60", "--digits.text", "2", "--digits.encoder", "2", "--digits.denoiser",
-       "2", "--digits.questions", "10", "--device", "cpu"]  # fmt: skip
+       "2", "--digits.align", "2", "--digits.questions", "10", "--device", "cpu"]  # fmt: skip
 
 
 def metrics(out, seed=0, name="record"):
@@ -125,15 +125,15 @@ def test_killed_run_goes_on_bitwise(whole, tmp_path):
 def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
     base = whole.parent / "base"
     assert len(list(base.glob("digits-seed0-*/model.safetensors"))) == 1
-    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2), base=str(base))
+    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2), base=str(base))
     before = (next(base.glob("*")) / "model.safetensors").stat().st_mtime
     pretrain.base(model, s, 0)
     assert (next(base.glob("*")) / "model.safetensors").stat().st_mtime == before
-    shared, s = make("digits", digits=DigitSettings(60, 2, 2, 2, pretrained=0), base=str(base))
+    shared, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2, pretrained=0), base=str(base))
     pretrain.base(shared, s, 5)  # another run's seed, the same pretrained parts
     assert len(list(base.glob("*"))) == 1
     assert all(torch.equal(p, q) for p, q in zip(shared.parameters(), model.parameters(), strict=True))
-    other, s = make("digits", digits=DigitSettings(60, 1, 1, 1), base=str(tmp_path))
+    other, s = make("digits", digits=DigitSettings(60, 1, 1, 1, 1), base=str(tmp_path))
     pretrain.base(other, s, 0)
     name = "encoder.trunk.stages.0.0.weight"
     assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
@@ -185,7 +185,7 @@ def test_base_that_does_not_fit(whole, tmp_path, change):
     value = {"nan": tensors[name] * float("nan"), "shape": tensors[name][:1].clone()}.get(change)
     tensors = {k: v for k, v in tensors.items() if k != name} | ({} if value is None else {name: value})
     runs.write_tensors(path, tensors, meta)
-    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2),
+    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2),
                     base=str(tmp_path / "base"))  # fmt: skip
     with pytest.raises(UserError, match=f"{name} is missing, of another shape or not finite"):
         pretrain.base(model, s, 0)

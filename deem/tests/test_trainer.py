@@ -119,6 +119,6 @@ def test_pretraining_falls_to_nothing_and_leaves_no_gradients(monkeypatch):
     expected = [0.1 * min(1, (k + 1) / 20) * 0.5 * (1 + np.cos(np.pi * k / 40)) for k in range(40)]
     assert rates == pytest.approx(expected) and w.grad is None
     monkeypatch.undo()
-    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1))
+    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1, 1))
     kept = pretrain.pretrain(model, s, 0)
     assert all(p.grad is None for p in model.parameters()) and all(pretrain.learned(k) for k in kept)
