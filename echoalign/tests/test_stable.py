@@ -6,7 +6,7 @@ from lab import runs
 
 import pytest
 import torch
-from conftest import records, start, told
+from conftest import HERE, records, start, told
 
 import echomod
 import train
@@ -147,6 +147,31 @@ def test_edit_with_a_pipeline_of_ones_own(weights):
                        ({"images": x.float()}, "uint8")):  # fmt: skip
         with pytest.raises(runs.UserError, match=words):
             echomod.edit(free, **{"images": x, "labels": y, **knobs, **bad})
+
+
+def test_the_snippet_of_the_readme_runs_as_it_stands(weights, capsys):
+    from diffusers import ControlNetModel, StableDiffusionControlNetImg2ImgPipeline
+
+    text = (HERE / "README.md").read_text().split("## In your own code")[1]
+    code = text.split("```python\n")[1].split("```")[0]
+    assert code.count("\n") <= 15
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    net = ControlNetModel.from_pretrained(weights[1])
+    pipe = StableDiffusionControlNetImg2ImgPipeline.from_pretrained(weights[0], controlnet=net, **none)
+    pipe.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(0)
+    own = {
+        "pipe": pipe,
+        "images": torch.randint(0, 256, (6, 64, 64, 3), generator=g, dtype=torch.uint8),
+        "labels": torch.arange(6),
+        "names": names("cifar10"),
+        "edges": lambda p: stable.canny(p, 100, 200),
+        "features": lambda v: echomod.resize(v, 8).flatten(1).float(),
+        "net": lambda x: x.flatten(1).float()[:, :10],
+    }
+    exec(code, own)
+    assert "of 6 originals kept" in capsys.readouterr().out and torch.isfinite(own["loss"])
+    assert len(own["x"]) == len(own["y"]) == len(own["c"]) == 6 + int(own["chosen"].keep.sum())
 
 
 def test_missing_weights_are_told(tmp_path):
