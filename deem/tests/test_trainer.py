@@ -122,3 +122,14 @@ def test_pretraining_falls_to_nothing_and_leaves_no_gradients(monkeypatch):
     model, s = make("digits", digits=DigitSettings(40, 1, 1, 1, 1))
     kept = pretrain.pretrain(model, s, 0)
     assert all(p.grad is None for p in model.parameters()) and all(pretrain.learned(k) for k in kept)
+
+
+def test_alignment_trains_what_reads_the_tokens_alone():
+    """The parts that the caption loss of stage 1 trains in every variant, on documents that no run reads so far."""
+    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1, 3), batch=2)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    pretrain.align(model, s, 0)
+    moved = {recipe.part_of(k) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
+    assert moved == pretrain.ALIGNED == {"eyes", "synchroniser", "gate", "offsets", "soi", "new head"}
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert moved <= recipe.trained(1, "deem") & recipe.trained(1, "deem-star") & recipe.trained(1, "clean")
