@@ -1,7 +1,77 @@
-"""What the models of --preset are made of: the paper's, its variants, and the small ones."""
+"""What a model is made of, how its losses weigh, and the models of --preset: the paper's, its variants, small ones."""
+
+from dataclasses import dataclass
 
 from digits import scenes
-from model import Parts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of; the defaults are the paper's 7B model. A config dict in place of a source: random
+    weights of that size."""
+
+    encoder: str = "open_clip:convnext_base_w_320"
+    encoder_weights: str = "laion_aesthetic_s13b_b82k"
+    drop_path: float = 0.1
+    width: int = 1024
+    grid: int = 16  # of the table of positions
+    token_level: int = 2  # the map that becomes tokens: stride 16
+    reader: str = "resampler"  # or mlp: LLaVA's projector, a token a patch
+    patch: int = 16  # side of a token in pixels, for mlp
+    queries: int = 77
+    resampler_layers: int = 12
+    resampler_width: int = 768
+    resampler_heads: int = 12
+    dropout: float = 0.1
+    init_std: float = 0.02  # of the resampler's weights and queries
+    head_std: float = 1e-3  # of W_t and W_i
+    llm: str | dict = "lmsys/vicuna-7b-v1.5"
+    tokenizer: tuple[str, ...] = ()  # words of a closed vocabulary; empty: the language model's own
+    pad: int | None = 31999
+    llm_every: int = 4
+    llm_levels: int = 3  # the coarsest maps
+    llm_base: int = 16
+    mmfs_width: int = 1024
+    mmfs_heads: int = 16
+    mmfs_points: int = 8
+    diffusion: str | dict = "stabilityai/stable-diffusion-2-1-base"
+    decoder_width: int = 1024
+    decoder_heads: int = 16
+    resolution: int = 256
+    decoder_resolution: int = 512
+    masks: bool = False  # the five region tokens of stage III
+
+    @property
+    def per_image(self) -> int:
+        """Tokens of an image in the language model."""
+        if self.reader == "mlp":
+            return (self.resolution // self.patch) ** 2
+        return self.queries
+
+
+@dataclass
+class Loss:
+    """Weights and forms of the losses; see settings.py for where paper and released code stand."""
+
+    ntp: float = 1.0
+    nip: float = 5.0
+    csr: float = 5.0
+    squeeze: float = 1.0  # 0.6: the code's timesteps 200..799 for CSR
+    csr_maps: bool = False  # the U-Net also reads the maps of the image it denoises
+    null_share: float = 0.1
+    twice: bool = False  # the released code's target of NIP, 2 (2 v - 1) - 1
+    waste: bool = False  # compute NIP where its weight is 0, as the released code does in stage II
+    share: float = 1.0  # of a batch's images that the diffusion losses see
+
+    @property
+    def diffusion(self) -> bool:
+        return self.nip > 0 or self.csr > 0
+
+    @property
+    def maps(self) -> bool:
+        """Whether the U-Net reads maps in any loss."""
+        return self.nip > 0 or self.waste or (self.csr > 0 and self.csr_maps)
+
 
 _WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
 _LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -10,8 +10,7 @@ import recipe
 from documents.prompts import FORMS
 from evaluation import parsers
 from evaluation.sets import BENCHMARKS
-from model import Loss, Parts
-from presets import PRESETS, SMALL
+from presets import PRESETS, SMALL, Loss, Parts
 from recipe import Rates
 
 # What may change between starts of one run.

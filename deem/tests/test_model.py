@@ -10,8 +10,8 @@ from waits import Host, Waits
 
 import recipe
 from documents.readers import Picture, Text
-from model import Deem, Parts
-from presets import PRESETS
+from model import Deem
+from presets import PRESETS, Parts
 from recipe import Rates
 from settings import Settings
 
