@@ -114,7 +114,7 @@ def text(model: Deem, steps: int, seed: int) -> None:
 
 
 def images_of(model: Deem, part: scenes.Scenes, index) -> Tensor:
-    x = torch.from_numpy(part.images[index])[:, None].expand(-1, 3, -1, -1).to(model.device)
+    x = runs.sent(torch.from_numpy(part.images[index]), model.device)[:, None].expand(-1, 3, -1, -1)
     side = model.p.resolution
     return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bicubic").clamp(0, 1)
 
@@ -129,7 +129,7 @@ def captions(model: Deem, steps: int, train: scenes.Scenes, seed: int) -> None:
     def loss(step: int) -> Tensor:
         index = stream(seed, "captions", step).integers(len(train), size=BATCH)
         pooled = trunk((images_of(model, train, index) - model.encoder.mean) / model.encoder.std)[1]
-        return F.cross_entropy(texts(pooled), named[index])
+        return F.cross_entropy(texts(pooled), named[runs.sent(torch.from_numpy(index), named.device)])
 
     fit([*trunk.parameters(), *texts.parameters()], steps, 2e-3, loss, f"encoder, seed {seed}")
 
@@ -165,9 +165,9 @@ def denoise(model: Deem, steps: int, train: scenes.Scenes, seed: int) -> None:
         z0 = den.latents.encode(views(model, train, index))
         t = torch.randint(den.steps, (BATCH,), device=z0.device)
         z, target = den.noised(z0, torch.randn_like(z0), t)
-        c = torch.where(
-            torch.rand(BATCH, 1, 1, device=z0.device) < 0.1, texts.empty(), texts(cells[index], details[index])
-        )
+        at = runs.sent(torch.from_numpy(index), z0.device)
+        dropped = torch.rand(BATCH, 1, 1, device=z0.device) < 0.1
+        c = torch.where(dropped, texts.empty(), texts(cells[at], details[at]))
         return F.mse_loss(den(z, t, c), target)
 
     fit([*den.unet.parameters(), *texts.parameters()], steps, 2e-3, loss, f"denoiser, seed {seed}")
@@ -193,6 +193,6 @@ def align(model: Deem, s, seed: int) -> None:
 
 
 def views(model: Deem, part: scenes.Scenes, index) -> Tensor:
-    x = torch.from_numpy(part.images[index])[:, None].expand(-1, 3, -1, -1).to(model.device)
+    x = runs.sent(torch.from_numpy(part.images[index]), model.device)[:, None].expand(-1, 3, -1, -1)
     side = model.p.decoder_resolution
     return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="bicubic").clamp(0, 1)
