@@ -66,6 +66,9 @@ def path_of_alpha(records: list[dict]):
         curves = [r["metrics"] for r in rows if r["method"] == m]
         x, y = (np.array([c[f"curve_ES_exact_{p}"] for c in curves]) for p in ("retain", "unlearn"))
         tint = COLOURS.get(m.split()[0], "#555555")
+        if m == "Interpolation to retrained":
+            axis.plot(x.mean(0), y.mean(0), label=m.lower(), lw=1.2, color="black", ls=":")
+            continue
         if m not in PAPER:  # a control: only where it ends
             axis.plot(x.mean(0)[-1], y.mean(0)[-1], label=m, color=tint, marker="x", ms=9, mew=2, ls="none")
             continue

@@ -145,6 +145,8 @@ class Settings:
     """Also TOFU's model utility of every unlearned model and of the original."""
     retrained: bool = False
     """Also train a model without each forget split: forget quality of every unlearned model, raw and calibrated."""
+    interpolate: bool = False
+    """Also mix the original with the retrained model (--retrained), as if that had been unlearned: a control."""
     export: bool = False
     """Write every model calibrated to the largest tau as a folder that transformers loads, into seed<k>/."""
 
@@ -222,6 +224,9 @@ class Settings:
             raise UserError("--items and --authors are two ways to make TOFU smaller; choose one")
         if "exact" not in self.questions or len(set(self.questions)) != len(self.questions):
             raise UserError("--questions takes exact, or exact and perturb")
+
+        if self.interpolate and not self.retrained:
+            raise UserError("--interpolate mixes the original with the retrained model: add --retrained")
 
     def check_own(self) -> None:
         """A user's own rows have none of what TOFU's summaries and the metric study need."""

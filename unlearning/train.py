@@ -175,9 +175,31 @@ def baseline(b: Bench, w: Writer, split: str, full: list) -> metrics.Truth | Non
     return truth
 
 
+def judge(
+    b: Bench, w: Writer, split: str, tensors: dict[str, Tensor], truth: metrics.Truth | None, full: list, name: str,
+    label: str, numbers: dict, clock: float,
+) -> dict[float, dict]:  # fmt: skip
+    """Evaluate, calibrate, record; -> {tau: metrics}. The record without calibration is written last and says that all
+    is done."""
+    found, calibrated, lines = evaluation.assess(b, split, tensors, truth, full)
+    w.items(name, lines)
+    for tau, m in calibrated.items():
+        w.record(split, f"{name}-tau{tau:g}", label, f"calibration=UWC tau={tau:g}", m, m.pop("search_seconds"))
+    seconds = numbers.get("unlearn_seconds", 0.0) + time.perf_counter() - clock
+    w.record(split, f"{name}-none", label, "calibration=none", found | numbers, seconds)
+    return calibrated
+
+
+def interpolation(b: Bench, w: Writer, split: str, truth: metrics.Truth | None, full: list) -> None:
+    """Control: the mixtures of the original with the model that never saw the split."""
+    tensors = b.trained_on(f"retain-{split}", b.corpus.retrain(split))
+    if w.run is not None and not w.has(f"{split}-interpolation-none"):
+        name, clock = f"{split}-interpolation", time.perf_counter()
+        judge(b, w, split, tensors, truth, full, name, "Interpolation to retrained", {}, clock)
+
+
 def stage(b: Bench, w: Writer, split: str, method: str, truth: metrics.Truth | None, full: list) -> None:
-    """Unlearn, evaluate, calibrate, record. The record without calibration is written last and says that all is
-    done."""
+    """Unlearn, evaluate, calibrate, record."""
     s, name = b.s, f"{split}-{method}"
     if w.has(f"{name}-none"):
         return
@@ -195,13 +217,7 @@ def stage(b: Bench, w: Writer, split: str, method: str, truth: metrics.Truth | N
     for left in (Path(s.out) / "checkpoint").glob(f"seed{b.seed}-{name}*.safetensors"):
         if left.stem in (f"seed{b.seed}-{name}", f"seed{b.seed}-{name}-kept"):
             left.unlink()
-    found, calibrated, lines = evaluation.assess(b, split, tensors, truth, full)
-    w.items(name, lines)
-    label = label_of(s, method)
-    for tau, m in calibrated.items():
-        w.record(split, f"{name}-tau{tau:g}", label, f"calibration=UWC tau={tau:g}", m, m.pop("search_seconds"))
-    seconds = numbers["unlearn_seconds"] + time.perf_counter() - clock
-    w.record(split, f"{name}-none", label, "calibration=none", found | numbers, seconds)
+    calibrated = judge(b, w, split, tensors, truth, full, name, label_of(s, method), numbers, clock)
     if s.export:
         export(b, w, split, method, tensors, calibrated[max(s.tau)]["alpha_exact"])
     if s.drop_models:
@@ -267,6 +283,8 @@ def main() -> None:
             truth = baseline(b, w, split, full)
             for method in s.methods:
                 stage(b, w, split, method, truth, full)
+            if s.interpolate:
+                interpolation(b, w, split, truth, full)
         if s.attacks and run:
             correlations(b, w)
     if run:

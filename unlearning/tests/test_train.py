@@ -83,6 +83,7 @@ def done(tmp_path_factory):
             "embedding probing",
             "--utility",
             "--retrained",
+            "--interpolate",
             "--both-searches",
         ]
         run_main(patch, *LEARNED, "--methods", "ga", "npo-kl", "gd", *attacks, "--out", out)
@@ -95,7 +96,15 @@ def test_a_run_gives_every_record(done):
     labels = [f"{m} epochs=2" for m in ("GA", "NPO+KL", "GD")]
     want = {("Original", "calibration=none"), ("Retrained", "calibration=none")}
     want |= {(m, c) for m in labels for c in ("calibration=none", "calibration=UWC tau=0.9")}
-    assert keys == want
+    mixed = {("Interpolation to retrained", c) for c in ("calibration=none", "calibration=UWC tau=0.9")}
+    assert keys == want | mixed
+    (gold,) = (
+        r["metrics"]
+        for r in records
+        if ("Interpolation to retrained", "none") == (r["method"], r["setting"].partition(",")[0][12:])
+    )
+    never = next(r for r in records if r["method"] == "Retrained")["metrics"]
+    assert gold["ES_exact_unlearn"] == never["ES_exact_unlearn"] == gold["curve_ES_exact_unlearn"][-1]
     study = [r for r in records if r["setting"].startswith("attack=")]
     assert len(study) == 3 * 6 and all(r["metrics"]["models"] == 3 for r in study)
     m = next(r for r in records if r["method"] == labels[0] and "none" in r["setting"])["metrics"]
@@ -129,6 +138,7 @@ def test_a_run_leaves_items_curves_and_no_checkpoint(done):
 
 def test_a_finished_run_is_shown_and_other_settings_are_refused(done, capsys, monkeypatch):
     args = [*LEARNED, "--methods", "ga", "npo-kl", "gd", "--utility", "--retrained", "--both-searches", "--out", done]
+    args += ["--interpolate"]
     args += ["--attacks", "relearning", "token noising", "embedding probing"]
     run_main(monkeypatch, *args)
     assert "is complete" in capsys.readouterr().out
@@ -372,6 +382,7 @@ def test_broken_and_foreign_checkpoints_are_told(done, tmp_path, capsys, monkeyp
         (["--cap", "-1"], "--cap must be at least 0"),
         (["--unlearn-epochs", "0"], "--unlearn-epochs must be at least 1"),
         (["--max-length", "4"], "--max-length must be at least 8"),
+        (["--interpolate"], "add --retrained"),
         (["--items", "5"], "--items is for --dataset tofu"),
         (["--authors", "5"], "--authors is for --dataset tofu"),
         (["--dataset", "tofu", "--forget", "forget05", "--items", "5", "--authors", "5"], "choose one"),
