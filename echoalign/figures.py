@@ -20,6 +20,7 @@ COLOURS = {
     "ImageNet's classes": "#555555",
     "CLIPCleaner": "#a05aa0",
 }
+BESIDE = ("clean-images", "lite0", "sweep")  # tables that have no picture of each of their settings
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 
@@ -40,7 +41,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
             out.append((path, found[1]))
 
     def places(suffix: str) -> list[tuple[str, str, str]]:
-        found = [r for r in records if r["table"].endswith(suffix)]
+        found = [r for r in records if r["table"].endswith(suffix) and not r["table"].startswith(BESIDE)]
         return sorted({(r["table"], r["dataset"], r["setting"]) for r in found})
 
     def rows(place) -> list[dict]:
@@ -54,7 +55,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
         name = f"{place[1]}, {place[2]}"
         add(histogram(rows(place), name), f"similarity-{place[0]}-{name}")
         add(curves(rows(place), name), f"selection-{place[0]}-{name}")
-    mains = [r for r in records if "curve_accuracy" in r["metrics"] and r["table"] != "clean-images"]
+    mains = [r for r in records if "curve_accuracy" in r["metrics"] and not r["table"].startswith(BESIDE)]
     for place in sorted({(r["table"], r["dataset"], r["setting"]) for r in mains}):
         found = [r for r in rows(place) if "accuracy" in r["metrics"]]
         add(bars(found, f"{place[1]}, {place[2]}"), f"accuracy-{place[0]}-{place[1]}-{place[2]}")

@@ -394,12 +394,12 @@ class Returns(Ignores):
 @pytest.mark.parametrize(("kind", "words"), [(Ignores, "ignores the label"), (Returns, "returns the instance")])
 def test_a_generator_that_does_not_do_its_work_fails_its_check(tmp_path, monkeypatch, capsys, kind, words):
     monkeypatch.setattr(prepare.Prepared, "generator", property(lambda self: kind()))
-    args = [*TINY, "--stage", "modify", "--check", "--out", tmp_path / "r", "--cache", tmp_path / "c"]
+    args = [*TINY, "--stage", "modify", "--check", "0.5", "--out", tmp_path / "r", "--cache", tmp_path / "c"]
     assert words in told(capsys, monkeypatch, train.main, args)
 
 
 def test_the_exact_generator_passes_its_check(tmp_path, monkeypatch, cache):
-    start(monkeypatch, *TINY, "--stage", "modify", "--check", "--out", tmp_path / "r", "--cache", cache)
+    start(monkeypatch, *TINY, "--stage", "modify", "--check", "0.5", "--out", tmp_path / "r", "--cache", cache)
     p = prepare.Prepared(settings("--cache", cache), 0, CPU, show=False)
     wrong = ~p.right
     fits = (p.judge(p.modified.small, False) == p.y)[wrong].double().mean()

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import settings
+from waits import Waits
 
 import methods
 import models
 import readers
 import trainer
-from baselines import selection, semi, single
+from baselines import promix, selection, semi, single
+from generator import nets
 from readers import Part
+from settings import METHODS
 from trainer import Learner, Task, fit
 
 CPU = torch.device("cpu")
@@ -243,3 +246,44 @@ def test_networks_have_the_sizes_of_the_specification(name, size, low, high):
     assert (
         net(torch.rand(2, 3, size, size)).shape == (2, 10) and (net.features(torch.rand(2, 3, size, size)) >= 0).all()
     )
+
+
+# ------------------------------------------------------------------------------------------ a GPU is not waited for
+
+
+@pytest.mark.parametrize("method", ["ce", "echoalign", "forward", "t-revision", "elr", "cores", "co-teaching", "jocor"])
+def test_no_training_step_makes_the_host_wait(method, monkeypatch):
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # its counter of steps lies on the host
+    t = task(c=(torch.arange(40) >= 10).long(), rho=0.4, noise="instance")
+    t.tune = Part(t.x[:10], t.y[:10])
+    learner = METHODS[method][1](settings("--batch", "8"), t, 0, CPU)
+    for phase in [p.name for p in learner.phases()]:
+        learner.phase = phase
+        learner.begin(phase)
+        with Waits() as found:
+            learner.epoch(phase, 1, 3)
+        assert not found.places
+
+
+def test_the_waits_of_dividemix_promix_and_the_generator_are_once_an_epoch_or_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        F, "one_hot", lambda y, c: torch.eye(c)[y].long()
+    )  # the library's reads its input on a CPU only
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    divide = semi.DivideMix(settings("--divide.batch", "8"), task(rho=0.4, noise="instance"), 0, CPU)
+    crops, draw = divide.draws(3, 0)
+    with Waits() as found:
+        divide.mixmatch(0, torch.arange(8), torch.arange(8, 16), torch.ones(8), crops, draw, 0.5)
+    assert not found.places
+    own = promix.ProMix(settings("--promix.batch", "8"), task(rho=0.4, noise="instance"), 0, CPU)
+    monkeypatch.setattr(own, "stronger", lambda x, seed: x)  # draws on the host
+    crops, draw = own.draws(3, 0)
+    with Waits() as found:
+        own.promix_step(torch.arange(8), [torch.arange(8) < 4] * 2, 600, crops, draw)
+    assert len(found.places) == 2 and all(p.endswith(" nonzero") for p in found.places)  # the size of what is mixed
+    d = readers.load("digits", tmp_path, seed=0)
+    told = {"seed": 0, "steps": 6, "batch": 4, "lr": 1e-3, "widths": (8,), "layers": 1, "control": "ink"}
+    monkeypatch.setattr(nets, "_save", lambda *args: None)
+    with Waits() as found:
+        nets.train("concat", d.pre.x, d.pre.y, 10, tmp_path, CPU, **told, every=3, show=False)
+    assert len([p for p in found.places if p.startswith("generator/nets.py")]) == 2  # the loss at each checkpoint
