@@ -15,8 +15,7 @@ from lab.runs import UserError
 import numpy as np
 from scipy.stats import truncnorm
 
-from classes import next_in_superclass
-from readers import JPEG
+from readers import JPEG, next_in_superclass
 
 SYNTHETIC = ("instance", "symmetric", "pair", "asymmetric")
 # --noise -> (file, key) of the human labels (Wei et al. 2022).

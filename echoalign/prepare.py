@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import classes
 import echomod
 import echoselect
 import features
@@ -28,9 +27,9 @@ from baselines import selection
 from baselines.semi import clean_probability, scaled
 from cache import alone, fingerprint, kept
 from generator.build import build
+from methods import WarmUp
 from readers import Part
 from trainer import Learner, Task, fit
-from warmup import WarmUp
 
 
 class Prepared:
@@ -240,9 +239,9 @@ class Prepared:
         """Posteriors [n, C] of what knows no noisy label: CLIP zero-shot, ImageNet's classes, else the pretrained
         classifier."""
         if self.s.features == "clip":
-            return self.extractor.zero_shot(self.original_features, classes.names(self.s.dataset))
+            return self.extractor.zero_shot(self.original_features, readers.names(self.s.dataset))
         if self.s.features == "lite0":
-            return self.extractor.grouped(self.original_features, tuple(classes.IMAGENET10.values()))
+            return self.extractor.grouped(self.original_features, tuple(readers.IMAGENET10.values()))
         return torch.softmax(self.pretrained[0].predict(self.seen("train")), 1).cpu()
 
     @functools.cached_property
@@ -296,7 +295,7 @@ class Prepared:
         --judge clip: zero-shot CLIP."""
         d = self.data
         if self.s.judge == "clip":
-            words = classes.names(self.s.dataset)
+            words = readers.names(self.s.dataset)
             clip = self.extractor if self.s.features == "clip" else None
             if clip is None:
                 raise UserError("--judge clip needs --features clip")

@@ -7,7 +7,6 @@ from lab.runs import UserError
 
 import torch
 
-import classes
 import echomod
 import readers
 from cache import alone
@@ -74,7 +73,7 @@ def build(
         prompt=s.sd.prompt,
         negative=s.sd.negative,
     )
-    words = classes.names(s.dataset)
+    words = readers.names(s.dataset)
     more = {"bf16": s.precision == "bf16", "download": s.download, "compile": s.compile}
     control = s.sd.controlnet or stable.CONTROLNETS.get(s.edit.control, stable.CONTROLNETS["canny"])
     return stable.load(local(s.sd.base), local(control), words, knobs, device, **more)

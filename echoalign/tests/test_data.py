@@ -11,7 +11,6 @@ import torch
 from conftest import settings
 from PIL import Image
 
-import classes
 import features
 import prepare
 import readers
@@ -122,8 +121,8 @@ def test_real_cifar10_jpeg_copy():
 
 
 def test_class_names():
-    assert len(classes.CIFAR100) == 100 and len(set(classes.names("cifar100"))) == 100
-    assert "stingray fish" in classes.names("cifar100") and classes.names("mnist5k")[3] == "handwritten digit three"
+    assert len(readers.CIFAR100) == 100 and len(set(readers.names("cifar100"))) == 100
+    assert "stingray fish" in readers.names("cifar100") and readers.names("mnist5k")[3] == "handwritten digit three"
 
 
 # -------------------------------------------------------------------------------------------------- features and judge

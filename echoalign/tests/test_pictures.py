@@ -12,7 +12,6 @@ from conftest import start, told
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import classes
 import eval as evaluation
 import features
 import readers
@@ -98,8 +97,8 @@ def test_lite0_is_the_library_s_network_with_the_wheel_s_weights(lite0):
 
 
 def test_imagenet_s_groups_are_disjoint_and_complete():
-    every = [i for group in classes.IMAGENET10.values() for i in group]
-    assert len(every) == len(set(every)) and tuple(classes.IMAGENET10) == classes.CIFAR10 and max(every) < 1000
+    every = [i for group in readers.IMAGENET10.values() for i in group]
+    assert len(every) == len(set(every)) and tuple(readers.IMAGENET10) == readers.CIFAR10 and max(every) < 1000
 
 
 @pytest.mark.realdata
@@ -112,7 +111,7 @@ def test_imagenet_s_groups_name_the_classes_of_cifar10():
     d = readers.load("cifar10", data_dir(""))
     pick = torch.cat([torch.nonzero(d.test.y == k)[:30, 0] for k in range(10)])
     net = features.Lite0(torch.device("cpu"))
-    said = net.grouped(net(d.test.x[pick]), tuple(classes.IMAGENET10.values())).argmax(1).view(10, 30)
+    said = net.grouped(net(d.test.x[pick]), tuple(readers.IMAGENET10.values())).argmax(1).view(10, 30)
     right = (said == torch.arange(10)[:, None]).double().mean(1)
     assert right.mean() > 0.5 and right.min() > 0.25
 

@@ -10,8 +10,8 @@ from conftest import HERE, records, start, told
 
 import echomod
 import train
-from classes import names
 from generator import stable
+from readers import names
 
 CPU = torch.device("cpu")
 
