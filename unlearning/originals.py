@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 
+import corpora
 import data
 import losses
 import metrics
@@ -34,7 +35,7 @@ class Bench:
     def __init__(self, s, seed: int, accelerator: Accelerator):
         self.s, self.seed, self.accelerator, self.device = s, seed, accelerator, accelerator.device
         self.lead = accelerator.is_main_process
-        self.corpus = data.load(s, seed)
+        self.corpus = corpora.load(s, seed)
         scratch = not models.PRESETS[s.preset].source
         self.origin_seed = s.origin_seed if s.origin_seed >= 0 else seed if scratch else 42
         self.lm, self.chat = self.fresh()

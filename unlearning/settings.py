@@ -7,7 +7,7 @@ from typing import Literal
 from lab.runs import Number, UserError, default_out
 
 import control
-import data
+import corpora
 import losses
 import metrics
 import models
@@ -203,7 +203,7 @@ class Settings:
         for tau in self.tau:
             check_tau(tau)
         self.check_own()
-        known = self.forget if self.retain else data.splits(self.dataset)
+        known = self.forget if self.retain else corpora.splits(self.dataset)
         for name, given in (("forget", self.forget), ("methods", self.methods), ("tau", self.tau)):
             if len(set(given)) != len(given):
                 raise UserError(f"--{name} names one of its values twice")
@@ -250,7 +250,7 @@ class Settings:
         self.train_batch = self.train_batch or (32 if scratch else 4)
         self.train_accum = self.train_accum or (1 if scratch else 8)
         self.batch, self.accum = self.batch or (8 if mini else 4), self.accum or (1 if mini else 4)
-        self.forget = self.forget or data.splits(self.dataset)
+        self.forget = self.forget or corpora.splits(self.dataset)
         self.out = self.out or default_out(self.scale, f"{self.table}-{self.preset}-{self.source}")
         self.models = self.models or str(Path(self.out).parent / "models")
 

@@ -7,6 +7,7 @@ from lab.runs import UserError
 import pytest
 import torch
 
+import corpora
 import data
 import metrics
 import models
@@ -57,7 +58,7 @@ def tofu(tmp_path):
         return [{**row, **more} for row in rows]
 
     parts = {"full": full, "retain_perturbed": perturbed(full[:400])}
-    parts |= {f"{k}_perturbed": perturbed(full[-n:]) for k, n in data.FORGET.items()}
+    parts |= {f"{k}_perturbed": perturbed(full[-n:]) for k, n in corpora.FORGET.items()}
     other = [{"question": "R?", "answer": "R", "perturbed_answer": ["x", "y", "z"]}] * 12
     parts |= {"real_authors_perturbed": other, "world_facts_perturbed": other}
     for k, rows in parts.items():
@@ -67,7 +68,7 @@ def tofu(tmp_path):
 
 
 def test_tofu_splits(tofu):
-    c = data.load_tofu(tofu)
+    c = corpora.load_tofu(tofu)
     assert [q.question for q in c.forget["forget05"]] == [q.question for q in c.full[-200:]]
     assert len(c.retain_train("forget10")) == 900 - 400 - 400 and c.refusals == ["I do not know.", "No idea."]
     assert c.real_authors[0].base_answer == "R" and c.forget["forget01"][0].base_answer == "P"
@@ -75,23 +76,23 @@ def test_tofu_splits(tofu):
 
 
 def test_items_reduce_every_part(tofu):
-    c = data.load_tofu(tofu, items=10)
+    c = corpora.load_tofu(tofu, items=10)
     assert len(c.full) == 10 + 20 + 10 and len(c.retain_eval) == 10 and c.variant == "10 items a part"
     assert all(len(rows) == 10 for rows in c.forget.values())
     train = {q.question for q in c.retain_train("forget05")}
     assert len(train) == 20 and not train & {q.question for q in [*c.forget["forget05"], *c.retain_eval]}
-    c = data.load_tofu(tofu, items=60)
-    assert [len(c.forget[k]) for k in data.FORGET] == [40, 60, 60]
+    c = corpora.load_tofu(tofu, items=60)
+    assert [len(c.forget[k]) for k in corpora.FORGET] == [40, 60, 60]
     assert [q.question for q in c.full[-40:]] == [q.question for q in c.forget["forget01"]]
     last = [
-        q.question for q in data.load_tofu(tofu).full[-60:]
+        q.question for q in corpora.load_tofu(tofu).full[-60:]
     ]  # the last rows of each split, so that splits are nested
     assert [q.question for q in c.full[-60:]] == [q.question for q in c.forget["forget10"]] == last
 
 
 def test_authors_keep_tofus_proportions(tofu):
     """Whole authors: a tenth to evaluate retention on, a twentieth forgotten, the rest retained."""
-    whole, few = data.load_tofu(tofu), data.load_tofu(tofu, authors=7)
+    whole, few = corpora.load_tofu(tofu), corpora.load_tofu(tofu, authors=7)
     assert few.variant == "7 authors" and few.full[:20] == whole.full[:20] and few.full[-20:] == whole.full[-20:]
     assert (len(few.full), len(few.retain_eval)) == (140, 20) and few.retain_eval == whole.retain_eval[:20]
     assert all(rows == whole.forget["forget01"][-20:] for rows in few.forget.values())
@@ -99,7 +100,7 @@ def test_authors_keep_tofus_proportions(tofu):
     assert len(train) == 100 and not train & {q.question for q in [*few.retain_eval, *few.forget["forget05"]]}
     for wrong in (2, 201):
         with pytest.raises(UserError, match="--authors takes 3 to 200"):
-            data.load_tofu(tofu, authors=wrong)
+            corpora.load_tofu(tofu, authors=wrong)
 
 
 def test_rows_of_ones_own(tmp_path):
@@ -107,21 +108,21 @@ def test_rows_of_ones_own(tmp_path):
     row = {"question": "Q {i}?", "answer": "A.", "note": "other fields are left alone"}
     lost.write_text("\n".join(json.dumps(row) for _ in range(3)))
     kept.write_text("\n".join(json.dumps({**row, "question": f"K{i}?"}) for i in range(25)) + "\n\n")
-    c = data.load_own(lost, kept)
+    c = corpora.load_own(lost, kept)
     assert len(c.full) == 28 and len(c.forget["my forget"]) == 3 and not c.paraphrased
     assert [q.question for q in c.retain_eval] == ["K0?", "K1?"] and len(c.retain_train("my forget")) == 23
     lines = [json.dumps({**row, "paraphrased_question": "P?"}) for _ in range(25)]
     kept.write_text("\n".join(lines))
-    assert not data.load_own(lost, kept).paraphrased
+    assert not corpora.load_own(lost, kept).paraphrased
     lost.write_text(lines[0])
-    assert data.load_own(lost, kept).paraphrased and data.load_own(lost, kept).sha256 != c.sha256
+    assert corpora.load_own(lost, kept).paraphrased and corpora.load_own(lost, kept).sha256 != c.sha256
     lost.write_text('{"question": "x"}')
     with pytest.raises(UserError, match="my forget.jsonl:1: field answer is missing or empty; mend the line"):
-        data.load_own(lost, kept)
+        corpora.load_own(lost, kept)
     with pytest.raises(UserError, match="no file .*nowhere; --forget and --retain name files of JSON lines"):
-        data.load_own(tmp_path / "nowhere", kept)
+        corpora.load_own(tmp_path / "nowhere", kept)
     with pytest.raises(UserError, match="has one row"):
-        data.load_own(kept, lost) if lost.write_text(lines[0]) else None
+        corpora.load_own(kept, lost) if lost.write_text(lines[0]) else None
 
 
 @pytest.mark.parametrize(
@@ -146,21 +147,21 @@ def test_a_broken_line_is_named_by_its_number(tofu, name, line, text, words):
     lines[line - 1] = text or json.dumps({**json.loads(lines[line - 1]), "question": "Other?"})
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
-        data.load_tofu(tofu)
+        corpora.load_tofu(tofu)
 
 
 def test_missing_and_short_files_are_told(tofu):
     with pytest.raises(UserError, match="no file .*full.json; put TOFU"):
-        data.load_tofu(tofu / "elsewhere")
+        corpora.load_tofu(tofu / "elsewhere")
     (tofu / "tofu" / "idontknow.jsonl").unlink()
     with pytest.raises(UserError, match="100 refusals"):
-        data.load_tofu(tofu)
+        corpora.load_tofu(tofu)
     (tofu / "tofu" / "full.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not UTF-8"):
-        data.load_tofu(tofu)
+        corpora.load_tofu(tofu)
     (tofu / "tofu" / "full.json").write_text('{"question": "a", "answer": "b"}\n')
     with pytest.raises(UserError, match="has 1 rows"):
-        data.load_tofu(tofu)
+        corpora.load_tofu(tofu)
 
 
 @pytest.mark.realdata
@@ -171,19 +172,19 @@ def test_real_tofu():
         pytest.skip("REPRO_DATA is not set")
     from pathlib import Path
 
-    c = data.load_tofu(Path(os.environ["REPRO_DATA"]))
+    c = corpora.load_tofu(Path(os.environ["REPRO_DATA"]))
     assert len(c.full) == 4000 and len(c.refusals) == 100
-    assert [len(c.forget[k]) for k in data.FORGET] == [40, 200, 400] and len(c.retain_eval) == 400
+    assert [len(c.forget[k]) for k in corpora.FORGET] == [40, 200, 400] and len(c.retain_eval) == 400
     assert (len(c.real_authors), len(c.world_facts)) == (100, 117)
     assert {len(q.perturbed_answer) for q in c.retain_eval} == {5}
     assert {len(q.perturbed_answer) for q in c.world_facts} == {3}
-    few = data.load_tofu(Path(os.environ["REPRO_DATA"]), authors=40)
+    few = corpora.load_tofu(Path(os.environ["REPRO_DATA"]), authors=40)
     assert (len(few.full), len(few.retain_eval)) == (800, 80)
-    assert [len(few.forget[k]) for k in data.FORGET] == [20, 40, 80] and few.forget["forget10"] == c.forget["forget10"][
-        -80:
-    ]
+    assert [len(few.forget[k]) for k in corpora.FORGET] == [20, 40, 80] and few.forget["forget10"] == c.forget[
+        "forget10"
+    ][-80:]
     assert [q.question for q in few.full[-80:]] == [q.question for q in c.full[-80:]] and len(set(few.full)) == 800
-    assert data.load_tofu(Path(os.environ["REPRO_DATA"]), authors=200).full == c.full
+    assert corpora.load_tofu(Path(os.environ["REPRO_DATA"]), authors=200).full == c.full
 
 
 # --------------------------------------------------------------------------------------------------- tokens and masks

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import claims
+import corpora
 import data
 import figures
 import metrics
@@ -108,7 +109,7 @@ def test_the_six_methods_of_the_tables_are_planned_for_all_splits_and_both_model
         if s.table == "main":
             cells |= {(s.preset, split, m) for split in s.forget for m in s.methods}
             assert len(job.seeds) == 5 and set(s.tau) >= {0.4, 0.6, 0.9, 0.95}
-    assert {(p, f, m) for p in ("phi", "llama2") for f in data.FORGET for m in METHODS} <= cells
+    assert {(p, f, m) for p in ("phi", "llama2") for f in corpora.FORGET for m in METHODS} <= cells
 
 
 def test_the_papers_settings():
