@@ -274,12 +274,11 @@ class Deem(Answering, nn.Module):
             return None if seed is None else torch.Generator(dev).manual_seed((seed * 4 + k) % 2**63)
 
         z0, out = den.latents.encode(b.targets, stream(0)), {}
-        following, target = [], None
+        following, found = [], []
         if h is not None:
             again = den.latents.encode(2 * b.targets - 1, stream(0)) if w.twice else z0
-            rider, target = self.next_image(b, seen, h, again, stream(2))
-            following = [rider] if len(target) else []
-        found = []
+            rider, target, real = self.next_image(b, seen, h, again, stream(2))
+            following = [rider]
 
         def u_net(z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
             """CSR's samples and, behind them in the same call, NIP's."""
@@ -295,23 +294,26 @@ class Deem(Answering, nn.Module):
         elif following:
             found = self.predict(following)
         if h is not None:
-            out["nip"] = nip_error(found[0], target, n) if found else seen.text.sum() * 0.0
+            out["nip"] = nip_error(found[0], target, n) * real
         return out
 
     def next_image(self, b: Batch, seen: Seen, h: Tensor, z0: Tensor, g: torch.Generator | None):
-        """((noised latents, t, condition, maps of the image before, whether there is one), target) of the images that
-        NIP draws from the text before them; one that opens a document has zero loss and is left out."""
+        """((noised latents, t, condition, maps of the image before, whether there is one), target, 1.0) of the images
+        that NIP draws from the text before them; one that opens a document has zero loss and is left out. Where all do,
+        the first stands for them with weight 0.0, so that every step has a gradient for every weight."""
         den, dev, n = self.denoiser, z0.device, len(z0)
         places = (b.soi - b.bos + 1 > 2).nonzero()[:, 0]
+        real = float(len(places) > 0)
+        places = places if real else places.new_zeros(1)
         learned, previous = (sent(v, dev) for v in (places, b.previous[places].clamp(min=0)))
         t = torch.randint(den.steps, (n,), generator=g, device=dev)
         z, target = den.noised(z0, torch.randn(z0.shape, generator=g, device=dev), t)
         drop = torch.rand(n, 1, 1, generator=g, device=dev) < self.loss.null_share
         own = replace(b, row=b.row[places], soi=b.soi[places], bos=b.bos[places])
-        c = self.context_reader(*self.image_context(h, own)) if len(places) else den.null[:0]
+        c = self.context_reader(*self.image_context(h, own))
         c = torch.where(drop[learned], den.null.to(c.dtype), c)
         maps = [m[previous] for m in seen.maps]
-        return (z[learned], t[learned], c, maps, b.previous[places] >= 0), target[learned]
+        return (z[learned], t[learned], c, maps, b.previous[places] >= 0), target[learned], real
 
     def predict(self, parts: list[tuple]) -> list[Tensor]:
         """One call of the U-Net for parts (z, t, condition, maps, seen); parts without maps (None) come first."""

@@ -321,12 +321,12 @@ def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys, 
         **{"host": {"device": "", "torch": "", "python": ""}, "seconds": 1.0, "peak_memory_mb": 1.0, "scale": "demo"},
     }
     runs.write_json(trained / "seed0" / "record.json", record)
-    other = {**record, "seed": 1, "metrics": {**metrics, "POPE_accuracy": -5.0}}
+    other = {**record, "seed": 1, "metrics": {**metrics, "csr_own": -5.0}}
     runs.write_json(trained / "seed1" / "record.json", other)
     capsys.readouterr()
     call(monkeypatch, "--run", trained, "--device", "cpu")
     said = capsys.readouterr().out
-    assert "seed 0: record agrees" in said and "seed 1: record says" in said and "POPE_accuracy -5, now" in said
+    assert "seed 0: record agrees" in said and "seed 1: record says" in said and "csr_own -5, now" in said
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,12 @@ def test_images_that_open_a_document_have_no_next_image_loss():
     model, _ = make("digits")
     picture = Picture(Image.new("RGB", (16, 16), (200, 200, 200)))
     opener = batch_of(model, [[picture, Text("there is a 3 .")]])
-    assert model.losses(opener, 0)["nip"] == 0
+    out = model.losses(opener, 0)
+    assert out["nip"] == 0
+    out["total"].backward()  # a step without such an image has gradients for all that NIP trains, of zero
+    for part in (model.context_reader, model.context_proj, model.denoiser.net):
+        assert all(p.grad is not None and not p.grad.any() for p in part.parameters())
+    assert model.denoiser.null.grad is not None
     later = batch_of(model, [[Text("there is a 3 ."), picture], [picture, Text("there is a 3 .")]])
     alone = batch_of(model, [[Text("there is a 3 ."), picture]])
     model.loss.null_share = 0.0
