@@ -264,10 +264,21 @@ def of_people(f: pd.DataFrame) -> str:
 
 
 def by_number(f: pd.DataFrame) -> str:
-    """The digits again, with fewer clean images."""
-    found = {n: directly(f, n)[0].values for n in ("100", "300", "1,000") if len(f)}
-    found = {n: interval(v) for n, v in found.items() if len(v) > 1}
-    if not found:
+    """The digits again, with fewer clean images, against the two ways to use them directly, and ELR without any."""
+    out = []
+    for n in ("100", "1,000"):
+        found = [interval(d.values) for d in directly(f, n)] if len(f) else []
+        if not found or any(half != half for _, half in found):
+            continue
+        (alone, a), (kept, b) = found
+        out.append(f"{alone:+.1f} ± {a:.1f} and {kept:+.1f} ± {b:.1f} with {n}")
+    if not out:
         return ""
-    told = ", ".join(f"{mean:+.1f} ± {half:.1f} with {n}" for n, (mean, half) in found.items())
-    return f"With fewer clean digits EchoAlign against training on them alone: {told}."
+    text = (
+        "With fewer clean digits EchoAlign is, against training on them alone and against filtering the noisy ones by "
+    )
+    text += "them, " + ", ".join(out)
+    where = {"table": "clean-images", "setting": "100", "dataset": DIGITS}
+    none = paired(*(values(f, "accuracy", method=m, **where) for m in ("ELR", "EchoAlign")))
+    gap, half = interval(none)
+    return text + (f"; ELR without any is {gap:+.1f} ± {half:.1f} from EchoAlign with 100." if half == half else ".")

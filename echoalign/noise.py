@@ -154,7 +154,6 @@ def make(
     folder: Path,
     cache: Path,
     index: np.ndarray | None = None,
-    norm_std: float = 0.1,
     scale: str = "unit",
 ) -> Labels:
     """The noisy labels of a setting, drawn or read, kept as cache/noise/<name>.npz with the images' fingerprint; index:
@@ -167,7 +166,7 @@ def make(
     digest.update(np.ascontiguousarray(x).tobytes() if kind == "instance" else b"")
     digest.update(variant.encode() + index.tobytes() if kind in HUMAN and index is not None else b"")
     source = digest.hexdigest()
-    more = f"-{norm_std:g}-{scale}" if kind == "instance" else ""
+    more = f"-{scale}" if kind == "instance" else ""
     name = f"{dataset}-{kind}-{rho:g}{more}-seed{seed}-{source[:10]}"
     path = cache / "noise" / f"{name}.npz"
     if path.is_file():
@@ -182,7 +181,7 @@ def make(
         if kind == "none":
             noisy = y.copy()
         elif kind == "instance":
-            noisy = instance_dependent(x, y, rho, classes, seed, norm_std, scale)
+            noisy = instance_dependent(x, y, rho, classes, seed, scale=scale)
         elif kind in HUMAN:
             where = np.arange(len(y)) if index is None else index
             noisy = human(kind, dataset, variant, y, where, folder)

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 import claims
+import figures
 
 JUDGES = {c.id: c.judge for c in claims.CLAIMS}
 D, C = claims.DIGITS, claims.CIFAR
@@ -152,7 +153,12 @@ def test_the_bottom_line_says_what_was_measured():
     real = people(ELR=47.0) + clean("100", 90, 80, 85) + clean("1,000", 90, 95, 94)
     lines = claims.bottom_line({"demo": frame(digits), "real": frame(real)})
     assert len(lines) == 3 and "ELR, gains +7.0" in lines[1] and "lacks 8.0" in lines[1]
-    assert "+10.0 ± 0.0 with 100, -5.0 ± 0.0 with 1,000" in lines[2]
+    assert "+10.0 ± 0.0 and +5.0 ± 0.0 with 100, -5.0 ± 0.0 and -4.0 ± 0.0 with 1,000." in lines[2]
+    elr = [("clean-images", D, "100", "ELR", "accuracy", 93.0)]
+    assert (
+        "ELR without any is +3.0 ± 0.0 from"
+        in claims.bottom_line({"demo": frame(digits), "real": frame(real + elr)})[2]
+    )
     assert claims.bottom_line({"real": frame(real)}) == [] == claims.bottom_line({})
 
 
@@ -161,3 +167,19 @@ def test_a_coin_toss_is_undecided():
     assert JUDGES["4"](rows)[0] == HOLDS
     rows.loc[(rows["method"] == "EchoAlign") & (rows["seed"] == 1), "value"] -= 0.25
     assert JUDGES["4"](rows)[0] == UNDECIDED
+
+
+def test_the_curve_over_clean_images_is_the_first_picture(tmp_path):
+    place = {"table": "clean-images", "dataset": D}
+    rows = [
+        {**place, "setting": str(n), "method": m, "seed": k, "metrics": {"accuracy": v + k, "curve_accuracy": [v]},
+         "data": {"n_pre": n}}
+        for n, v in ((100, 80.0), (300, 90.0)) for m in (*figures.CLEAN, "ELR") for k in (0, 1)
+    ]  # fmt: skip
+    rows += [{**r, "table": "main", "setting": I5} for r in rows]
+    (first, caption), *others = figures.draw(rows, tmp_path, "real")
+    assert first.name == "real-clean-images.png" and "who needs how many clean images" in caption
+    assert len(others) == 1 and all(
+        p.stat().st_size > 5000 for p, _ in (*others, (first, ""))
+    )  # no bars of each number
+    assert not [p for p, _ in figures.draw(rows[len(rows) // 2 :], tmp_path, "real") if "clean" in p.name]
