@@ -39,7 +39,7 @@ class Ranked:
     agreeing: Tensor
     """Share [n] of the ten nearest other pictures with the same label."""
     fit: Tensor
-    """The two multiplied [n]: a label that either of them doubts fits badly."""
+    """The two multiplied [n], neighbours counted with one more that agrees: a label that either doubts fits badly."""
 
     def worst(self) -> list[int]:
         return torch.argsort(self.fit, stable=True).tolist()
@@ -87,7 +87,7 @@ def rank(folder: Path, extract, seed: int = 0) -> Ranked:
     p = selection.out_of_sample(f, y, len(classes), seed, c=10.0)
     p_label, agreeing = selection.label_probability(p, y), selection.knn_agreement(f, y).clamp(max=1)
     relative = [q.relative_to(folder) for q in files]
-    return Ranked(relative, classes, y, p.argmax(1), p_label, agreeing, p_label * agreeing)
+    return Ranked(relative, classes, y, p.argmax(1), p_label, agreeing, p_label * (10 * agreeing + 1) / 11)
 
 
 def table(r: Ranked) -> str:
