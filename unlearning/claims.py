@@ -318,11 +318,18 @@ def on_a_real_model(f: pd.DataFrame) -> list[str]:
     if not all(map(len, (lost, kept, held, *after.values(), *never.values()))):
         return []
     left = ", ".join(f"{m} {v.mean():.2f}" for m, v in after.items())
+    slow = {p: REAL.raw(f, SLOW, p) for p in ("unlearn", "retain")}
+    alone = ""
+    if all(map(len, slow.values())):
+        alone = (
+            f"; GA at a lower rate leaves {slow['unlearn'].mean():.2f} at a retention of {slow['retain'].mean():.2f} "
+        )
+        alone += "without any mixing"
     return [
         f"On SmolLM2-135M and TOFU gradient ascent lowers the extraction strength of a forgotten author to "
         f"{lost.mean():.2f} and of all the others to {kept.mean():.2f}; mixed back to nine tenths of the original's "
         f"retention ({held.mean():.2f}) it still leaves {after['GA'].mean():.2f} of the author.",
-        f"Calibrated to that bar the methods leave {left} of the author.",
+        f"Calibrated to that bar the methods leave {left} of the author{alone}.",
         f"A model that never saw the author has {never['unlearn'].mean():.2f} there, {never['retain'].mean():.2f} on "
         "the others.",
     ]
