@@ -147,6 +147,8 @@ class Settings:
     """Also train a model without each forget split: forget quality of every unlearned model, raw and calibrated."""
     interpolate: bool = False
     """Also mix the original with the retrained model (--retrained), as if that had been unlearned: a control."""
+    only_methods: bool = False
+    """No records of the original and the retrained model: those of another run of the same table and seed stand."""
     export: bool = False
     """Write every model calibrated to the largest tau as a folder that transformers loads, into seed<k>/."""
 

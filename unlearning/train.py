@@ -156,13 +156,13 @@ def baseline(b: Bench, w: Writer, split: str, full: list) -> metrics.Truth | Non
         if w.run is not None:
             set_weights(b.lm, tensors)
             truth = metrics.truth(b.lm, b.chat, b.corpus.forget[split], b.device, b.s.max_length)
-            if not w.has(f"{split}-retrained"):
+            if not (b.s.only_methods or w.has(f"{split}-retrained")):
                 scores = b.sets(split).all_scores(b.lm)
                 w.items(f"{split}-retrained", evaluation.item_rows(b.sets(split), scores, {}, None))
                 found = metrics.four(scores) | evaluation.summaries(b, split, truth)
                 seconds = time.perf_counter() - clock
                 w.record(split, f"{split}-retrained", "Retrained", "calibration=none", found, seconds)
-    if w.run is not None and not w.has(f"{split}-original"):
+    if w.run is not None and not (b.s.only_methods or w.has(f"{split}-original")):
         clock = time.perf_counter()
         set_weights(b.lm, b.original)
         sets, scores = b.sets(split), b.start(split)
