@@ -286,7 +286,9 @@ def parse(text: str, args: list[str]) -> Settings:
     if shown is Settings and {"-h", "--help"} & set(args):
         hidden = [(n, tyro.conf.Suppress[k], field(default_factory=k)) for n, k in PARTS.items()]
         shown = dataclasses.make_dataclass("Brief", hidden, bases=(Settings,))
-        text += "\n" + "Options of parts: " + "; ".join(f"--{n}.help: {first_line(k)}" for n, k in PARTS.items())
+        text += "\nOptions of parts:\n\n" + "\n".join(
+            f"    --{n + '.help':16s} {first_line(k)}" for n, k in PARTS.items()
+        )
     return runs.parse(shown, text, args)
 
 
