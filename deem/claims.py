@@ -94,7 +94,7 @@ def printed_order(better: str, worse: str):
 # --------------------------------------------------------------------------------------------------------- the finding
 
 
-WORDS = {HOLDS: "more accurate", FAILS: "not more accurate", UNDECIDED: "undecided"}
+WORDS = {HOLDS: "more accurate", FAILS: "less accurate", UNDECIDED: "undecided"}
 
 
 def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
@@ -114,21 +114,20 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     own, other = (digits(f, "csr_ratio", m, "stage 1").mean() for m in (DEEM, CLEAN))
     works = all(d.verdict() == HOLDS for d in (*feedback(f), details(f)))
     blind = [d.name.split(",")[0] for d in sees(f)[1:] if d.verdict() != HOLDS]
-    seen = (
-        "all three models look at their pictures" if not blind else f"not shown to look at pictures: {', '.join(blind)}"
-    )
-    lines = [
+    seen = f"not shown to look at pictures: {', '.join(blind)}" if blind else "all three models look at their pictures"
+    named = {"tiny-POPE": (POPE, "POPE_accuracy"), "tiny-MMVP": (MMVP, "MMVP_single_accuracy")}
+
+    def answers(m: str) -> str:
+        said = (f"{k} {verdict(metrics, m)} ({told(metric, m)} points)" for k, (metrics, metric) in named.items())
+        return ", ".join(said)
+
+    return [
         f"On digit scenes CSR {'works' if works else 'does not clearly work'} on the image tokens as the paper says (a "
-        f"scene's own tokens bring its denoising error to {own:.2f} of that with another's, without CSR {other:.2f}; a "
-        f"linear probe finds {told('probe_uncaptioned', CLEAN, 'stage 1')} points more of the digits that short "
-        f"captions leave out).",
-        f"Answers after instruction tuning ({seen}), DEEM against the same training without CSR and against DEEM*:",
+        f"probe finds {told('probe_uncaptioned', CLEAN, 'stage 1')} points more of the digits that short captions "
+        f"leave out); after instruction tuning, against the same training without CSR: {answers(CLEAN)}.",
+        f"Against DEEM*: {answers(BASE)}; {seen}. A scene's own tokens bring its denoising error to {own:.2f} of that "
+        f"with another's, without CSR {other:.2f}.",
     ]
-    ends = {"tiny-POPE": (POPE, "POPE_accuracy"), "tiny-MMVP": (MMVP, "MMVP_single_accuracy")}
-    for end, (name, (metrics, metric)) in zip((";", "."), ends.items(), strict=True):
-        said = [f"{verdict(metrics, m)} ({told(metric, m)} points)" for m in (CLEAN, BASE)]
-        lines[-1] += f" {name} {said[0]} and {said[1]}{end}"
-    return lines
 
 
 FEEDBACK = "The diffusion model's feedback corrects what the encoder sees"

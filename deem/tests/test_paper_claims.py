@@ -135,18 +135,18 @@ def test_what_the_paper_does_not_say_is_a_control():
     assert [c.id for c in claims.CLAIMS if c.timed] == ["5"]
 
 
-@pytest.mark.parametrize("deem, told", [(50.0, "not more accurate"), (70.0, "tiny-POPE more accurate")])
+@pytest.mark.parametrize("deem, told", [(50.0, "tiny-POPE less accurate"), (70.0, "tiny-POPE more accurate")])
 def test_the_bottom_line_is_made_from_the_records(deem, told):
     rows = [*seeds(DEEM, csr_ratio=0.5), *seeds(CLEAN, csr_ratio=1.0), *looking()]
     rows += [*seeds(DEEM, probe_uncaptioned=37.0), *seeds(CLEAN, probe_uncaptioned=28.0)]
     for method, value in ((DEEM, deem), (CLEAN, 60.0), (BASE, 57.0)):
         some = {"POPE_accuracy": value, "MMVP_accuracy": value, "MMVP_single_accuracy": value}
         rows += [record(method, k, "stage 2", **some) for k in range(3)]
-    tokens, answers = claims.bottom_line({"demo": long(rows)})
-    assert "works on the image tokens" in tokens and told in answers and "all three models look" in answers
-    assert all(number in tokens for number in ("0.50", "1.00", "+9.0 ±"))
-    assert f"{deem - 60:+.1f} ± 0.0" in answers and f"{deem - 57:+.1f} ± 0.0" in answers
+    first, second = claims.bottom_line({"demo": long(rows)})
+    assert "works on the image tokens" in first and told in first and "all three models look" in second
+    assert "+9.0 ±" in first and all(number in second for number in ("0.50", "1.00"))
+    assert f"{deem - 60:+.1f} ± 0.0" in first and f"{deem - 57:+.1f} ± 0.0" in second
     rows += seeds(DEEM, "stage 1", "digits", "more scenes", csr_ratio=2.0)
     assert "does not clearly work" in claims.bottom_line({"demo": long(rows)})[0]
     blind = [r for r in rows if "caption_gain" not in r["metrics"]] + looking(deem=-1.0)
-    assert "not shown to look at pictures: DEEM)" in claims.bottom_line({"demo": long(blind)})[1]
+    assert "not shown to look at pictures: DEEM." in claims.bottom_line({"demo": long(blind)})[1]
