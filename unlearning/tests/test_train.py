@@ -206,7 +206,8 @@ def test_the_original_is_shared_and_early_stopping_keeps_the_bar(done, tmp_path,
     folder = done.parent / "models"
     before = {p: p.stat().st_mtime_ns for p in folder.glob("*/model.safetensors")}
     args = [*LEARNED, "--methods", "ga", "--models", folder, "--early-stop", "0.9", "--stop-every", "1", "--unlearn-lr"]
-    run_main(monkeypatch, *args, "0.01", "--out", tmp_path / "s")
+    run_main(monkeypatch, *args, "0.01", "--only-methods", "--out", tmp_path / "s")
+    assert not (tmp_path / "s" / "seed0" / "record-forget-small-original.json").exists()
     assert {p: p.stat().st_mtime_ns for p in folder.glob("*/model.safetensors")} == before
     m = runs.read_record(tmp_path / "s" / "seed0" / "record-forget-small-ga-none.json")["metrics"]
     original = runs.read_record(done / "seed0" / "record-forget-small-original.json")["metrics"]
