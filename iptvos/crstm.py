@@ -61,6 +61,8 @@ class Options:
     """Cells a side that are read together."""
     least: float = 0.2
     """Confidence c_t below which there is no dense prompt."""
+    back: float = 0.5
+    """Share of its interacted area that an object which was lost must reach before propagated frames are read again."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ class Memory:
     last: Tensor | None = None
     """(h, w) the last answer in which the object was seen, or the interacted mask."""
     seen: Entry | None = None
-    """The last propagated frame on which the object was seen."""
+    """The last propagated frame on which the object was seen, as large as it must be to be back."""
+    lost: bool = False
+    """Whether the object was lost in this pass and is not yet back."""
     weights: Tensor | None = None
     """w of equation (3)."""
 
@@ -132,22 +136,36 @@ class Memory:
 
     def start(self, frame: int) -> None:
         """A pass begins at an interacted frame: propagated frames of the last one go."""
-        self.passing, self.seen = [], None
+        self.passing, self.seen, self.lost = [], None, False
         self.last = self.interacted[frame].value
         if self.options.alpha and self.weights is None:
             self.weights = fit(list(self.interacted.values()), self.options.ridge)
 
+    def near(self, frame: int) -> list[Entry]:
+        """Interacted frames, the nearest in time first."""
+        return sorted(self.interacted.values(), key=lambda e: (abs(e.frame - frame), e.frame))
+
     def add(self, entry: Entry) -> None:
-        """A propagated frame."""
+        """A propagated frame. One without the object teaches only that it was hidden: what comes out from behind an
+        occluder looks like the background of the frames on which it was not there yet, so such frames are not read."""
+        area = entry.value.gt(0.5).sum()
+        if not bool(area):
+            self.lost = True
+            return
         self.passing = [*self.passing, entry][-self.options.recent :] if self.options.recent else []
-        if bool((entry.value > self.options.seen).any()):
-            self.last, self.seen = entry.value, entry
+        self.last = entry.value
+        if bool(area >= self.options.back * self.near(entry.frame)[0].value.gt(0.5).sum()):
+            self.lost, self.seen = False, entry
+        elif self.seen is None:
+            self.seen = entry
 
     def entries(self, frame: int) -> list[tuple[Entry, float]]:
-        """What is read for a frame: stored frames and how many cells around a tile."""
+        """What is read for a frame: stored frames and how many cells around a tile. After a loss, until the object is
+        back, only frames on which it was seen well, and all of them: it may come back far from where it was."""
         o = self.options
-        chosen = sorted(self.interacted.values(), key=lambda e: (abs(e.frame - frame), e.frame))[: o.nearest]
-        return [(e, o.far) for e in chosen] + [(e, o.near) for e in self.passing]
+        if self.lost:
+            return self.everywhere(frame)
+        return [(e, o.far) for e in self.near(frame)[: o.nearest]] + [(e, o.near) for e in self.passing]
 
     def region(self, told: Tensor | None = None) -> Tensor:
         """(h, w) boolean: where the object is looked for, also where the prompts `told` (h, w) that it is."""
@@ -159,7 +177,7 @@ class Memory:
     def everywhere(self, frame: int) -> list[tuple[Entry, float]]:
         """What is read once the object is lost: the nearest interacted frame and the last on which it was seen, all
         cells of them."""
-        return [(e, math.inf) for e in (self.entries(frame)[0][0], self.seen) if e is not None]
+        return [(e, math.inf) for e in (self.near(frame)[0], self.seen) if e is not None]
 
     def answer(self, key: Tensor, vector: Tensor | None, frame: int, told: Tensor | None = None) -> Tensor:
         """Equation (4): logits (h, w) of a frame with key (dim, h, w), vector (C + 1, h, w) and prompts P (h, w);

@@ -170,10 +170,36 @@ def test_where_the_object_is_looked_for():
     told = torch.full((H, W), -1.0)
     told[0, 0] = 1
     assert m.region(told).sum() == 10 and bool(m.region(told)[0, 0])
-    m.add(Entry(1, unit(1), torch.full((H, W), 0.1)))  # nothing: it is looked for where it was last seen
+    m.add(Entry(1, unit(1), torch.full((H, W), 0.4)))  # nothing: it is looked for where it was last seen
     assert m.region().sum() == 9 and m.seen is None
-    m.add(Entry(2, unit(2), value.roll(2, 0)))
+    m.add(Entry(2, unit(2), 1.2 * value.roll(2, 0)))
     assert m.region().nonzero()[0].tolist() == [4, 3] and m.seen.frame == 2
+
+
+def test_frames_without_the_object_teach_nothing_and_after_a_loss_it_is_read_everywhere_until_it_is_back():
+    """What hid it was background where it comes back: such frames would say so of the object, too."""
+    value = torch.zeros(H, W)
+    value[1:3, 1:5] = 1
+    m = Memory(Options(alpha=0))
+    m.interact(Entry(0, unit(0), value))
+    m.start(0)
+    m.add(Entry(1, unit(1), value))
+    m.add(Entry(2, unit(2), 0.3 * value))
+    assert m.lost and [e.frame for e in m.passing] == [1] and m.last is value
+    assert [(e.frame, around) for e, around in m.entries(3)] == [(0, math.inf), (1, math.inf)]
+    part = torch.zeros(H, W)
+    part[4, :3] = 1  # three of eight cells: it comes back
+    m.add(Entry(3, unit(3), part))
+    assert m.lost and m.last is part and m.seen.frame == 1
+    assert [(e.frame, around) for e, around in m.entries(4)] == [(0, math.inf), (1, math.inf)]
+    part = part.clone()
+    part[5, 0] = 1
+    m.add(Entry(4, unit(4), part))
+    assert not m.lost and m.seen.frame == 4
+    assert [e.frame for e, _ in m.entries(5)] == [0, 1, 3, 4]
+    m.add(Entry(5, unit(5), 0 * value))
+    m.start(0)  # a new pass
+    assert not m.lost and m.seen is None and [e.frame for e, _ in m.entries(1)] == [0]
 
 
 def test_what_is_not_near_is_found_anywhere():

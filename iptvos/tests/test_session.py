@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import evaluation
+import pipeline
 from methods import METHODS
 from prompts import Interaction, box_of
 from segmenters.interface import Embedding, Geometry
 from session import NOTHING, Session
+from settings import EvalSettings
 from trackers.points import Tracks
 
 H, W, CELLS = 48, 64, 16
@@ -368,3 +372,10 @@ def test_sam_is_asked_in_pixels_of_its_own_input(monkeypatch):
     e = s.encode(np.zeros((96, 128, 3), np.uint8))  # 256 / 128: twice as large
     s.decode(e, [Prompt(np.array([[10, 20]], np.float32), np.array([1]), np.array([5, 6, 50, 60], np.float32))])
     assert seen["points"][0].tolist() == [[[20, 40]]] and seen["boxes"].tolist() == [[10, 12, 100, 120]]
+
+
+def test_the_memory_finds_the_object_again_behind_an_occluder():
+    """Its part that comes out first stands where the frames before had background."""
+    settings = EvalSettings(rounds=1, interaction="mask", method="full")
+    out, _ = evaluation.play(settings, data.draw("occluder", 100), 100, pipeline.build(settings))
+    assert out["j_after_1"] > 0.6
