@@ -109,7 +109,8 @@ def read(path: str | Path, positive: int | None = None, labelled: str = "") -> G
         raise UserError(f"--graph {path}: no such file") from None
     except pickle.UnpicklingError:  # the library's own words are a page on switching its check off
         raise UserError(
-            f"--graph {path} is damaged, or holds more than tensors: save a dict by torch.save(dict(x=x, edge_index=e, y=y), path)"
+            f"--graph {path} is damaged, or holds more than tensors: "
+            "save a dict by torch.save(dict(x=x, edge_index=e, y=y), path)"
         ) from None
     except (OSError, ValueError, TypeError, RuntimeError, EOFError, KeyError) as error:
         raise UserError(f"--graph {path} cannot be read ({str(error).splitlines()[0]})") from None
