@@ -1,4 +1,4 @@
-"""CLIP by name, the names of ImageNet's classes for it, and its answers to MMVP-VLM."""
+"""CLIP by name, and the names of ImageNet's classes for it."""
 
 import os
 from collections.abc import Callable, Sequence

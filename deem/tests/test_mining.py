@@ -1,4 +1,4 @@
-"""RobustVQA mining with a random open_clip model of a few thousand weights, and MMVP-VLM."""
+"""RobustVQA mining with a random open_clip model of a few thousand weights."""
 
 import json
 import random
@@ -308,19 +308,6 @@ def test_official_annotations_are_read_and_described(tmp_path):
     path.write_text("[]")
     with pytest.raises(UserError, match="none of the keys"):
         robustvqa.read_robustvqa(path)
-
-
-# ------------------------------------------------------------------------------------------------------------- MMVP-VLM
-
-
-class Directions:
-    """Stands for a CLIP: a picture's feature is its mean colour, a text's the colours it names."""
-
-    def image_features(self, images, crop):
-        return torch.tensor(np.array([np.asarray(i, np.float64).mean((0, 1)) for i in images]))
-
-    def text_features(self, texts):
-        return torch.tensor([[255.0 * (w in t) for w in ("red", "green", "blue")] for t in texts]).double()
 
 
 def test_shuffling_is_not_disturbed_by_the_global_generator():
