@@ -91,7 +91,8 @@ def rank_folder(e: EvalSettings) -> None:
     doubted = int((r.likeliest != r.y).sum())
     print(f"{len(r.y)} pictures of {len(r.classes)} classes; for {doubted} another class is likelier than their label")
     for i in r.worst()[:5]:
-        print(f"  {r.files[i]}: {r.classes[r.likeliest[i]]} rather than {r.classes[r.y[i]]}")
+        said, other = r.classes[r.y[i]], r.classes[r.likeliest[i]]
+        print(f"  {r.files[i]}: " + (f"{other} rather than {said}" if other != said else f"{said}, unsure"))
     print(f"{out / 'labels.csv'} and {out / 'labels.html'}")
 
 

@@ -193,7 +193,8 @@ def bars(rows: list[dict], place: str):
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="test accuracy, last epoch (%)", title=place, xlim=(max(0, low - 8), 100.5))
     figure.tight_layout()
-    return figure, f"{place}: test accuracy of the last epoch; bars are means, points seeds."
+    how = "; heads on fixed features" if all(r.get("settings", {}).get("model") == "head" for r in rows) else ""
+    return figure, f"{place}{how}: test accuracy of the last epoch; bars are means, points seeds."
 
 
 def _of(rows: list[dict], name: str) -> list[float]:

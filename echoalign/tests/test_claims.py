@@ -152,7 +152,10 @@ def test_the_bottom_line_says_what_was_measured():
     assert len(lines) == 1 and "+19.0" in lines[0] and "clean images explain the gain" in lines[0]
     real = people(ELR=47.0) + clean("100", 90, 80, 85) + clean("1,000", 90, 95, 94)
     lines = claims.bottom_line({"demo": frame(digits), "real": frame(real)})
-    assert len(lines) == 3 and "ELR, gains +7.0" in lines[1] and "lacks 8.0" in lines[1]
+    assert len(lines) == 3 and "ELR, gains +7.0" in lines[1] and "lacks 8.0 ± 0.0 to true labels." in lines[1]
+    stopped = [("main", C, "worse", claims.STOPPED, "accuracy", 45.0)]
+    early = claims.bottom_line({"demo": frame(digits), "real": frame(real + stopped)})[1]
+    assert early.endswith("; plain training that stops after two epochs gains +5.0 ± 0.0.")
     assert "+10.0 ± 0.0 and +5.0 ± 0.0 with 100, -5.0 ± 0.0 and -4.0 ± 0.0 with 1,000." in lines[2]
     elr = [("clean-images", D, "100", "ELR", "accuracy", 93.0)]
     assert (
