@@ -19,6 +19,7 @@ import torch
 
 import evaluation
 from echoselect import quality, sweep
+from generator.build import refuse
 from prepare import Prepared
 from settings import IGNORE, METHODS, Settings, parse
 from tasks import needs_edits, task_of
@@ -148,7 +149,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     if s.dry_run:
         for seed in s.seeds:
-            print(describe(Prepared(s, seed, device)))
+            p = Prepared(s, seed, device)
+            if needs_edits(s):
+                refuse(s)
+            print(describe(p))
         return
     if state.num_processes > 1 and s.stage != "modify":
         raise UserError("several processes share the work of --stage modify alone; run the other stages in one process")

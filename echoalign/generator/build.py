@@ -14,6 +14,15 @@ from generator import nets as generators
 from generator import stable
 
 
+def refuse(s) -> None:
+    """UserError for settings whose edits would be no honest stand-in."""
+    if s.generator == "exact" and s.dataset in readers.PHOTOGRAPHS:
+        raise UserError(
+            "--generator exact is refused on photographs: the closed form gives back the nearest clean image of "
+            "the class; use concat (trained on --pretrain images) or sd"
+        )
+
+
 def build(
     s, d, seed: int, device: torch.device, cache: Path, local: Callable[[str], str], show: bool
 ) -> echomod.Generator:
@@ -21,12 +30,8 @@ def build(
     folder of its weights where that is here."""
     if s.generator == "none":
         raise UserError("--generator none edits nothing; name one for this method or stage")
+    refuse(s)
     if s.generator == "exact":
-        if s.dataset in readers.PHOTOGRAPHS:
-            raise UserError(
-                "--generator exact is refused on photographs: the closed form gives back the nearest clean image of "
-                "the class; use concat (trained on --pretrain images) or sd"
-            )
         return echomod.ExactDenoiser(d.pre.x, d.pre.y, s.strength, s.edit.steps, s.edit.sampler)
     if s.generator in generators.NETS:
         place = cache / "generators" / f"{s.generator}-{seed}"

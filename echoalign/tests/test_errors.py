@@ -257,6 +257,7 @@ def test_the_closed_form_is_refused_on_photographs(capsys, monkeypatch, tmp_path
     args += ["--cache", tmp_path / "c", "--small-loss-epochs", "1", "--eval-last", "1", "--batch", "16"]
     line = told(capsys, monkeypatch, train.main, [*args, "--out", tmp_path / "r"])
     assert "--generator exact is refused on photographs" in line
+    assert told(capsys, monkeypatch, train.main, [*args, "--dry-run"]) == line
     # A small network trained on the held-out images is not: the rehearsal of the run on CIFAR-10.
     net = [
         "--generator",
