@@ -101,21 +101,11 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        lines = [line.strip("│╭╰─╮╯ ") for line in caught.getvalue().splitlines()]
+        # A line a box; its title, on the upper edge, says again what stands in it.
+        lines = [line.strip("│╰─╯ ") for line in caught.getvalue().splitlines() if not line.startswith("╭")]
         raise UserError(" ".join(line for line in lines if line) or "wrong options; see --help") from None
     _options[:] = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(settings)]
-    for field in dataclasses.fields(settings):
-        value = getattr(parsed, field.name)
-        option = f"--{field.name.replace('_', '-')}"
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"{option} must be a finite number, not {number}")
-            if isinstance(number, float) and 0 < abs(number) < LEAST:
-                raise UserError(f"{option} {number} is too small, in float32 it is nothing; the least is {LEAST:.1e}")
-            if isinstance(number, int) and abs(number) >= 2**63:
-                raise UserError(f"{option} {number} is too large; whole numbers end at 9223372036854775807")
-        if isinstance(value, str) and value.startswith("~"):  # the shell leaves the ~ of --out=~/x as it is
-            setattr(parsed, field.name, str(home(value)))
+    _check(parsed, "--")
     seeds = getattr(parsed, "seeds", ())
     if (
         any(s < 0 or s >= 2**31 for s in seeds)
@@ -125,6 +115,24 @@ def parse(settings: type, description: str, args: list[str] | None = None) -> An
     ):
         raise UserError("--seeds takes one or more different whole numbers from 0 to 2147483647")
     return parsed
+
+
+def _check(settings: Any, before: str) -> None:
+    """Numbers that can be counted with, in option groups (nested dataclasses) too; `before` begins an option's name."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        option = f"{before}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{option}.")
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{option} must be a finite number, not {number}")
+            if isinstance(number, float) and 0 < abs(number) < LEAST:
+                raise UserError(f"{option} {number} is too small, in float32 it is nothing; the least is {LEAST:.1e}")
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise UserError(f"{option} {number} is too large; whole numbers end at 9223372036854775807")
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves the ~ of --out=~/x as it is
+            setattr(settings, field.name, str(home(value)))
 
 
 class _Misfit(Exception):

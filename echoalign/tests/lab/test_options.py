@@ -105,6 +105,32 @@ def test_numbers_that_no_machine_counts_with_are_refused(words, said):
     assert cli.parse(Settings, "", ["--batch", str(2**63 - 1), "--eps", "0"]).eps == 0.0
 
 
+@dataclasses.dataclass
+class Group:
+    rate: float = 0.1
+    width: int = 8
+    weights: str = ""
+
+
+@dataclasses.dataclass
+class Grouped:
+    lm: Group = dataclasses.field(default_factory=Group)
+
+
+def test_numbers_and_homes_of_option_groups_are_looked_at_too(monkeypatch):
+    for words in (["--lm.rate", "nan"], ["--lm.rate", "1e-300"], ["--lm.width", str(2**63)]):
+        with pytest.raises(UserError, match=words[0]):
+            cli.parse(Grouped, "", words)
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cli.parse(Grouped, "", ["--lm.weights=~/x", "--lm.rate", "0.5"]) == Grouped(Group(0.5, 8, "/somewhere/x"))
+
+
+def test_what_is_wrong_is_said_once():
+    with pytest.raises(UserError) as told:
+        cli.parse(Settings, "", ["--nosuch", "1"])
+    assert str(told.value).lower().count("unrecognized") == 1
+
+
 @pytest.mark.parametrize(
     "error",
     [
