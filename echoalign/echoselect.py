@@ -9,8 +9,6 @@ L = (1/B) sum_b w(c_b) CE(h(x_b), y~_b)                      (divided by B, not 
 import math
 from dataclasses import dataclass
 
-from lab.runs import UserError
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,11 +32,11 @@ def automatic_threshold(s: Tensor, rule: str) -> float:
     """tau from the similarities alone, no label used. gmm: where the two components of a Gaussian mixture are equally
     likely, between their means; otsu: the histogram's best split."""
     if rule not in ("gmm", "otsu"):
-        raise UserError(f"a threshold is a number, gmm or otsu, not {rule}")
+        raise ValueError(f"a threshold is a number, gmm or otsu, not {rule}")
     v = s[torch.isfinite(s)].numpy()
     if len(np.unique(v)) < 2:
-        raise UserError(
-            f"--threshold {rule}: all similarities are equal, nothing tells the samples apart; give a number"
+        raise ValueError(
+            f"threshold {rule}: all similarities are equal, nothing tells the samples apart; give a number"
         )
     if rule == "otsu":
         from skimage.filters import threshold_otsu
@@ -68,10 +66,12 @@ class Selection:
 def select(features: Tensor, edited_features: Tensor, labels: Tensor, threshold: float | str = "gmm") -> Selection:
     """EchoSelect on your own tensors: features [n, D] of the originals and [n, D] of their edited images by the same
     network, noisy labels int [n]. S = {i : s_i > tau}, s_i the cosine of the two rows; threshold: tau itself, or gmm or
-    otsu, which find it from the similarities. UserError where the three do not belong together."""
+    otsu, which find it from the similarities. ValueError where the three do not belong together."""
     if features.dim() != 2 or features.shape != edited_features.shape or labels.shape != features.shape[:1]:
         shapes = ", ".join(str(tuple(v.shape)) for v in (features, edited_features, labels))
-        raise UserError(f"select takes features [n, D] of originals and of edited images, and labels [n]; not {shapes}")
+        raise ValueError(
+            f"select takes features [n, D] of originals and of edited images, and labels [n]; not {shapes}"
+        )
     s = similarity(features, edited_features).cpu()
     tau = automatic_threshold(s, threshold) if isinstance(threshold, str) else float(threshold)
     keep = by_threshold(s, tau)

@@ -215,7 +215,10 @@ class Prepared:
     def tau(self) -> float:
         given = self.s.threshold
         if given in ("gmm", "otsu"):
-            return echoselect.automatic_threshold(self.similarity, given)
+            try:
+                return echoselect.automatic_threshold(self.similarity, given)
+            except ValueError as error:  # all similarities are equal
+                raise UserError(f"--{error}") from None
         return float(given)
 
     @functools.cached_property

@@ -2,8 +2,6 @@
 
 import math
 
-from lab.runs import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -113,7 +111,7 @@ def test_automatic_thresholds_lie_between_two_groups():
     for rule in ("gmm", "otsu"):
         tau = es.automatic_threshold(torch.cat([s, torch.tensor([torch.nan])]), rule)
         assert 0.4 < tau < 0.7 and int(es.by_threshold(s, tau).sum()) == 200
-    with pytest.raises(UserError, match="all similarities are equal"):
+    with pytest.raises(ValueError, match="all similarities are equal"):
         es.automatic_threshold(torch.ones(5, dtype=torch.float64), "gmm")
 
 
@@ -141,7 +139,7 @@ def test_select_on_a_strangers_tensors():
         found = es.select(f, edited, labels, threshold)
         assert not found.keep[:20].any() and found.keep[20:].all() and found.empty == [0]
         assert torch.equal(found.keep, found.similarity > found.threshold)
-    with pytest.raises(UserError, match="not \\(60, 8\\), \\(59, 8\\), \\(60,\\)"):
+    with pytest.raises(ValueError, match="not \\(60, 8\\), \\(59, 8\\), \\(60,\\)"):
         es.select(f, edited[1:], labels)
-    with pytest.raises(UserError, match="not median"):
+    with pytest.raises(ValueError, match="not median"):
         es.select(f, edited, labels, "median")
