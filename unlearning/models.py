@@ -234,8 +234,8 @@ def converted(gguf: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as new:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
-        hf = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False, trust_remote_code=False)
+        hf = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
         # The numbers are plain float32 now; what says that they were read from GGUF would forbid to write them.
         hf.hf_quantizer = None
         del hf.config.quantization_config
