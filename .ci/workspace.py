@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -49,36 +50,80 @@ def closing(folder, scale, seconds):
     return f"{line}; {int(seconds) / 60:.1f} minutes"
 
 
-def together(jobs, make, target, *folders):
-    """`make TARGET-X` for each folder, so many at a time; the lines of one stay together. -> `X=code ...`"""
+def tell(*lines):
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def side_by_side(jobs, folders, size, work):
+    """`work(folder, environment)` for each folder, so many at a time, the largest first."""
     flags = os.environ.get("MAKEFLAGS", "").split()
     flags = [w for w in flags if not w.startswith(("-j", "--jobserver"))]  # these processes share no tokens
     environment = {**os.environ, "MAKEFLAGS": " ".join(flags)}
-    size = {f: sum(p.stat().st_size for p in Path(f, "tests").rglob("*.py")) for f in folders}
-    left, codes = sorted(folders, key=lambda f: -size[f]), {}
-    printing = threading.Lock()
+    left = sorted(folders, key=size, reverse=True)
 
-    def work():
+    def loop():
         while left:
-            folder = left.pop(0)
-            command = [*make.split(), f"{target}-{folder}"]
-            with printing:
-                print(f"=== {target}: {folder} begins", file=sys.stderr, flush=True)
-            done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
-            codes[folder] = done.returncode
-            with printing:
-                print(f"=== {target}: {folder}", file=sys.stderr)
-                sys.stderr.buffer.write(done.stdout)
-                print(f"=== {target}: {folder} ended with {done.returncode}", file=sys.stderr, flush=True)
+            work(left.pop(0), environment)
 
-    threads = [threading.Thread(target=work) for _ in range(int(jobs))]
+    threads = [threading.Thread(target=loop) for _ in range(int(jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def together(jobs, make, target, *folders):
+    """`make TARGET-X` for each folder, so many at a time; the lines of one stay together. -> `X=code ...`"""
+    codes, printing = {}, threading.Lock()
+
+    def size(folder):
+        return sum(p.stat().st_size for p in Path(folder, "tests").rglob("*.py"))
+
+    def work(folder, environment):
+        with printing:
+            tell(f"=== {target}: {folder} begins")
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run([*make.split(), f"{target}-{folder}"], env=environment, **pipes)
+        codes[folder] = done.returncode
+        with printing:
+            tell(f"=== {target}: {folder}")
+            sys.stderr.buffer.write(done.stdout)
+            tell(f"=== {target}: {folder} ended with {done.returncode}")
+
+    side_by_side(jobs, folders, size, work)
     print(" ".join(f"{'.ci' if f == 'report' else f}={codes[f]}" for f in folders))
+    sys.exit(int(any(codes.values())))
+
+
+def reproduce(jobs, make, scale, *folders):
+    """`make reproduce-X` for each folder, so many at a time, one run of each: one folder's start and tables leave a
+    core that another's runs take. What they print goes to their logs. -> their closing lines."""
+    lines, codes, began = {}, {}, time.monotonic()
+
+    def size(folder):
+        """Seconds of its committed runs, whose records each hold their run's."""
+        path, seconds = Path(folder, "results", f"{scale}.jsonl"), {}
+        for record in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
+            run = record["run"], record["seed"]
+            seconds[run] = max(seconds.get(run, 0), record["seconds"])
+        return sum(seconds.values())
+
+    def work(folder, environment):
+        log, start = Path(folder, "runs", f"reproduce-{scale}.log"), time.monotonic()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        tell(f"=== reproduce: {folder} at scale {scale} begins, log in {log}")
+        with open(log, "w") as out:
+            given = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+            codes[folder] = subprocess.run([*make.split(), "JOBS=1", f"reproduce-{folder}"], **given).returncode
+        try:
+            line = f"{folder}: FAILED, see {log}" if codes[folder] else closing(folder, scale, time.monotonic() - start)
+        except (OSError, ValueError, KeyError) as error:
+            codes[folder], line = 1, f"{folder}: FAILED, its comparison cannot be read ({error}); see {log}"
+        lines[folder] = line
+        tell(f"{line} ({len(codes)} of {len(folders)}, {(time.monotonic() - began) / 60:.0f} minutes)")
+
+    side_by_side(jobs, folders, size, work)
+    print(*(lines[f] for f in folders), sep="\n")
     sys.exit(int(any(codes.values())))
 
 
@@ -322,7 +367,7 @@ def audit(*folders):
 
 
 if __name__ == "__main__":
-    known = stamp, cache, wait, closing, count, together, lint, wheels, sync, audit, findings
+    known = stamp, cache, wait, closing, count, together, reproduce, lint, wheels, sync, audit, findings
     command = {f.__name__: f for f in known}[sys.argv[1]]
     answer = command(*sys.argv[2:])
     if answer:

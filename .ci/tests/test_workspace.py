@@ -107,6 +107,32 @@ def test_a_lock_that_would_be_compiled_is_named_once_for_all(here):
     assert workspace.wheels(str(uv), "a") == ""  # the same lock is not asked about again
 
 
+def test_folders_are_reproduced_side_by_side_the_longest_first(here, capfd):
+    """A make that writes what it was asked, fails in b and leaves c without its comparison; x has no committed runs."""
+    make = here / "make"
+    make.write_text(
+        "#!/bin/bash\nf=${2#reproduce-}\necho asked $*\n[ $f != b ] || exit 3\nmkdir -p $f/runs/demo\n"
+        """[ $f = c ] && echo no || echo '{"line": "'$f': 3 of 3"}' > $f/runs/demo/comparison.json\n"""
+        "[ $f != c ] || echo '{' > $f/runs/demo/comparison.json\n"
+    )
+    make.chmod(0o755)
+    for name, seconds in {"a": [5, 5, 5], "b": [20], "c": [7, 6]}.items():
+        (here / name / "results").mkdir(parents=True)
+        lines = (json.dumps({"run": "r", "seed": k, "seconds": s}) for k, s in enumerate(seconds) for _ in range(9))
+        (here / name / "results" / "demo.jsonl").write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as stop:
+        workspace.reproduce("1", str(make), "demo", "x", "a", "b", "c")
+    said = capfd.readouterr()
+    out, begun = said.out.splitlines(), re.findall(r"reproduce: (\w) at scale demo begins", said.err)
+    assert stop.value.code == 1 and begun == ["b", "a", "c", "x"]
+    assert out[0] == "x: 3 of 3; 0.0 minutes" and out[1] == "a: 3 of 3; 0.0 minutes"
+    assert out[2] == "b: FAILED, see b/runs/reproduce-demo.log" and "c: FAILED, its comparison" in out[3]
+    assert (here / "a/runs/reproduce-demo.log").read_text() == "asked JOBS=1 reproduce-a\n"
+    with pytest.raises(SystemExit) as stop:
+        workspace.reproduce("2", str(make), "demo", "a", "x")
+    assert stop.value.code == 0
+
+
 def test_targets_run_side_by_side_with_their_lines_together(here, capfd):
     make = here / "make.sh"
     make.write_text("#!/bin/bash\necho first $1; sleep 0.2; echo second $1; [[ $1 != *-b ]]\n")
