@@ -2,19 +2,12 @@
 
 A generator has `edit(images, labels, seeds) -> images` (uint8 [n, H, W, C] in, uint8 [n, h, w, C] out; h, w may be
 larger) and `about()`, a dict that names everything its output depends on. Here: SDEdit over any noise predictor, the
-exact denoiser of a finite set of images, and the pass over a data set, shard by shard.
+exact denoiser of a finite set of images, and the edit by a pipeline of diffusers. The file stands alone.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-
-from lab import runs
-from lab.progress import progress
-from lab.runs import UserError
 
 import numpy as np
 import torch
@@ -22,6 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 STEPS = 1000  # of the forward process
+
+
+class NoClass(ValueError):
+    """There is no clean image of a class that is edited towards."""
 
 
 class Generator(Protocol):
@@ -126,7 +123,7 @@ class ExactDenoiser:
 
     def __init__(self, images: Tensor, labels: Tensor, strength: float, steps: int, sampler: str = "ddim"):
         if not len(images):
-            raise UserError("--generator exact needs clean images: give --pretrain")
+            raise NoClass("the exact denoiser needs clean images")
         self.bank = {int(k): to_signal(images[labels == k]).flatten(1) for k in labels.unique()}
         self.strength, self.steps, self.sampler = strength, steps, sampler
         digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -139,7 +136,7 @@ class ExactDenoiser:
     def edit(self, images: Tensor, labels: Tensor, seeds: Sequence[int]) -> Tensor:
         lacking = sorted({int(k) for k in labels.unique()} - self.bank.keys())
         if lacking:
-            raise UserError(f"no clean image of class {lacking[0]} to edit towards; give more by --pretrain")
+            raise NoClass(f"no clean image of class {lacking[0]} to edit towards")
         if not timesteps(self.strength, self.steps):
             return images.clone()
         x0 = to_signal(images)
@@ -175,18 +172,18 @@ def edit(
 
     names: a word a class for the prompt; control: picture -> what its ControlNet is held to, where the pipeline has
     one; knobs go to the pipeline as they are (`strength`, `guidance_scale`, `num_inference_steps`). Each image has a
-    generator of its own from (seed, its index), so the batch changes nothing but rounding. UserError where the parts
+    generator of its own from (seed, its index), so the batch changes nothing but rounding. ValueError where the parts
     do not fit.
     """
     held = getattr(pipe, "controlnet", None) is not None
     if held != (control is not None):
-        raise UserError("edit takes control for a pipeline with a ControlNet, and for no other")
+        raise ValueError("edit takes control for a pipeline with a ControlNet, and for no other")
     if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1]:
-        raise UserError("edit takes images uint8 [n, H, W, C] and labels [n]")
+        raise ValueError("edit takes images uint8 [n, H, W, C] and labels [n]")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        raise UserError(f"labels must lie in 0..{len(names) - 1}, a name each")
+        raise ValueError(f"labels must lie in 0..{len(names) - 1}, a name each")
     out = []
-    for part in _chunks(range(len(images)), batch):
+    for part in chunks(range(len(images)), batch):
         found = [_picture(v).convert("RGB") for v in images[part.start : part.stop].numpy()]
         told = {"image": found, **({"control_image": [control(p) for p in found]} if held else {})}
         words = [prompt.format(name=names[k]) for k in labels[part.start : part.stop].tolist()]
@@ -196,19 +193,8 @@ def edit(
     return torch.cat(out)
 
 
-# --------------------------------------------------------------------------------------- the pass over a whole data set
-
-
-@dataclass
-class Modified:
-    """Every modified image: `full` at the generator's resolution, `small` at the data set's, `ok` False where the
-    generator returned an all-black image three times (left out of training, never selected)."""
-
-    full: Tensor
-    small: Tensor
-    ok: Tensor
-    folder: Path
-    seconds: float
+def chunks(part: range, n: int) -> list[range]:
+    return [part[i : i + n] for i in range(0, len(part), n)]
 
 
 def _picture(image: np.ndarray) -> Image.Image:
@@ -225,94 +211,3 @@ def resize(images: Tensor, size: int) -> Tensor:
         small = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
         out.append(small[..., None] if image.shape[-1] == 1 else small)
     return torch.from_numpy(np.stack(out))
-
-
-def fingerprint(generator: Generator, data_sha: str, labels_sha: str, seed: int) -> dict:
-    return {**generator.about(), "data": data_sha, "labels": labels_sha, "seed": seed}
-
-
-def modify(
-    generator: Generator,
-    images: Tensor,
-    labels: Tensor,
-    seed: int,
-    folder: Path,
-    told: dict,
-    *,
-    shard: int = 512,
-    batch: int = 64,
-    rank: int = 0,
-    world: int = 1,
-    show: bool = True,
-) -> Modified | None:
-    """Edit all images towards their labels into folder/shard-*.safetensors; shards that are there are kept.
-
-    told: the fingerprint, written to manifest.json and compared. Process `rank` of `world` makes every world-th shard;
-    None while shards of other processes are missing.
-    """
-    from time import perf_counter
-
-    manifest = folder / "manifest.json"
-    told = {**told, "shard": shard, "n": len(images)}
-    if manifest.is_file():
-        if runs.read_json(manifest) != json.loads(json.dumps(told)):
-            raise UserError(f"{folder} holds images of another generator or other labels; delete it or change --cache")
-    else:
-        runs.write_json(manifest, told)
-    started, size = perf_counter(), images.shape[1]
-    parts = [range(i, min(i + shard, len(images))) for i in range(0, len(images), shard)]
-    paths = [folder / f"shard-{k:05d}.safetensors" for k in range(len(parts))]
-    todo = [k for k in range(rank, len(parts), world) if not paths[k].is_file()]
-    for k in progress(todo, "modifying", len(todo), hide=not show or not todo, unit="shard"):
-        found = [edit_safely(generator, images, labels, seed, part) for part in _chunks(parts[k], batch)]
-        full, ok = torch.cat([f for f, _ in found]), torch.cat([o for _, o in found])
-        tensors = {"full": full, "ok": ok, "label": labels[parts[k].start : parts[k].stop].clone()}
-        if full.shape[1] != size:  # the form the classifier takes, once
-            tensors["small"] = resize(full, size)
-        runs.write_tensors(paths[k], tensors)
-    if any(not p.is_file() for p in paths):
-        return None
-    tensors = [runs.read_tensors(p)[0] for p in paths]
-    try:
-        full, ok, used = (torch.cat([t[key] for t in tensors]) for key in ("full", "ok", "label"))
-        small = torch.cat([t.get("small", t["full"]) for t in tensors])
-    except (KeyError, RuntimeError):
-        raise UserError(f"{folder}: a shard is not of this pass; delete the folder") from None
-    if not torch.equal(used, labels):
-        raise UserError(f"{folder}: a shard was made for other labels; delete the folder")
-    return Modified(full, small, ok, folder, perf_counter() - started)
-
-
-def _chunks(part: range, n: int) -> list[range]:
-    return [part[i : i + n] for i in range(0, len(part), n)]
-
-
-def edit_safely(generator: Generator, images: Tensor, labels: Tensor, seed: int, part: range) -> tuple[Tensor, Tensor]:
-    """(edited images, ok): all-black results are made again with two further seeds, then marked."""
-    x, y = images[part.start : part.stop], labels[part.start : part.stop]
-    out = generator.edit(x, y, [image_seed(seed, i) for i in part])
-    for attempt in (1, 2):
-        black = (out.flatten(1).amax(1) == 0) & (x.flatten(1).amax(1) > 0)
-        if not black.any():
-            break
-        again = torch.nonzero(black)[:, 0]
-        out[again] = generator.edit(x[again], y[again], [image_seed(seed + attempt, part[i]) for i in again.tolist()])
-    return out, out.flatten(1).amax(1) > 0
-
-
-def check(agreement: float, similarity: float, least: float) -> None:
-    """UserError for a generator that does not do its work on truly wrong-labelled samples: `agreement` of the modified
-    image with the label there (share), `similarity` of original and modified image there (cosine)."""
-    if similarity != similarity or agreement != agreement:
-        return  # no wrong label in the data: nothing to check
-    if similarity > 1 - 1e-6:
-        raise UserError(
-            "the generator returns the instance: modified images of wrong-labelled samples equal the "
-            "originals; raise --strength"
-        )
-    if agreement < least:
-        raise UserError(
-            f"the generator ignores the label: {100 * agreement:.1f} % of the modified images of wrong-labelled "
-            f"samples fit their label, --check asks for {100 * least:.0f} %; weaken the control "
-            "(--edit.control-scale, --edit.control-end), raise --strength or train longer"
-        )

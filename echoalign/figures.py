@@ -3,6 +3,8 @@
 import base64
 from pathlib import Path
 
+from lab.claims import interval
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -58,7 +60,7 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
     mains = [r for r in records if "curve_accuracy" in r["metrics"] and not r["table"].startswith(BESIDE)]
     for place in sorted({(r["table"], r["dataset"], r["setting"]) for r in mains}):
         found = [r for r in rows(place) if "accuracy" in r["metrics"]]
-        add(bars(found, f"{place[1]}, {place[2]}"), f"accuracy-{place[0]}-{place[1]}-{place[2]}")
+        add(accuracies(found, f"{place[1]}, {place[2]}"), f"accuracy-{place[0]}-{place[1]}-{place[2]}")
     return out
 
 
@@ -178,23 +180,27 @@ def curves(rows: list[dict], place: str):
     )
 
 
-def bars(rows: list[dict], place: str):
-    """Accuracy of every method, points are seeds."""
+def accuracies(rows: list[dict], place: str):
+    """Accuracy of every method: means with their intervals, small points are seeds."""
     names = sorted({r["method"] for r in rows}, key=lambda n: np.mean(_of(rows, n)))
     if len(names) < 2:
         return None
     figure, axis = plt.subplots(figsize=(7.6, 0.33 * len(names) + 1.2))
     for k, name in enumerate(names):
         v = _of(rows, name)
-        colour = "#c1272d" if name.startswith("EchoAlign") else "#999999"
-        axis.barh(k, np.mean(v), 0.7, color=colour)
-        axis.plot(v, [k] * len(v), "k.", ms=4)
-    low = min(min(_of(rows, n)) for n in names)
+        mean, half = interval(v)
+        colour = "#c1272d" if name.startswith("EchoAlign") else "#333333"
+        axis.errorbar(mean, k, xerr=None if half != half else half, fmt="o", ms=5, color=colour, capsize=3, lw=1.4)
+        axis.plot(v, [k + 0.25] * len(v), ".", ms=4, color=colour, alpha=0.5)
     axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel="test accuracy, last epoch (%)", title=place, xlim=(max(0, low - 8), 100.5))
+    axis.grid(axis="x", lw=0.4, alpha=0.5)
+    axis.set(xlabel="test accuracy, last epoch (%)", title=place, ylim=(-0.6, len(names) - 0.3))
     figure.tight_layout()
     how = "; heads on fixed features" if all(r.get("settings", {}).get("model") == "head" for r in rows) else ""
-    return figure, f"{place}{how}: test accuracy of the last epoch; bars are means, points seeds."
+    how += "; networks from random weights" if rows[0]["table"] == "scratch" else ""
+    seen = {len(_of(rows, n)) for n in names}
+    what = "means with their 95 % intervals over the seeds (small points)" if max(seen) > 1 else "one seed each"
+    return figure, f"{place}{how}: test accuracy of the last epoch; {what}."
 
 
 def _of(rows: list[dict], name: str) -> list[float]:

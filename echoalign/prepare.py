@@ -26,6 +26,7 @@ import readers
 from baselines import selection
 from baselines.semi import clean_probability, scaled
 from cache import alone, fingerprint, kept
+from generator import shards
 from generator.build import build
 from methods import WarmUp
 from readers import Part
@@ -78,13 +79,13 @@ class Prepared:
         place = self.folder / "weights" / (name.split("/")[-1] + end)
         return str(place) if place.exists() else name
 
-    def modify(self, rank: int = 0, world: int = 1) -> echomod.Modified | None:
-        told = echomod.fingerprint(self.generator, self.data.sha256, self.noisy.sha256, self.seed)
+    def modify(self, rank: int = 0, world: int = 1) -> shards.Modified | None:
+        told = shards.fingerprint(self.generator, self.data.sha256, self.noisy.sha256, self.seed)
         told |= {"limit": self.s.train_limit, "pretrain": self.s.pretrain, "batch": self.s.edit.batch}
         folder = self.cache / "modified" / fingerprint({**told, "shard": self.s.edit.shard})
         sizes = {"shard": self.s.edit.shard, "batch": self.s.edit.batch, "show": self.show}
         with alone(folder) if world == 1 else contextlib.nullcontext():
-            return echomod.modify(
+            return shards.modify(
                 *(self.generator, self.data.train.x, self.y, self.seed, folder, told),
                 **sizes,
                 rank=rank,
@@ -92,7 +93,7 @@ class Prepared:
             )
 
     @functools.cached_property
-    def modified(self) -> echomod.Modified:
+    def modified(self) -> shards.Modified:
         return self.modify()
 
     # ------------------------------------------------------------------------------------------------ what was learnt
@@ -160,14 +161,20 @@ class Prepared:
             return features.Pca(d.pre.x, s.pca_width, self.seed)
         return features.Penultimate(self.pretrained[0].plain[0], d.size, self.device)
 
-    def _features(self, what: str, told: dict, images: Callable[[], Tensor]) -> Tensor:
-        if self.s.features not in features.READY:  # quick, and clean images they are fitted to differ by seed
-            return self.extractor(images())
+    @functools.cached_property
+    def lite0(self) -> features.Lite0:
+        return self.extractor if self.s.features == "lite0" else features.Lite0(self.device)
+
+    def _features(self, what: str, told: dict, images: Callable[[], Tensor], by=None) -> Tensor:
+        """Of `images` by the extractor, or another; kept where a network of other people makes them."""
         s = self.s
-        told = {**told, **self.extractor.about(), "what": what, "limit": 0, "pretrain": 0, "seed": 0}
+        if by is None and s.features not in features.READY:  # quick, and clean images they are fitted to differ by seed
+            return self.extractor(images())
+        by = by or self.extractor
+        told = {**told, **by.about(), "what": what, "limit": 0, "pretrain": 0, "seed": 0}
         if s.dataset in readers.WHEEL or what != "test" and (s.pretrain or s.train_limit):  # the images are drawn
             told |= {"limit": s.train_limit, "pretrain": s.pretrain, "seed": self.seed}
-        made = kept(self.cache / "features" / fingerprint(told), lambda _: {"f": self.extractor(images())})
+        made = kept(self.cache / "features" / fingerprint(told), lambda _: {"f": by(images())})
         return made["f"]
 
     @functools.cached_property
@@ -295,8 +302,12 @@ class Prepared:
     def judge(self, images: Tensor, own: bool) -> Tensor:
         """Label [n] that an independent judge sees: nearest neighbour among truly labelled training and test images,
         which contain none of the generator's; own: `images` are the originals, whose own row is left out. With
-        --judge clip: zero-shot CLIP."""
+        --judge lite0 a regression on EfficientNet-Lite0's features of the test images and their true labels, which
+        neither generator nor classifier has seen; with --judge clip zero-shot CLIP."""
         d = self.data
+        if self.s.judge == "lite0":
+            known = self._features("test", {"data": d.sha256}, lambda: d.test.x, self.lite0)
+            return selection.fitted(known, d.test.y, self.lite0(images), d.kind.classes).argmax(1)
         if self.s.judge == "clip":
             words = readers.names(self.s.dataset)
             clip = self.extractor if self.s.features == "clip" else None
@@ -306,12 +317,17 @@ class Prepared:
         bank, labels = torch.cat([d.train.x, d.test.x]), torch.cat([d.train.y, d.test.y])
         return features.nearest(bank, labels, images, torch.arange(len(d.train)) if own else None)
 
+    @functools.cached_property
+    def shown(self) -> Tensor:
+        """Label [n] that the judge sees in each modified image."""
+        return self.judge(self.modified.small, False)
+
     def edits(self) -> dict[str, float]:
         """What is reported of the modified images; per cent, except similarities, SSIM and Frechet distances."""
         m, d, out = self.modified, self.data, {}
         s = self.similarity
         out["edit_failed"] = int((~m.ok).sum())
-        seen, before = self.judge(m.small, False) == self.y, self.judge(d.train.x, True) == self.y
+        seen, before = self.shown == self.y, self.judge(d.train.x, True) == self.y
         for name, mask in (("wrong", ~self.right), ("right", self.right)):
             if mask.any():
                 out[f"agreement_{name}"] = 100 * float(seen[mask].double().mean())
@@ -334,8 +350,8 @@ class Prepared:
         if bool(self.right.all()):
             return
         wrong = ~self.right
-        agreement = float((self.judge(self.modified.small[wrong], False) == self.y[wrong]).double().mean())
-        echomod.check(agreement, float(self.similarity[wrong].nanmean()), self.s.check)
+        agreement = float((self.shown == self.y)[wrong].double().mean())
+        shards.check(agreement, float(self.similarity[wrong].nanmean()), self.s.check)
 
     def part(self, mask: Tensor) -> Part:
         """Originals of the training part with their noisy labels."""

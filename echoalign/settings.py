@@ -102,8 +102,9 @@ class Settings:
     """Warm-up of the small-loss rule; 0: 70 (released code), wheel sets 15."""
     small_loss_ratio: Number = -1.0
     """Share of each class the rule keeps; -1: min(1 - 1.2 rate, 0.9 (1 - rate)) (released code)."""
-    judge: Literal["auto", "nearest", "clip"] = "auto"
-    """Who says what a modified image shows; auto: clip with --features clip, else nearest truly labelled image."""
+    judge: Literal["auto", "nearest", "lite0", "clip"] = "auto"
+    """Who says what a modified image shows; auto: clip with --features clip, lite0 (a regression on its features of the
+    test images) for photographs, else the nearest truly labelled image, pixel by pixel."""
 
     model: Literal[("auto", *models.NAMES)] = "auto"
     """Classifier; auto: resnet18 (CIFAR-10), resnet34 (CIFAR-100), cnn (wheel sets, MNIST); resnet18-w16: a
@@ -244,7 +245,9 @@ class Settings:
         by_data = {"cifar100": "resnet34", "mnist": "cnn"}
         auto = "cnn" if small else by_data.get(self.dataset, "resnet18")
         self.model = auto if self.model == "auto" else self.model
-        self.judge = ("clip" if self.features == "clip" else "nearest") if self.judge == "auto" else self.judge
+        if self.judge == "auto":
+            photographs = self.dataset in readers.PHOTOGRAPHS
+            self.judge = "clip" if self.features == "clip" else "lite0" if photographs else "nearest"
         if self.threshold == "auto":
             published = PUBLISHED_TAU.get((self.dataset, self.noise), "gmm")
             self.threshold = published if sd and self.features == "clip" else "gmm"

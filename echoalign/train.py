@@ -4,7 +4,7 @@
     python train.py --methods ce echoalign dividemix --noise symmetric --rate 0.5
     python train.py --stage generator --generator concat                    # train the small generator alone
     python train.py --dataset cifar10 --generator sd --features clip --threshold 0.52 --download
-    accelerate launch train.py --stage modify --dataset cifar10 --generator sd    # shards over all GPUs
+    accelerate launch -q train.py --stage modify --dataset cifar10 --generator sd    # shards over all GPUs
 
 The run lands in runs/<scale>/<name>/ and goes on from its last checkpoint when started again.
 """

@@ -32,6 +32,8 @@ def build(
         raise UserError("--generator none edits nothing; name one for this method or stage")
     refuse(s)
     if s.generator == "exact":
+        if not len(d.pre):
+            raise UserError("--generator exact needs clean images: give --pretrain")
         return echomod.ExactDenoiser(d.pre.x, d.pre.y, s.strength, s.edit.steps, s.edit.sampler)
     if s.generator in generators.NETS:
         place = cache / "generators" / f"{s.generator}-{seed}"

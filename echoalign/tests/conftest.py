@@ -25,6 +25,12 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+def toy(n=24, size=8, channels=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (n, size, size, channels), generator=g, dtype=torch.uint8)
+    return x, torch.arange(n) % 3
+
+
 def start(monkeypatch, *args, main=train.main):
     gc.collect()  # a traceback may still hold the run before, and with it the lock of its folder
     monkeypatch.setattr(sys, "argv", ["x", *map(str, args)])

@@ -79,6 +79,17 @@ def drawn(symmetric, instance):
     return [("main", C, s, "CE", "accuracy", v) for s, v in told.items()]
 
 
+def stopped(**others):
+    told = {"instance 0.4": 55.1, "symmetric 0.4": 55.1, "random1": 55.1, **others}
+    rows = [(s, m, v) for s, early in told.items() for m, v in ((claims.STOPPED, early), ("ELR", 55.0))]
+    return [("main", C, s, m, "accuracy", v) for s, m, v in rows]
+
+
+def scratch(small, end, best):
+    told = (("small-loss", "accuracy", small), ("CE", "accuracy", end), ("CE", "accuracy_best", best))
+    return [("scratch", C, "worse", *row) for row in told]
+
+
 def selecting(**others):
     told = {**dict.fromkeys(claims.FREE, 20.0), **others}
     return [("main-selection", C, "worse", m, "retained_99_share", v) for m, v in told.items()]
@@ -101,6 +112,11 @@ CASES = [
     *[("H4", selecting(**{m: 33.1}), False) for m in claims.FREE],
     ("H5", people(**dict.fromkeys(("JoCoR", "small-loss", "Co-teaching"), 50.1)), True),
     ("H5", people(**{"JoCoR": 50.1, "small-loss": 50.1, "Co-teaching": 49.7}), False),
+    ("H6", stopped(), True),
+    *[("H6", stopped(**{s: 54.9}), False) for s in ("instance 0.4", "symmetric 0.4", "random1")],
+    ("H7", scratch(50.1, 45, 50), True),
+    ("H7", scratch(49.9, 45, 50), False),
+    ("H7", scratch(50.1, 50.2, 50), False),
     *[(f"N{n.replace(',', '')}", clean(n, 90.1, 90, 90), True) for n in ("100", "300", "1,000")],
     *[(f"N{n.replace(',', '')}", clean(n, 90.1, 90, 90.2), False) for n in ("100", "300", "1,000")],
     *[(f"N{n.replace(',', '')}", clean(n, 90.1, 90.2, 90), False) for n in ("100", "300", "1,000")],
@@ -157,6 +173,8 @@ def test_the_bottom_line_says_what_was_measured():
     early = claims.bottom_line({"demo": frame(digits), "real": frame(real + stopped)})[1]
     assert early.endswith("; plain training that stops after two epochs gains +5.0 ± 0.0.")
     assert "+10.0 ± 0.0 and +5.0 ± 0.0 with 100, -5.0 ± 0.0 and -4.0 ± 0.0 with 1,000." in lines[2]
+    lines = claims.bottom_line({"demo": frame(digits), "real": frame(real + scratch(50, 45, 52))})
+    assert len(lines) == 4 and lines[2].endswith("best epoch, +5.0 ± 0.0 and -2.0 ± 0.0 points.")
     elr = [("clean-images", D, "100", "ELR", "accuracy", 93.0)]
     assert (
         "ELR without any is +3.0 ± 0.0 from"
@@ -182,7 +200,10 @@ def test_the_curve_over_clean_images_is_the_first_picture(tmp_path):
     rows += [{**r, "table": "main", "setting": I5} for r in rows]
     (first, caption), *others = figures.draw(rows, tmp_path, "real")
     assert first.name == "real-clean-images.png" and "who needs how many clean images" in caption
-    assert len(others) == 1 and all(
-        p.stat().st_size > 5000 for p, _ in (*others, (first, ""))
-    )  # no bars of each number
+    assert len(others) == 1 and all(p.stat().st_size > 5000 for p, _ in (*others, (first, "")))  # none of each number
     assert not [p for p, _ in figures.draw(rows[len(rows) // 2 :], tmp_path, "real") if "clean" in p.name]
+    assert "means with their 95 % intervals" in others[0][1]
+    one = figures.draw(
+        [r for r in rows if (r["seed"], r["table"], r["data"]["n_pre"]) == (0, "main", 100)], tmp_path, "real"
+    )
+    assert one[0][1].endswith("last epoch; one seed each.")  # without an interval

@@ -15,6 +15,7 @@ import features
 import prepare
 import readers
 import tasks
+from baselines import selection
 from settings import METHODS
 from trainer import fit
 
@@ -210,20 +211,43 @@ def test_a_whole_selection_with_clip(tmp_path, clip, monkeypatch):
     assert torch.equal(again.similarity, p.similarity)
 
 
-def test_a_head_on_features_of_a_network(tmp_path, monkeypatch):
-    """Every method reads features in the images' place, those of the edited images too; the noise is that of pixels."""
+class Extractor:
+    """In EfficientNet-Lite0's place: a random projection of 8x8 images."""
+
     project = torch.randn(64, 24, generator=torch.Generator().manual_seed(0))
 
-    class Extractor:
-        def __init__(self, device):
-            pass
+    def __init__(self, device):
+        self.seen = []
 
-        def about(self):
-            return {"features": "made"}
+    def about(self):
+        return {"features": "made"}
 
-        def __call__(self, images):
-            return images.flatten(1).float() / 255 @ project
+    def __call__(self, images):
+        self.seen.append(len(images))
+        return images.flatten(1).float() / 255 @ self.project
 
+
+def test_the_judge_of_photographs_is_a_regression_on_the_test_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.features, "Lite0", Extractor)
+    p = prepare.Prepared(settings("--judge", "lite0", "--train-limit", "200", "--cache", tmp_path), 0, CPU, show=False)
+    x, y = p.data.train.x, p.data.train.y
+    f = Extractor(CPU)
+    own = selection.fitted(f(p.data.test.x), p.data.test.y, f(x), 10).argmax(1)
+    assert torch.equal(p.judge(x, True), own) and (own == y).double().mean() > 0.8
+    wrong = ~p.right
+    told = p.edits()
+    assert told["agreement_wrong"] == pytest.approx(100 * float((p.shown == p.y)[wrong].double().mean()))
+    p.shown[wrong] = -1
+    with pytest.raises(UserError, match="ignores the label: 0.0 %"):
+        p.s.check = 0.5
+        p.check()
+    assert p.lite0.seen == [300, 200, 200, 200]  # the test images once, the originals twice, the edited ones once
+    auto = settings("--dataset", "cifar10", "--generator", "concat", "--pretrain", "100")
+    assert auto.judge == "lite0" and settings().judge == "nearest"
+
+
+def test_a_head_on_features_of_a_network(tmp_path, monkeypatch):
+    """Every method reads features in the images' place, those of the edited images too; the noise is that of pixels."""
     monkeypatch.setattr(prepare.features, "Lite0", Extractor)
     more = ["--model", "head", "--features", "lite0", "--train-limit", "60", "--cache", tmp_path, "--batch", "16"]
     more += ["--rate", "0.1", "--epochs", "8", "--divide.warmup", "4", "--pair.lr", "0.01"]

@@ -1,4 +1,7 @@
-"""Editing: the sampler, the exact denoiser, the trained generators, the pass over shards, the check."""
+"""Editing: the sampler, the exact denoiser, the trained generators and their training."""
+
+import ast
+import sys
 
 from lab import runs
 from lab.runs import UserError
@@ -6,21 +9,13 @@ from lab.runs import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, records, same_runs, settings, start, told
+from conftest import HERE, TINY, records, same_runs, start, toy
 from torch import nn
 
 import echomod
-import prepare
-import train
 from generator import nets as generators
 
 CPU = torch.device("cpu")
-
-
-def toy(n=24, size=8, channels=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(0, 256, (n, size, size, channels), generator=g, dtype=torch.uint8)
-    return x, torch.arange(n) % 3
 
 
 def net(kind="concat", size=8, channels=1):
@@ -288,81 +283,6 @@ def test_generator_training_learns_and_tells_of_what_it_cannot(tmp_path):
         trained(final)
 
 
-# --------------------------------------------------------------------------------------------------- the pass, shards
-
-
-def run_pass(folder, g=None, told=None, **more):
-    x, y = toy(23)
-    return echomod.modify(
-        g or generator("exact"), x, y, 0, folder, told or {"a": 1}, shard=7, batch=3, show=False, **more
-    )
-
-
-def test_the_pass_goes_on_after_the_last_whole_shard(tmp_path):
-    whole = run_pass(tmp_path / "a")
-    count = [0]
-
-    class Stopped:
-        def edit(self, *args):
-            count[0] += 1
-            if count[0] > 4:  # inside the second shard
-                raise KeyboardInterrupt
-            return generator("exact").edit(*args)
-
-    with pytest.raises(KeyboardInterrupt):
-        run_pass(tmp_path / "b", Stopped())
-    assert [p.name for p in sorted((tmp_path / "b").glob("shard*"))] == ["shard-00000.safetensors"]
-    stamp = (tmp_path / "b" / "shard-00000.safetensors").stat().st_mtime_ns
-    again = run_pass(tmp_path / "b")
-    assert torch.equal(again.full, whole.full) and len(again.full) == 23
-    assert (tmp_path / "b" / "shard-00000.safetensors").stat().st_mtime_ns == stamp
-    for a, b in zip(sorted((tmp_path / "a").glob("shard*")), sorted((tmp_path / "b").glob("shard*")), strict=True):
-        assert a.read_bytes() == b.read_bytes()
-
-
-def test_processes_share_the_shards(tmp_path):
-    assert run_pass(tmp_path / "a", rank=1, world=2) is None
-    assert len(list((tmp_path / "a").glob("shard*"))) == 2
-    both = run_pass(tmp_path / "a", rank=0, world=2)
-    assert torch.equal(both.full, run_pass(tmp_path / "b").full)
-
-
-def test_foreign_and_broken_shards_are_told(tmp_path):
-    run_pass(tmp_path)
-    with pytest.raises(UserError, match="another generator or other labels"):
-        run_pass(tmp_path, told={"a": 2})
-    path = tmp_path / "shard-00001.safetensors"
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(UserError, match="is damaged"):
-        run_pass(tmp_path)
-    runs.write_tensors(path, {"x": torch.zeros(1)})
-    with pytest.raises(UserError, match="not of this pass"):
-        run_pass(tmp_path)
-
-
-def test_black_images_are_made_again_then_marked(tmp_path):
-    class Black:
-        def edit(self, images, labels, seeds):
-            out = images.clone()
-            for k, s in enumerate(seeds):
-                if s == echomod.image_seed(0, 3) or labels[k] == 2:
-                    out[k] = 0
-            return out
-
-    m = run_pass(tmp_path, Black())
-    _, y = toy(23)
-    assert torch.equal(m.ok, y != 2) and m.full[3].any()
-
-
-def test_large_edits_are_also_kept_at_the_data_sets_size(tmp_path):
-    class Large:
-        def edit(self, images, labels, seeds):
-            return images.repeat_interleave(2, 1).repeat_interleave(2, 2)
-
-    m = run_pass(tmp_path, Large())
-    assert m.full.shape[1:] == (16, 16, 1) and m.small.shape[1:] == (8, 8, 1)
-
-
 def test_shrinking_smooths():
     """Stripes of one pixel become grey, which taking every other pixel would not give."""
     stripes = torch.zeros(2, 16, 16, 3, dtype=torch.uint8)
@@ -373,41 +293,15 @@ def test_shrinking_smooths():
     assert torch.equal(echomod.resize(stripes[..., :1], 8)[..., 0], small[..., 0])
 
 
-# ---------------------------------------------------------------------------------------------------------- the check
-
-
-class Ignores:
-    """A generator whose result has nothing to do with the label."""
-
-    def about(self):
-        return {"generator": "ignores"}
-
-    def edit(self, images, labels, seeds):
-        return torch.roll(images, 3, 0)
-
-
-class Returns(Ignores):
-    def edit(self, images, labels, seeds):
-        return images.clone()
-
-
-@pytest.mark.parametrize(("kind", "words"), [(Ignores, "ignores the label"), (Returns, "returns the instance")])
-def test_a_generator_that_does_not_do_its_work_fails_its_check(tmp_path, monkeypatch, capsys, kind, words):
-    monkeypatch.setattr(prepare.Prepared, "generator", property(lambda self: kind()))
-    args = [*TINY, "--stage", "modify", "--check", "0.5", "--out", tmp_path / "r", "--cache", tmp_path / "c"]
-    assert words in told(capsys, monkeypatch, train.main, args)
-
-
-def test_the_exact_generator_passes_its_check(tmp_path, monkeypatch, cache):
-    start(monkeypatch, *TINY, "--stage", "modify", "--check", "0.5", "--out", tmp_path / "r", "--cache", cache)
-    p = prepare.Prepared(settings("--cache", cache), 0, CPU, show=False)
-    wrong = ~p.right
-    fits = (p.judge(p.modified.small, False) == p.y)[wrong].double().mean()
-    before = (p.judge(p.data.train.x, True) == p.y)[wrong].double().mean()
-    assert fits > 0.6 and before < 0.05
-    with pytest.raises(UserError, match="ignores the label"):
-        echomod.check(0.3, 0.5, 0.5)
-    echomod.check(float("nan"), 0.5, 0.5)  # no wrong label: nothing to say
+@pytest.mark.parametrize("name", ["echomod.py", "echoselect.py"])
+def test_the_contribution_stands_alone(name):
+    """Inside functions too it imports libraries, and nothing of this folder."""
+    nodes = list(ast.walk(ast.parse((HERE / name).read_text())))
+    found = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    found |= {"." * n.level + (n.module or "").split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+    own = {p.stem for p in HERE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert {"torch", "numpy"} < found and not found & own and not any(v.startswith(".") for v in found)
+    assert found <= {*sys.stdlib_module_names, "torch", "numpy", "PIL", "sklearn", "scipy", "skimage", "diffusers"}
 
 
 def test_a_run_with_a_trained_generator_end_to_end(tmp_path, monkeypatch, cache):

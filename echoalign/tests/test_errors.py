@@ -15,6 +15,7 @@ from conftest import HERE, TINY, environment, start, told
 
 import bench
 import eval as evaluation
+import prepare
 import train
 from settings import METHODS, PARTS, Settings, parse
 
@@ -239,6 +240,9 @@ def test_the_closed_form_is_refused_on_photographs(capsys, monkeypatch, tmp_path
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (120, 8, 8, 3), generator=g, dtype=torch.uint8)
     photographs = (x, torch.arange(120) % 10, x, torch.arange(120) % 10), "made"
+    monkeypatch.setattr(prepare.features.Lite0, "__init__", lambda self, device: None)
+    monkeypatch.setattr(prepare.features.Lite0, "about", lambda self: {"features": "made"})
+    monkeypatch.setattr(prepare.features.Lite0, "__call__", lambda self, images: images.flatten(1).float())
     monkeypatch.setitem(readers.READERS, "cifar10", lambda folder, download: photographs)
     args = [
         "--dataset",

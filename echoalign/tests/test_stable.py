@@ -145,7 +145,7 @@ def test_edit_with_a_pipeline_of_ones_own(weights):
     assert grey.shape == (3, 64, 64, 3)
     for bad, words in (({"control": lambda p: p}, "for no other"), ({"labels": y + 9}, "must lie in 0..9"),
                        ({"images": x.float()}, "uint8")):  # fmt: skip
-        with pytest.raises(runs.UserError, match=words):
+        with pytest.raises(ValueError, match=words):
             echomod.edit(free, **{"images": x, "labels": y, **knobs, **bad})
 
 
