@@ -131,6 +131,8 @@ def _cifar(name: str, folder: Path, download: bool) -> tuple:
         "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
         "cifar100": (datasets.CIFAR100, "cifar-100-python"),
     }[name]
+    copy = name == "cifar10" and ((folder / "cifar10" / "train").is_dir() or _tar(folder).is_file())
+    download = download and not copy  # what is here is not fetched again
     root = folder / name if download or (folder / name / present).exists() else folder
     if (root / present).exists() or download:
         try:
@@ -138,7 +140,7 @@ def _cifar(name: str, folder: Path, download: bool) -> tuple:
         except (RuntimeError, EOFError, ValueError, zlib.error, tarfile.TarError, OSError) as error:
             raise UserError(f"{KINDS[name].title} in {root} could not be fetched or read ({error})") from None
         return tuple(v for p in parts for v in (p.data, np.array(p.targets))), "paper"
-    if name == "cifar10" and ((folder / "cifar10" / "train").is_dir() or _tar(folder).is_file()):
+    if copy:
         return _cifar_jpeg(folder), JPEG
     raise missing(name, folder)
 
@@ -186,7 +188,13 @@ def _cifar_jpeg(folder: Path) -> tuple:
 
 def _mnist(folder: Path, download: bool) -> tuple:
     """The four idx files, gzipped or not."""
-    if download:
+
+    def place(stem: str) -> Path | None:
+        places = [folder / d / (stem + e) for d in ("mnist", "MNIST/raw") for e in (".gz", "")]
+        return next((p for p in places if p.is_file()), None)
+
+    stems = [split + part for split in ("train-", "t10k-") for part in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if download and not all(map(place, stems)):
         from torchvision import datasets
 
         try:
@@ -195,8 +203,7 @@ def _mnist(folder: Path, download: bool) -> tuple:
             raise UserError(f"MNIST could not be fetched ({error}); see --data-dir") from None
 
     def idx(stem: str, head: int, shape: tuple) -> np.ndarray:
-        places = [folder / d / (stem + e) for d in ("mnist", "MNIST/raw") for e in (".gz", "")]
-        path = next((p for p in places if p.is_file()), None)
+        path = place(stem)
         if path is None:
             raise missing("mnist", folder)
         try:

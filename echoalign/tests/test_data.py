@@ -92,13 +92,26 @@ def test_cifar10_in_its_own_order(tmp_path, monkeypatch):
         readers.load("cifar10", tmp_path, seed=0, train_limit=101)
 
 
-def test_mnist_idx_files(tmp_path):
+def test_the_copy_of_cifar10_that_is_here_is_not_fetched_again(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)
+    parts = tuple(torch.from_numpy(v) for v in (np.zeros((20, 8, 8, 3), np.uint8), np.arange(20) % 10) * 2)
+    monkeypatch.setattr(readers, "_cifar_jpeg", lambda folder: parts)
+    monkeypatch.setattr(CIFAR10, "download", lambda self: pytest.fail("what is here was fetched again"))
+    assert readers.load("cifar10", tmp_path, download=True).variant == readers.JPEG
+
+
+def test_mnist_idx_files(tmp_path, monkeypatch):
     (tmp_path / "mnist").mkdir()
     for stem, n in (("train", 60000), ("t10k", 10000)):
         x, y = bytes(16) + bytes(n * 784), bytes(8) + bytes(k % 10 for k in range(n))
         (tmp_path / "mnist" / f"{stem}-images-idx3-ubyte.gz").write_bytes(gzip.compress(x, 1))
         (tmp_path / "mnist" / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(y, 1))
-    d = readers.load("mnist", tmp_path, seed=0, pretrain=100)
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "download", lambda self: pytest.fail("what is here was fetched again"))
+    d = readers.load("mnist", tmp_path, seed=0, pretrain=100, download=True)
     assert (len(d.pre), len(d.train), len(d.test)) == (100, 59900, 10000)
     path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:100])
