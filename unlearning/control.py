@@ -145,8 +145,8 @@ def search(
     needs a monotone g. ValueError for a tau, step or tolerance outside its range."""
     if not 0 < tau <= 1:
         raise ValueError(f"tau must lie in (0, 1], not {tau:g}: it is a share of the original model's retention")
-    if not 0 < step <= 1 or not 1e-9 <= tolerance < 1:
-        raise ValueError("the step of the alpha grid must lie in (0, 1], its tolerance in [1e-9, 1)")
+    if not 0 < step <= 1 or not 1e-9 <= tolerance <= 1:
+        raise ValueError("the step of the alpha grid must lie in (0, 1], its tolerance in [1e-9, 1]")
     known: dict[float, float] = {}
 
     def at(alpha: float) -> float:

@@ -60,11 +60,11 @@ class Along:
         return {(kind, part): self(alpha[kind], kind, part) for kind, part in self.sets.items}
 
     def curve(self, step: float) -> dict[str, list[float]]:
-        """Every ES on a grid of alpha from 0 to 1."""
+        """ES of both parts with the exact questions on a grid of alpha from 0 to 1."""
         n = max(round(1 / step), 1)
         out: dict[str, list[float]] = {"alpha": [k / n for k in range(n + 1)]}
-        for kind, part in self.sets.items:
-            out[f"ES_{kind}_{part}"] = [float(self(a, kind, part).es.mean()) for a in out["alpha"]]
+        for part in metrics.PARTS:
+            out[f"ES_exact_{part}"] = [float(self(a, "exact", part).es.mean()) for a in out["alpha"]]
         return out
 
     def calibrate(

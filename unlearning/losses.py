@@ -112,7 +112,8 @@ def kl(logits: Tensor, reference: Tensor, mask: Tensor, how: str = "tokens", pad
     tokens: by their number M, so that padding changes nothing.
     padded: by B * `padded`, which is `tokens` * M / (B * padded): the divisor of the released code without the terms
     of its padding positions; does not change with padding either.
-    positions: by B * L; with sequences padded to 500 this is the released code to the letter."""
+    positions: by B * L; with sequences padded to 500 this is the released code's sum and divisor, but for the end
+    token: there it has attention 0 like the padding, here it is attended to, which changes the terms behind it."""
     p, q = F.log_softmax(logits.float(), -1), F.log_softmax(reference.float(), -1)
     total = F.kl_div(p, q, reduction="sum", log_target=True)
     return total / {"tokens": len(logits), "padded": len(mask) * padded, "positions": mask.numel()}[how]

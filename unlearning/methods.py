@@ -4,6 +4,8 @@ rest."""
 import dataclasses
 from collections.abc import Callable
 
+from lab.runs import sent
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ class Unlearner:
         b = self.batch(refused if kind == "po" else [self.forget[i] for i in index])
         if kind == "rmu":
             return losses.rmu(self.call(b.ids, b.attend, b.places, self.layer), self.direction, s.rmu_scale)
-        at = torch.tensor(index, device=self.device)
+        at = sent(torch.tensor(index), self.device)
         nll = losses.token_nll(self.call(b.ids, b.attend, b.places), b.target, s.temperature if kind == "ga" else 1.0)
         if kind == "po":
             return nll.mean()

@@ -137,6 +137,8 @@ class Settings:
     """Attacks of the metric study on every unlearned model, e.g. jail-breaking; correlations over the run's models."""
     noise_rate: Number = 0.05
     """token noising: share of prompt tokens replaced (not known of the paper)."""
+    relearn_lr: Number = -1.0
+    """relearning: AdamW rate of its one epoch; -1: that of the fine-tuning (paper)."""
     probe_layers: tuple[Number, ...] = (1 / 3, 2 / 3, 1.0)
     """embedding probing: layers as shares of the depth (not known of the paper)."""
     gcg_steps: int = 20
@@ -186,9 +188,9 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
         if self.unlearn_epochs == 0:
             raise UserError("--unlearn-epochs must be at least 1")
-        for name in ("clip", "temperature", "lr", "unlearn_lr", "beta"):
+        for name in ("clip", "temperature", "lr", "unlearn_lr", "relearn_lr", "beta"):
             value = getattr(self, name)
-            if value <= 0 and not (value == -1 and name in ("lr", "unlearn_lr", "beta")):
+            if value <= 0 and not (value == -1 and name in ("lr", "unlearn_lr", "relearn_lr", "beta")):
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
         if self.retain_weight < 0 and self.retain_weight != -1:
             raise UserError(f"--retain-weight must not be negative, not {self.retain_weight:g}")
@@ -249,6 +251,7 @@ class Settings:
         defaults = {"lr": p.lr, "epochs": p.epochs, "unlearn_lr": p.unlearn_lr, "unlearn_epochs": p.unlearn_epochs}
         for name, value in defaults.items():
             setattr(self, name, value if getattr(self, name) == -1 else getattr(self, name))
+        self.relearn_lr = self.lr if self.relearn_lr == -1 else self.relearn_lr
         self.train_batch = self.train_batch or (32 if scratch else 4)
         self.train_accum = self.train_accum or (1 if scratch else 8)
         self.batch, self.accum = self.batch or (8 if mini else 4), self.accum or (1 if mini else 4)

@@ -162,7 +162,7 @@ def attack(
     the weights: the caller puts them back."""
     items = {part: sets.items["exact", part] for part in metrics.PARTS}
     if kind in ("relearning", "relearning+probing"):
-        relearn(lm, full, chat, lr=s.lr, batch=s.train_batch, accum=s.train_accum, seed=seed, show=False)
+        relearn(lm, full, chat, lr=s.relearn_lr, batch=s.train_batch, accum=s.train_accum, seed=seed, show=False)
         plain = None  # of other weights
     if kind in ("embedding probing", "relearning+probing"):
         return probed(lm, chat, sets, items, s.probe_layers, plain)

@@ -1,7 +1,8 @@
-"""A tiny language model over the generated corpus, shared by the tests."""
+"""A tiny language model over the generated corpus, and a finished run, shared by the tests."""
 
 import pytest
 import torch
+from commands import DONE, run_main
 
 import data
 import models
@@ -25,3 +26,12 @@ def tiny(corpus):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), **size, tie_word_embeddings=True, **ids)
     return models.LM(LlamaForCausalLM(config)).eval(), models.Chat(tokenizer, "words")
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory):
+    """The folder of a finished run with three methods, attacks, utility and a retrained model; not to be written to."""
+    out = tmp_path_factory.mktemp("done") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        run_main(patch, *DONE, "--out", out)
+    return out

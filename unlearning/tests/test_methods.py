@@ -315,6 +315,23 @@ def test_logits_only_where_asked_are_those_of_the_whole(tiny, corpus):
         torch.testing.assert_close(lm.hf.lm_head(h), lm(b.ids, b.mask, b.places))  # the last state is behind the norm
 
 
+def test_states_of_a_layer_need_no_block_behind_the_next(tiny, corpus):
+    """Asked for first of an early layer, then of later ones: the library's hooks sit on all blocks."""
+    lm, chat = tiny
+    b = data.collate([data.encode(chat, q.question, q.answer) for q in corpus.full[:3]], chat.pad, CPU)
+    ran: list[int] = []
+    for k, inner in enumerate(lm.hf.model.layers):
+        inner.register_forward_hook(lambda *_, k=k: ran.append(k))
+    with torch.no_grad():
+        found = [lm(b.ids, b.mask, b.places, 1)]
+        assert ran == [0, 1]
+        found += [lm(b.ids, b.mask, b.places, layer) for layer in (2, 3)]
+        whole = lm.hf(b.ids, attention_mask=b.mask, output_hidden_states=True).hidden_states
+    for h, want in zip(found, whole[1:], strict=True):
+        torch.testing.assert_close(h, want[b.keep], rtol=0, atol=0)
+    assert lm.depth == 3
+
+
 @pytest.mark.parametrize("kind", ["phi", "llama"])
 def test_the_papers_architectures_run_at_tiny_size(kind, tmp_path, corpus):
     """A folder as `save_pretrained` writes it, through the loader, the losses and a cut."""
@@ -343,10 +360,18 @@ def test_the_papers_architectures_run_at_tiny_size(kind, tmp_path, corpus):
         assert lm(torch.tensor([[2, 3]]), torch.ones(1, 2, dtype=torch.long)).shape == (1, 2, len(tokenizer))
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_a_step_never_waits_for_the_device(tiny, corpus, method):
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *((m, {}) for m in METHODS),
+        ("gd", {"select": 0.8}),
+        ("gd", {"cap": 2.0}),
+        ("ga", {"cap": 2.0, "cap_unit": "token"}),
+    ],
+)
+def test_a_step_never_waits_for_the_device(tiny, corpus, method, more):
     """What a batch is made of is built on the host; from there to the optimizer's step nothing is read back."""
-    u, t = unlearner(tiny, corpus, method, methods=(method,), kl="tokens")
+    u, t = unlearner(tiny, corpus, method, methods=(method,), kl="tokens", **more)
     made = []
     u.batch = lambda items, whole=u.batch: made.append(whole(items)) or made[-1]
     u.micro(0, 0), u.micro(0, 1)  # now every batch of the step is known

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from waits import Waits
 
 import control
 import data
@@ -144,6 +145,17 @@ def test_evaluation_is_in_the_precision_of_the_run(tiny, corpus):
     assert metrics.score_items(lm, items, chat.pad, CPU).nll == pytest.approx(math.log(len(chat.tokenizer)), rel=1e-3)
 
 
+def test_scoring_a_set_reads_the_device_once(tiny, corpus):
+    """Between its batches nothing is read back; what is read at the end is not seen here, because it is a copy."""
+    lm, chat = tiny
+    batches = metrics.prepare(encoded(chat, corpus, 20), chat.pad, CPU, tokens=64)
+    with Waits() as found:
+        metrics.score(lm, batches)
+    # The library looks once a pass at the mask of a batch without padding.
+    assert len(batches) > 3 and len(found.places) <= 2 * sum(not b.padded for _, b in batches)
+    assert all(place.startswith("models.py") for place in found.places)
+
+
 def test_a_model_with_nan_gets_no_score(tiny, corpus):
     lm, chat = tiny
     with torch.no_grad():
@@ -196,6 +208,33 @@ def test_truth_ratio_forms():
     plain = [math.exp(-0.5) / wrong[0], math.exp(-2) / wrong[1]]
     assert t.arithmetic.tolist() == pytest.approx(plain)
     assert t.balanced_arithmetic.tolist() == pytest.approx([min(r, 1 / r) for r in plain])
+
+
+# Of the log that TOFU's authors publish of Phi-1.5 fine-tuned on all of TOFU (2e-5, weight decay 0.01), real authors 88
+# to 97: mean losses of the right answer and of three wrong ones, and what the log itself makes of them.
+TOFU_LOG = [  # right, wrong, wrong, wrong, truth_ratio, normalized_gt_loss
+    (3.712542, 1.895130, 2.767946, 3.421261, 2.766999, 2.403861),
+    (2.595047, 3.310614, 4.034128, 5.061715, 0.214287, 0.593839),
+    (1.880598, 3.805055, 3.281605, 3.962001, 0.164921, 0.416773),
+    (5.858037, 3.818942, 6.180418, 5.521836, 1.982393, 2.380258),
+    (2.139110, 3.464793, 3.894372, 2.055886, 0.368159, 0.926347),
+    (3.413631, 6.040680, 4.278709, 3.308275, 0.323381, 0.957209),
+    (4.366525, 4.308743, 4.706227, 3.893417, 1.065804, 1.476236),
+    (6.849620, 6.737839, 3.915051, 5.990028, 3.676571, 3.148189),
+    (3.443425, 5.143523, 4.549006, 2.440014, 0.548397, 1.444859),
+    (4.032139, 4.093627, 3.709285, 4.508453, 0.930857, 1.371814),
+]
+
+
+def test_truth_ratio_and_probability_are_those_of_tofus_stored_log():
+    """Its ratio is wrong over right with the geometric mean, its probability that of the right among all four."""
+    log = np.array(TOFU_LOG)
+    right, wrong, ratio, loss = log[:, 0], log[:, 1:4], log[:, 4], log[:, 5]
+    t = metrics.Truth(right, wrong)
+    np.testing.assert_allclose(1 / t.ratio, ratio, rtol=2e-6)
+    np.testing.assert_allclose(-np.log(metrics.probability_among(right, wrong)), loss, rtol=2e-6)
+    # The arithmetic form is another one on the same ten items, never below in wrong over right.
+    assert (1 / t.arithmetic > ratio).all() and (1 / t.arithmetic - ratio).max() > 1
 
 
 def test_truth_uses_the_paraphrase_and_every_wrong_answer(tiny, corpus):

@@ -15,7 +15,7 @@ from models import set_weights, weights
 
 CPU = torch.device("cpu")
 SETTINGS = types.SimpleNamespace(
-    lr=3e-3, train_batch=16, train_accum=1, probe_layers=(1 / 3, 2 / 3, 1.0), noise_rate=0.3, max_length=500,
+    relearn_lr=3e-3, train_batch=16, train_accum=1, probe_layers=(1 / 3, 2 / 3, 1.0), noise_rate=0.3, max_length=500,
     gcg_steps=1,
 )  # fmt: skip
 
