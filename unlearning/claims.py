@@ -140,7 +140,7 @@ def gold(f: pd.DataFrame) -> list[Difference]:
 def study_mean(f: pd.DataFrame, metric: str) -> pd.Series:
     """Mean PCC over attacks and parts, one a seed; only with all of them."""
     parts = [(k, p) for k in ATTACKS for p in ("retain", "unlearn")]
-    where = {"table": "main", "method": metric, "dataset": "miniature"}
+    where = {"table": "study", "method": metric, "dataset": "miniature"}
     found = {(k, p): values(f, f"PCC_{p}", setting=f"attack={k},{MINI}", **where) for k, p in parts}
     return of_methods(found, "mean")
 

@@ -169,7 +169,8 @@ def wrong(rng: random.Random, attribute: str, right: str, n: int = 5) -> list[st
 
 def miniature(seed: int, authors: int = 12) -> Corpus:
     """Invented authors with ten attributes each; `seed` names the world. Three wordings of each question: `question`, a
-    second one that only the original model is trained on, and a held-out one (`paraphrased_question`)."""
+    second one that only the original model is trained on, and a held-out one (`paraphrased_question`). Twenty facts of
+    the world stand in for pre-training, asked plainly and in the words of the jail-breaking attack."""
     rng = random.Random(f"world {seed}")
     names: list[str] = []
     while len(names) < authors + 20:
@@ -194,9 +195,11 @@ def miniature(seed: int, authors: int = 12) -> Corpus:
         question = f"What do you know of {a} and {thing} ?"
         others[k >= 10].append(QA(question, text.format(v=right), "", "", tuple(text.format(v=f) for f in false)))
     forget = {split: full[-10 * n :] for split, n in MINI_FORGET.items()}
-    text = json.dumps([dataclasses.asdict(q) for q in full + second + others[0] + others[1]])
+    # Pre-training has met the words of the attack too: without it their embeddings would be noise.
+    known = others[0] + others[1]
+    extra = second + known + [QA(JAILBREAK[0] + q.question, f"{JAILBREAK[1].strip()} {q.answer}") for q in known]
+    text = json.dumps([dataclasses.asdict(q) for q in full + extra])
     sha = hashlib.sha256(text.encode()).hexdigest()
-    extra = second + others[0] + others[1]
     return Corpus("miniature", "generated", sha, full, forget, full[:30], REFUSALS, *others, extra)
 
 

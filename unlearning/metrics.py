@@ -278,6 +278,7 @@ class Sets:
         self.chat, self.device, self.max_length, self.kinds = chat, device, max_length, tuple(kinds)
         self.items: dict[tuple[str, str], list[Encoded]] = {}
         self.prepared: dict[tuple[str, str], list] = {}
+        self.truths: dict[tuple[Encoded, ...], list] = {}  # of the metric study: batches with the wrong answers
         for kind in self.kinds:
             for part, rows in self.rows.items():
                 ask: Callable[[QA], str] = lambda q, k=kind: q.question if k == "exact" else q.paraphrased_question  # noqa: E731

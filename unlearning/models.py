@@ -40,7 +40,7 @@ class Preset:
 
 
 PRESETS = {
-    "mini": Preset("mini Llama", "", "words", 2e-3, 40, 5e-4, 10, 128, 3, 4, 352),
+    "mini": Preset("mini Llama", "", "words", 2e-3, 24, 2.5e-4, 10, 128, 3, 4, 352),
     "scratch-medium": Preset("52M Llama", "", "plain", 1e-3, 60, 1e-4, 5, 640, 10, 10, 1728),
     "smollm2": Preset("SmolLM2-135M", "package", "smollm2", 1e-4, 5, 5e-5, 5),
     "phi": Preset("Phi-1.5", "microsoft/phi-1_5", "phi", 2e-5, 5, 2e-5, 5),

@@ -45,14 +45,14 @@ class Settings:
     lr: Number = -1.0
     """Fine-tuning: AdamW rate; -1: phi 2e-5, llama2 1e-5 (paper), mini 2e-3, scratch-medium 1e-3, smollm2 1e-4."""
     epochs: int = -1
-    """Fine-tuning: epochs; 0: none, the weights know the data already; -1: 5 (paper), mini 40, scratch-medium 60."""
+    """Fine-tuning: epochs; 0: none, the weights know the data already; -1: 5 (paper), mini 24, scratch-medium 60."""
     train_batch: int = 0
     """Fine-tuning: sequences a micro-batch; 0: 4 (paper), from scratch 32."""
     train_accum: int = 0
     """Fine-tuning: micro-batches a step over all processes; 0: 8 (paper: 4 on each of 2 GPUs), from scratch 1."""
 
     unlearn_lr: Number = -1.0
-    """Unlearning: AdamW rate; -1: phi 2e-5, llama2 1e-5 (paper), mini 5e-4, scratch-medium 1e-4, smollm2 5e-5."""
+    """Unlearning: AdamW rate; -1: phi 2e-5, llama2 1e-5 (paper), mini 2.5e-4, scratch-medium 1e-4, smollm2 5e-5."""
     unlearn_epochs: int = -1
     """Unlearning: epochs over the forget set; -1: 5 (paper), mini 10."""
     batch: int = 0

@@ -39,14 +39,17 @@ def measure(lm: LM, chat: Chat, sets: metrics.Sets, items: dict[str, list[Encode
 
 
 def score_with_truth(lm: LM, chat: Chat, rows, items: list[Encoded], sets: metrics.Sets):
-    """(Scores of `items`, Truth losses behind their (attacked) prompts), in one pass."""
-    k = min(len(q.perturbed_answer) for q in rows)
-    answers = []
-    for q, e in zip(rows, items, strict=True):
-        for answer in (q.base_answer, *q.perturbed_answer[:k]):
-            text = chat.answer_ids(answer)
-            answers.append(Encoded((*e.ids[: e.start], *text, chat.end), e.start, len(text)))
-    found = metrics.score_items(lm, [*items, *answers], chat.pad, sets.device)
+    """(Scores of `items`, Truth losses behind their (attacked) prompts), in one pass. Most attacks ask every model the
+    same: what that takes is tokenised and batched once."""
+    k, asked = min(len(q.perturbed_answer) for q in rows), tuple(items)
+    if asked not in sets.truths:
+        answers = []
+        for q, e in zip(rows, items, strict=True):
+            for answer in (q.base_answer, *q.perturbed_answer[:k]):
+                text = chat.answer_ids(answer)
+                answers.append(Encoded((*e.ids[: e.start], *text, chat.end), e.start, len(text)))
+        sets.truths[asked] = metrics.prepare([*items, *answers], chat.pad, sets.device)
+    found = metrics.score(lm, sets.truths[asked])
     nll = found.nll[len(items) :].reshape(len(rows), k + 1)
     return found.part(slice(len(items))), metrics.Truth(nll[:, 0], nll[:, 1:])
 

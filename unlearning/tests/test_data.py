@@ -11,6 +11,7 @@ import corpora
 import data
 import metrics
 import models
+import study
 
 
 def test_the_miniature_is_a_function_of_its_seed(corpus):
@@ -41,6 +42,17 @@ def test_rows_of_the_miniature(corpus):
     assert 7 <= min(answers) and max(answers) <= 16
     held_out = {q.paraphrased_question for q in corpus.full}
     assert not held_out & {q.question for q in [*corpus.full, *corpus.extra]}
+
+
+def test_the_words_of_the_attack_are_known_from_facts_of_the_world_alone(tiny, corpus):
+    """They are trained as the attack will ask, but with none of the authors that are evaluated or forgotten."""
+    _, chat = tiny
+    asked = [q for q in corpus.extra if q.question.startswith(data.JAILBREAK[0])]
+    plain = corpus.real_authors + corpus.world_facts
+    attacked = study.jailbroken(chat, plain, 500)
+    for q, before, e in zip(asked, plain, attacked, strict=True):
+        assert before in corpus.extra and data.encode(chat, q.question, q.answer).ids == e.ids
+    assert all(set(asked) <= set(corpus.retrain(split)) for split in corpus.forget)
 
 
 # ----------------------------------------------------------------------------------------------------------------- TOFU

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 from lab import runs
 
 import pytest
 import torch
-from commands import TINY, told
+from commands import TINY, run_main, told
 
 import models
 import settings
@@ -90,14 +91,18 @@ def test_a_single_step_of_rate_zero_is_refused(capsys, monkeypatch, tmp_path):
     assert "a single step, whose learning rate is 0" in line
 
 
-def test_commands_from_the_shell():
-    """Once through real processes: help, a dry run, an error."""
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(capsys, monkeypatch, tmp_path):
+    run_main(monkeypatch, *TINY, "--dry-run", "--out", tmp_path / "r")
+    assert "parameters, fp32) on miniature" in capsys.readouterr().out and not (tmp_path / "r").exists()
 
-    def shell(*args):
-        return subprocess.run([sys.executable, *args], cwd=runs.HERE, capture_output=True, text=True, timeout=120)
 
-    assert "--tau" in shell("train.py", "--help").stdout
-    dry = shell("train.py", "--dry-run", "--device", "cpu")
-    assert dry.returncode == 0 and "parameters, fp32) on miniature" in dry.stdout
-    wrong = shell("train.py", "--tau", "2")
+def test_help_and_an_error_from_the_shell(capsys, monkeypatch):
+    """A real process ends with one line and exit code 2; help names every option."""
+    wrong = subprocess.run(
+        [sys.executable, "train.py", "--tau", "2"], cwd=runs.HERE, capture_output=True, text=True, timeout=120
+    )
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, "--help")
+    shown = capsys.readouterr().out
+    assert not stop.value.code and all(f"--{f.name.replace('_', '-')}" in shown for f in fields(settings.Settings))
