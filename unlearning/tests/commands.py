@@ -13,8 +13,8 @@ import train
 
 TINY = ["--device", "cpu", "--epochs", "1", "--unlearn-epochs", "2", "--forget", "forget-small", "--eval-items", "3"]
 TINY += ["--alpha-step", "0.5", "--alpha-tolerance", "0.2", "--tau", "0.9"]
-LEARNED = ["8" if TINY[k - 1] == "--epochs" else a for k, a in enumerate(TINY)]
-LEARNED += ["--lr", "4e-3", "--unlearn-lr", "5e-4"]  # ES falls when unlearning
+LEARNED = ["5" if TINY[k - 1] == "--epochs" else a for k, a in enumerate(TINY)]
+LEARNED += ["--lr", "4e-3", "--train-batch", "12", "--unlearn-lr", "5e-4"]  # ES falls when unlearning
 DONE = [*LEARNED, "--methods", "ga", "npo-kl", "gd", "--attacks", "relearning", "token noising", "embedding probing"]
 DONE += ["--utility", "--retrained", "--interpolate", "--both-searches"]
 
