@@ -22,7 +22,7 @@ import metrics
 import prompts
 from features import lite0
 from methods import METHODS
-from segmenters.first import masks as first_masks
+from segmenters import first as first_masks
 from segmenters.grabcut import GrabCut
 from segmenters.interface import share
 from segmenters.sam import Sam, SamSegmenter
@@ -99,6 +99,7 @@ def main() -> None:
     for t in range(2, min(5, s.frames)):
         memory.add(memory.interacted[t] if t in memory.interacted else memory.interacted[0])
     where, stored = memory.region(), memory.entries(1)
+    scene = first_masks.Scene.of(frames[1], f, network.deep(f), cell, frames[0])
 
     def boxed() -> None:
         b = FlowBox()
@@ -113,7 +114,8 @@ def main() -> None:
         ("box, start and step", boxed),
         ("GrabCut decode", lambda: cut.decode(e, [ask])),
         (f"memory, {len(stored)} frames", lambda: memory.answer(key, vector, 1)),
-        ("clicks to a mask", lambda: first_masks(frames[1], f, cell, prompts.Interaction(box=box))),
+        ("what is marked: before it", lambda: first_masks.Scene.of(frames[1], f, network.deep(f), cell, frames[0])),
+        ("box to a mask", lambda: first_masks.masks(scene, prompts.Interaction(box=box))),
         ("J and F", lambda: metrics.score([video.truth[1]], [video.truth[0]], (1,))),
     ):
         print(f"  {name:28s} {1000 * clock(function, repeats):9.2f}")

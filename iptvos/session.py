@@ -129,7 +129,8 @@ class Session:
         old = None if s.low[t] is None else e.geometry.full(s.low[t]) > self.segmenter.mask_threshold
         if hasattr(self.segmenter, "first"):
             before = s.begun.setdefault(t, s.exact.get(t, old))
-            mask, quality = self.segmenter.first(e, one, before)
+            beside = t + 1 if t + 1 < len(self.frames) else t - 1
+            mask, quality = self.segmenter.first(e, one, before, self.frames[beside] if beside >= 0 else None)
             return e.geometry.low(np.where(mask, -NOTHING, NOTHING)), quality, mask
         order = np.argsort(-one.labels, kind="stable")
         points, labels = one.points[order].astype(np.float32), one.labels[order]

@@ -29,10 +29,16 @@ class GrabCut:
             e.features, e.cell = lite0(str(self.device))(e.data)
         return e.features
 
-    def first(self, e: Embedding, given: Interaction, before: np.ndarray | None) -> tuple[np.ndarray, float]:
-        """A user's clicks and box on a frame as a mask (H, W). SAM needs no such help and has no such method."""
-        features = self.features(e)
-        return first.answer(e.data, features.cpu(), e.cell, given, before)
+    def first(
+        self, e: Embedding, given: Interaction, before: np.ndarray | None, other: np.ndarray | None
+    ) -> tuple[np.ndarray, float]:
+        """A user's clicks and box on a frame as a mask (H, W); `other` is a frame next to it in time. SAM needs no such
+        help and has no such method."""
+        if e.scene is None:
+            features = self.features(e)
+            deep = lite0(str(self.device)).deep(features)
+            e.scene = first.Scene.of(e.data, features.cpu(), deep.cpu(), e.cell, other)
+        return first.answer(e.scene, given, before)
 
     def decode(self, e: Embedding, prompts: list[Prompt]) -> list[Decoded]:
         return [self.one(e, p) for p in prompts]

@@ -71,6 +71,8 @@ class Embedding:
     features: Tensor | None = None
     cell: float = 0.0
     """Pixels of the frame a cell of the features."""
+    scene: object | None = None
+    """What a segmenter without weights has made of the frame for clicks and boxes."""
 
 
 def share(mask: np.ndarray, cell: float, shape: tuple[int, int]) -> Tensor:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
+from waits import Waits
 
 import claims
 import demo
@@ -118,6 +119,15 @@ def test_training_resumes_to_the_same_bits_and_its_weights_segment(monkeypatch, 
     weights = tmp_path / "a" / "seed0" / "model.safetensors"
     call(eval, monkeypatch, *TINY, "--segmenter", "tiny", "--weights", weights, "--out", tmp_path / "c")
     assert len(records(tmp_path / "c")) == 4
+
+
+def test_a_training_step_never_waits_for_the_device():
+    """Up to the optimiser's step; where its counters lie after a resume is checked by the tests of lab/checkpoints."""
+    t = train.Training(settings.TrainSettings(steps=4, batch=2), 0, torch.device("cpu"))
+    with Waits() as found:
+        torch.stack([train.loss_of(*x) for x in train.forward(t.sam, t.pictures(0))]).mean().backward()
+        torch.nn.utils.clip_grad_norm_(t.sam.parameters(), t.s.clip)
+    assert not found.places
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path, monkeypatch):

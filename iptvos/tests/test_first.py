@@ -1,5 +1,7 @@
 """Clicks and boxes to masks without SAM: what agrees with them, what a correction may change."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -13,17 +15,22 @@ H, W, CELL = 96, 160, 4.0
 GRID = (24, 40)
 
 
-def scene(seed: int = 0) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
-    """A red disk on green ground, with features that know the two apart, and its mask."""
+def scene(seed: int = 0, moves: float = 0.0) -> tuple[first.Scene, np.ndarray]:
+    """A red disk on green ground, with features that know the two apart, and its mask; it moves by `moves` pixels."""
     rng = np.random.default_rng(seed)
-    frame = data.texture(rng, H, W, np.array([60, 120, 60.0]), 12)
     mask = np.zeros((H, W), np.uint8)
     cv2.circle(mask, (70, 50), 22, 1, -1)
-    frame[mask > 0] = data.texture(rng, H, W, np.array([190, 60, 50.0]), 12)[mask > 0]
+    ground, disk = (data.texture(rng, H, W, np.array(c), 12) for c in ((60, 120, 60.0), (190, 60, 50.0)))
+    frame, other = ground.copy(), ground.copy()
+    frame[mask > 0] = disk[mask > 0]
+    there = np.roll(mask, int(moves), 1) > 0
+    other[there] = np.roll(disk, int(moves), 1)[there]
     known = torch.from_numpy(cv2.resize(mask.astype(np.float32), GRID[::-1], interpolation=cv2.INTER_AREA))
     g = torch.Generator().manual_seed(seed)
-    features = torch.randn(6, 1, 1, generator=g) * known + 0.3 * torch.randn(6, *GRID, generator=g)
-    return frame.astype(np.uint8), features, mask > 0
+    features, deep = (
+        torch.randn(6, 1, 1, generator=g) * known + 0.3 * torch.randn(6, *GRID, generator=g) for _ in "ab"
+    )
+    return first.Scene.of(frame.astype(np.uint8), features, deep, CELL, other.astype(np.uint8)), mask > 0
 
 
 def clicks(*points, labels=None) -> Interaction:
@@ -35,9 +42,9 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_box_becomes_the_object_in_it():
-    frame, features, mask = scene()
+    picture, mask = scene()
     box = box_of(mask) + np.array([-3, -2, 4, 3], np.float32)
-    ((found, sure),) = first.masks(frame, features, CELL, Interaction(box=box))
+    ((found, sure),) = first.masks(picture, Interaction(box=box))
     x1, y1, x2, y2 = box.astype(int)
     outside = np.ones_like(mask)
     outside[y1 : y2 + 1, x1 : x2 + 1] = False
@@ -45,26 +52,26 @@ def test_a_box_becomes_the_object_in_it():
 
 
 def test_one_click_gives_three_sizes_and_the_next_one_chooses():
-    frame, features, mask = scene()
-    sizes = [m.sum() for m, _ in first.masks(frame, features, CELL, clicks((70, 50)))]
+    picture, mask = scene()
+    sizes = [m.sum() for m, _ in first.masks(picture, clicks((70, 50)))]
     assert len(sizes) == 3 and sizes == sorted(sizes)
-    one = first.answer(frame, features, CELL, clicks((70, 50)), None)[0]
+    one = first.answer(picture, clicks((70, 50)), None)[0]
     assert one.sum() == sizes[first.FEW[0]] and one[50, 70]
-    refused = first.answer(frame, features, CELL, clicks((70, 50), (110, 50), labels=[1, 0]), None)[0]
+    refused = first.answer(picture, clicks((70, 50), (110, 50), labels=[1, 0]), None)[0]
     assert refused[50, 70] and not refused[50, 110] and iou(refused, mask) > 0.8
 
 
 def test_clicks_are_on_their_side_of_the_border():
-    frame, features, mask = scene()
+    picture, mask = scene()
     given = clicks((70, 50), (60, 45), (75, 40), (20, 20), labels=[1, 1, 0, 0])
-    found = first.answer(frame, features, CELL, given, None)[0]
+    found = first.answer(picture, given, None)[0]
     assert found[50, 70] and found[45, 60] and not found[40, 75] and not found[20, 20]
 
 
 @pytest.mark.parametrize("label", [1, 0])
 def test_a_correction_changes_only_what_is_connected_to_a_click(label):
     """Two errors of the same kind; one is clicked, the other stays."""
-    frame, features, mask = scene()
+    picture, mask = scene()
     before = mask.copy()
     errors = (slice(44, 56), slice(82, 95)), (slice(44, 56), slice(45, 58))  # at the right and left rim of the disk
     if label:
@@ -75,27 +82,84 @@ def test_a_correction_changes_only_what_is_connected_to_a_click(label):
         for e in errors:
             before[e] = True
     middle = (float(errors[0][1].start + 6), 50.0)
-    after, _ = first.corrected(frame, features, CELL, clicks(middle, labels=[label]), before)
+    after, _ = first.corrected(picture, clicks(middle, labels=[label]), before)
     assert (after[errors[0]] == mask[errors[0]]).mean() > 0.9
     assert np.array_equal(after[errors[1]], before[errors[1]]) and iou(after, mask) > iou(before, mask)
 
 
+def test_one_click_of_a_correction_speaks_for_what_looks_the_same_a_little_further_on(monkeypatch):
+    """Half of the disk is missing; without the likeness the click would restore what is within CLOSE of it."""
+    picture, mask = scene()
+    before = mask & (np.arange(W) < 70)
+    gained = [(first.corrected(picture, clicks((82, 50)), before)[0] & mask & ~before).sum()]
+    monkeypatch.setattr(first, "alike", lambda columns, near: torch.full(GRID, -1.0))
+    gained.append((first.corrected(picture, clicks((82, 50)), before)[0] & mask & ~before).sum())
+    assert gained[0] > 0.9 * (mask & ~before).sum() > gained[1]
+
+
 def test_a_scribble_changes_only_what_is_close():
-    frame, features, mask = scene()
+    picture, mask = scene()
     before = np.zeros_like(mask)
     line = clicks(*[(60 + 2 * k, 50) for k in range(8)])
-    after, _ = first.corrected(frame, features, CELL, line, before)
+    after, _ = first.corrected(picture, line, before)
     reach = first.CLOSE * W + 1
     y, x = np.nonzero(after)
     assert after[50, 60:75].all() and np.abs(y - 50).max() <= reach and x.min() >= 60 - reach and x.max() <= 74 + reach
 
 
 def test_nothing_but_refusals_is_no_object():
-    frame, features, _ = scene()
-    assert first.answer(frame, features, CELL, clicks((20, 20), labels=[0]), None)[0].sum() < 0.02 * H * W
+    picture, _ = scene()
+    assert first.answer(picture, clicks((20, 20), labels=[0]), None)[0].sum() < 0.02 * H * W
 
 
 def test_the_same_again():
-    frame, features, mask = scene()
-    a, b = (first.answer(frame, features, CELL, clicks((70, 50)), None)[0] for _ in range(2))
+    picture, mask = scene()
+    a, b = (first.answer(picture, clicks((70, 50)), None)[0] for _ in range(2))
     assert np.array_equal(a, b)
+
+
+def test_motion_is_measured_against_the_background():
+    """The camera pans by 3 pixels, a disk moves by 6 more: it is told from its ground, also where nothing else does."""
+    rng = np.random.default_rng(0)
+    ground = data.texture(rng, 120, 200, np.array([110, 110, 110.0]), 25)
+    disk = data.texture(rng, 120, 200, np.array([110, 110, 110.0]), 25)
+    inside = cv2.circle(np.zeros((120, 200), np.uint8), (90, 60), 24, 1, -1) > 0
+    a, b = ground.copy(), np.roll(ground, 3, 1)
+    a[inside], there = disk[inside], np.roll(inside, 9, 1)
+    b[there] = np.roll(disk, 9, 1)[there]
+    moves = first.motion(a.astype(np.uint8), b.astype(np.uint8), 4.0, (30, 50))
+    share = cv2.resize(inside.astype(np.float32), (50, 30), interpolation=cv2.INTER_AREA)
+    assert moves[share > 0.99].median() > 2 and moves[share == 0].median() < 0.75
+    assert first.moving(moves[share > 0.99].median()) == 1 and first.moving(moves[share == 0].median()) == 0
+
+
+@pytest.mark.parametrize("moves", [0, 6])
+def test_only_what_moves_is_judged_by_its_motion(moves):
+    """A click: where nothing moves the answer is as without another frame; a moving object is held against its own
+    motion, so that a place of its kind that stands still is less likely than without."""
+    picture, mask = scene(moves=moves)
+    still = dataclasses.replace(picture, moves=torch.zeros(GRID))
+    point = np.array([[70, 50]], np.float32)
+    with_, without = first.clicked(picture, point), first.clicked(still, point)
+    outside = torch.from_numpy(cv2.resize(mask.astype(np.float32), GRID[::-1])) == 0
+    if moves:
+        assert (with_ - without)[outside].median() < -2 and (with_ - without)[~outside].median() > 0
+    else:
+        assert torch.allclose(with_, without)
+
+
+def test_a_box_takes_the_mask_that_stood_there_into_account(monkeypatch):
+    """Where the box itself is undecided, the earlier mask says what is the object."""
+    picture, mask = scene()
+    real = first.boxed
+    monkeypatch.setattr(first, "boxed", lambda s, box: (torch.zeros(GRID), real(s, box)[1]))
+    monkeypatch.setattr(first, "bordered", lambda frame, p, o: p > 0.5)
+    blind = dataclasses.replace(picture, vectors=0 * picture.vectors)
+    given = Interaction(box=np.array([40, 20, 120, 90], np.float32))
+    assert iou(first.answer(blind, given, mask)[0], mask) > 0.85 > iou(first.answer(blind, given, None)[0], mask)
+
+
+def test_a_box_around_everything_still_gives_an_answer():
+    picture, mask = scene()
+    ((found, _),) = first.masks(picture, Interaction(box=np.array([0, 0, W - 1, H - 1], np.float32)))
+    assert found.any() and not found.all()

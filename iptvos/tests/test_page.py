@@ -221,6 +221,20 @@ def test_the_page_may_read_its_own_folder_alone(monkeypatch, tmp_path):
     assert given["allowed_paths"] == [str(tmp_path / "w" / "export")]
 
 
+def test_the_first_corner_is_forgotten_when_frame_or_object_changes(tmp_path):
+    p = project(2)
+    app = demo.App(p)
+    blocks = page.build(page.Tabs(None, shared=app), p.video, (1, 2), tmp_path, "")
+    named = {getattr(b, "label", None): i for i, b in blocks.blocks.items()}
+    for label in ("Frame", "Object (keys 1 to 9)"):
+        called = [f.fn for f in blocks.fns.values() if (named[label], "change") in f.targets]
+        assert len(called) == 1
+        app.mark(0, 1, BOX, 3, 3)
+        assert app.corner is not None
+        called[0](1, None)
+        assert app.corner is None
+
+
 def expect(field, start: str, seconds: int = 240) -> str:
     for _ in range(seconds):
         if field.get_attribute("value").startswith(start):
