@@ -138,6 +138,8 @@ def _cifar(name: str, folder: Path, download: bool) -> tuple:
         try:
             parts = [cls(str(root), train=train, download=download) for train in (True, False)]
         except (RuntimeError, EOFError, ValueError, zlib.error, tarfile.TarError, OSError) as error:
+            if root.is_dir() and not any(root.iterdir()):
+                root.rmdir()  # torchvision made it, and an empty one would pass for the data
             raise UserError(f"{KINDS[name].title} in {root} could not be fetched or read ({error})") from None
         return tuple(v for p in parts for v in (p.data, np.array(p.targets))), "paper"
     if copy:

@@ -102,6 +102,20 @@ def test_the_copy_of_cifar10_that_is_here_is_not_fetched_again(tmp_path, monkeyp
     assert readers.load("cifar10", tmp_path, download=True).variant == readers.JPEG
 
 
+def test_a_download_that_fails_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    def unreachable(self):
+        self.root = readers.Path(self.root)
+        self.root.mkdir(parents=True)
+        raise OSError("no network")
+
+    monkeypatch.setattr(CIFAR100, "download", unreachable)
+    with pytest.raises(UserError, match="could not be fetched or read"):
+        readers.load("cifar100", tmp_path, download=True)
+    assert not (tmp_path / "cifar100").exists()
+
+
 def test_mnist_idx_files(tmp_path, monkeypatch):
     (tmp_path / "mnist").mkdir()
     for stem, n in (("train", 60000), ("t10k", 10000)):
