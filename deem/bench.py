@@ -22,11 +22,12 @@ from lab.runs import UserError
 import torch
 from torch import Tensor, nn
 
-from digits import scenes
+from build import world_of
 from documents.sequences import Batch
 from model import Deem
 from presets import PRESETS
-from settings import DigitSettings, Settings
+from scenes.world import SceneReader
+from settings import SceneSettings, Settings
 from streams import torch_seed
 from trainer import Feeder
 
@@ -49,7 +50,7 @@ class BenchSettings:
     """Write a record there; default: only print."""
     table: str = "own"
     """Table of the record."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record."""
     data_dir: str = ""
     """Folder of data and weights; default $REPRO_DATA, else ./data."""
@@ -118,14 +119,16 @@ def same(m: Deem, b: Batch) -> float:
 
 def measured(b_: BenchSettings, seed: int, device: torch.device) -> tuple[dict[str, float], int]:
     """(ratios and milliseconds, images of the batch); UserError where the two differ in what they compute."""
-    s = Settings(preset=b_.preset, batch=b_.batch, seeds=b_.seeds, dataset="digits", digits=DigitSettings(scenes=200))
+    on = "photos" if b_.preset == "photos" else "digits"
+    s = Settings(preset=b_.preset, batch=b_.batch, seeds=b_.seeds, dataset=on, scenes=SceneSettings(200))
+    s.data_dir = b_.data_dir
     s.resolve()
     s.prompt_form = "plain"
     torch.manual_seed(torch_seed(seed, "weights"))
     m = Deem(s.parts(), folder=runs.data_dir(b_.data_dir) / "weights", download=b_.download, loss=s.loss()).to(device)
     m.freeze(1, "deem")
     s.max_tokens = 0
-    b = Feeder(s, m, scenes.SceneReader(seed, 1, n=200), seed, 0).batch(0, 0).to(device)
+    b = Feeder(s, m, SceneReader(world_of(s), seed, 1, n=200), seed, 0).batch(0, 0).to(device)
     gap = same(m, b)
     print(f"same losses and gradients: largest difference of a gradient {gap:.1e} of all gradients' length")
     if gap > 1e-3:
@@ -169,12 +172,14 @@ def main() -> None:
     run = runs.Run(Path(b_.out), b_) if b_.out else None
     if run and run.complete:
         return print(f"{run.out} is complete; delete it to time again")
-    where = {"table": b_.table, "dataset": "digit scenes", "setting": "stage 1", "method": "DEEM", "scale": b_.scale}
+    photos = b_.preset == "photos"
+    on = {"name": "photo scenes" if photos else "digit scenes", "variant": "cifar10" if photos else "wheel"}
+    where = {"table": b_.table, "dataset": on["name"], "setting": "stage 1", "method": "DEEM", "scale": b_.scale}
     for seed in b_.seeds:
         clock = time.perf_counter()
         metrics, n = measured(b_, seed, device)
         if run:
-            data = {"name": "digit scenes", "variant": "wheel", "sha256": "", "n": n}
+            data = {**on, "sha256": "", "n": n}
             spent = time.perf_counter() - clock
             run.record(seed, seconds=spent, data=data, metrics=metrics, where=where, device=device)
     if run:

@@ -1,5 +1,5 @@
 """Out of settings: models (random, pretrained, with the weights of an earlier stage or of a finished run) and documents
-(the digit scenes, the paper's sets below the data folder, given files)."""
+(scenes, the paper's sets below the data folder, given files)."""
 
 import hashlib
 from pathlib import Path
@@ -10,10 +10,12 @@ from lab.runs import UserError
 import torch
 
 import recipe
-from digits import scenes
-from digits.pretrain import base
 from documents import readers
 from model import Deem
+from scenes.digits import digits
+from scenes.photos import photos
+from scenes.pretrain import base
+from scenes.world import SceneReader, World
 from settings import Settings
 from streams import stream, torch_seed
 
@@ -30,8 +32,8 @@ def build(s: Settings, seed: int, device: torch.device) -> Deem:
         if recipe.part_of(name) in chosen:
             p.data = p.data.float()
     model.to(device)
-    if s.preset == "digits" and not s.init:
-        base(model, s, seed)
+    if s.preset == s.dataset and not s.init:  # the parts of --preset digits and photos
+        base(model, world_of(s), s, seed)
     if s.init:
         read_weights(model, Path(s.init) / f"seed{seed}" / "model.safetensors", s)
     return model
@@ -39,19 +41,26 @@ def build(s: Settings, seed: int, device: torch.device) -> Deem:
 
 def read_weights(model: Deem, path: Path, s: Settings, whole: bool = False) -> None:
     """Weights of a run on top of the model; parts that the stage does not load are left out. `whole`: the file must
-    hold every weight."""
+    hold every weight that comes from nowhere else."""
     tensors, _ = runs.read_weights(path)
     own = dict(model.named_parameters())
     lost = {k for k in tensors if k not in own and not k.startswith(("denoiser.", "condition_head.", "context_"))}
     wrong = lost | {k for k, v in tensors.items() if k in own and own[k].shape != v.shape}
     if wrong:
         raise UserError(f"{path} is of another model ({min(wrong)}); use the --preset it was trained with")
-    if whole and {*own} - {*tensors}:
-        raise UserError(f"{path} lacks {min({*own} - {*tensors})}; train the run again")
+    missing = {k for k in own if k not in tensors and made_here(model, k)}
+    if whole and missing:
+        raise UserError(f"{path} lacks {min(missing)}; train the run again")
     with torch.no_grad():
         for k, v in tensors.items():
             if k in own:
                 own[k].copy_(v)
+
+
+def made_here(model: Deem, name: str) -> bool:
+    """Whether a parameter of a small model is kept with a run although the run does not train it: what comes out of a
+    package or a folder is not."""
+    return not (isinstance(model.p.llm, str) and recipe.part_of(name) in recipe.SPEECH)
 
 
 def load_run(folder, device, seed: int | None = None) -> tuple[Deem, Settings]:
@@ -92,11 +101,15 @@ PLACES = {
 }
 
 
+def world_of(s: Settings) -> World:
+    return digits() if s.dataset == "digits" else photos(runs.data_dir(s.data_dir))
+
+
 def reader(s, seed: int, accelerator):
     """The endless reader of a run; every process reads its own part."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    if s.dataset == "digits":
-        return scenes.SceneReader(seed, s.stage, n=s.digits.scenes, rank=rank, world=world)
+    if s.on_scenes:
+        return SceneReader(world_of(s), seed, s.stage, n=s.scenes.count, rank=rank, world_size=world)
     more = {"seed": seed, "rank": rank, "world": world, "broken": s.broken}
     if s.dataset == "files":
         return of_files(s, [Path(f).expanduser() for f in s.files], more)
@@ -144,17 +157,18 @@ def shards(folder: Path, pattern: str, origin: str) -> list[Path]:
 
 
 def title(s) -> str:
-    if s.dataset == "digits":
-        return "digit scenes"
+    if s.on_scenes:
+        return {"digits": "digit scenes", "photos": "photo scenes"}[s.dataset]
     return {"paper": {1: "MMC4 + BLIP-LCS", 2: "LLaVA-665K", 3: "regions"}[s.stage], "files": "files"}[s.dataset]
 
 
 def data_of(s, seed: int) -> dict:
     """The record's `data`. Files are told by name and size: whole they would take hours to read."""
-    if s.dataset == "digits":
-        made = scenes.make(s.digits.scenes, stream(seed, "scenes"), scenes.pools()[0])
+    if s.on_scenes:
+        world = world_of(s)
+        made = world.make(s.scenes.count, stream(seed, "scenes"), world.train)
         digest = hashlib.sha256(made.images.tobytes() + made.cells.tobytes()).hexdigest()
-        return {"name": "digit scenes", "variant": "wheel", "sha256": digest, "n": len(made)}
+        return {"name": world.title, "variant": world.variant, "sha256": digest, "n": len(made)}
     places = [Path(f).expanduser() for f in s.files] or [runs.data_dir(s.data_dir) / p for p in PLACES[s.stage]]
     files = [f for p in places for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
     digest = hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in files).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The paper's claims as measured differences; how a verdict is made stands in lab/claims.py.
 
 Those of scale demo are the specification of the digit scenes, looked at on seeds that are not shown and then fixed;
-those of scale paper are what the printed tables show.
+those of scale real ask the same of the photo scenes; those of scale paper are what the printed tables show.
 """
 
 from lab.claims import FAILS, HOLDS, UNDECIDED, Claim, Difference, interval, paired, values
@@ -13,29 +13,31 @@ SETS = ("RobustVQA-A", "RobustVQA-R", "RobustVQA-V", "POPE-Random", "POPE-Popula
 GROUPS = ("POPE", "RobustVQA")
 
 
-# ---------------------------------------------------------------------------------------------------- the digit scenes
+# ---------------------------------------------------------------------------------------------------------- the scenes
 
 
-def digits(f: pd.DataFrame, metric: str, method: str, setting: str = "stage 2") -> pd.Series:
-    return values(f, metric, table="digits", method=method, setting=setting)
+def scenes(f: pd.DataFrame, metric: str, method: str, setting: str = "stage 2") -> pd.Series:
+    """The values of a scale, which has scenes of one kind: digits (demo) or photographs (real)."""
+    table = "photos" if (f["table"] == "photos").any() else "digits"
+    return values(f, metric, table=table, method=method, setting=setting)
 
 
 def gap(f: pd.DataFrame, metric: str, other: str, setting: str = "stage 2") -> pd.Series:
     """DEEM minus another variant, seed by seed."""
-    return paired(digits(f, metric, DEEM, setting), digits(f, metric, other, setting))
+    return paired(scenes(f, metric, DEEM, setting), scenes(f, metric, other, setting))
 
 
 def sees(f: pd.DataFrame) -> list[Difference]:
     """Before answers are compared: the language model reads, and looks at pictures when instruction tuning begins."""
     read = Difference(
-        "answers with the listing as text", digits(f, "text_accuracy", DEEM, "stage 1"), above=95, unit="%"
+        "answers with the listing as text", scenes(f, "text_accuracy", DEEM, "stage 1"), above=95, unit="%"
     )
-    gains = {m: digits(f, "caption_gain", m, "stage 1") for m in (DEEM, CLEAN, BASE)}
+    gains = {m: scenes(f, "caption_gain", m, "stage 1") for m in (DEEM, CLEAN, BASE)}
     return [read, *(Difference(f"{m}, caption above the guess", v, unit="points") for m, v in gains.items())]
 
 
 def feedback(f: pd.DataFrame) -> list[Difference]:
-    ratio = {m: digits(f, "csr_ratio", m, "stage 1") for m in (DEEM, CLEAN)}
+    ratio = {m: scenes(f, "csr_ratio", m, "stage 1") for m in (DEEM, CLEAN)}
     return [
         Difference("own / other's tokens, DEEM", ratio[DEEM], above=None, below=0.9, digits=3),
         Difference("without CSR", ratio[CLEAN], above=0.97, digits=3),
@@ -111,7 +113,7 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
         found = {d.verdict() for d in better(metrics, other)(f)}
         return WORDS[FAILS if FAILS in found else HOLDS if found == {HOLDS} else UNDECIDED]
 
-    own, other = (digits(f, "csr_ratio", m, "stage 1").mean() for m in (DEEM, CLEAN))
+    own, other = (scenes(f, "csr_ratio", m, "stage 1").mean() for m in (DEEM, CLEAN))
     works = all(d.verdict() == HOLDS for d in (*feedback(f), details(f)))
     blind = [d.name.split(",")[0] for d in sees(f)[1:] if d.verdict() != HOLDS]
     seen = f"not shown to look at pictures: {', '.join(blind)}" if blind else "all three models look at their pictures"
@@ -131,59 +133,65 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
 
 
 FEEDBACK = "The diffusion model's feedback corrects what the encoder sees"
-CLAIMS = [
-    Claim(
-        *(
-            "0",
+
+
+def on_scenes(scale: str, mark: str, thing: str) -> list[Claim]:
+    """The claims about scenes of one kind; `thing` is what a caption names."""
+    return [
+        Claim(
+            f"{mark}0",
             "the models see and read: with a listing as text the language model answers 95 % right, and with a picture "
-            "each of the three names the caption's digit more often than the most frequent digit would be right",
+            f"each of the three names the caption's {thing} more often than the most frequent {thing} would be right",
             "not in the paper",
-            "demo",
+            scale,
             sees,
+            control=True,
+            explanation="Answers are given out of the picture",
         ),
-        control=True,
-        explanation="Answers are given out of the picture",
-    ),
-    Claim(
-        *(
-            "1",
+        Claim(
+            f"{mark}1",
             "CSR works as feedback: on held-out scenes the denoising error with a scene's own tokens is below 0.9 "
             "of that with another scene's tokens, and above 0.97 without CSR",
             "section 3, Eq. 5",
-            "demo",
+            scale,
             feedback,
         ),
-    ),
-    Claim(
-        *(
-            "2",
-            "details survive: a linear probe finds digits that short captions leave out in the tokens of DEEM, at "
+        Claim(
+            f"{mark}2",
+            f"details survive: a linear probe finds {thing}s that short captions leave out in the tokens of DEEM, at "
             "least 5 points more often than without CSR",
             "section 1",
-            "demo",
+            scale,
             details,
         ),
-    ),
-    Claim(
-        *("3", "less hallucination: after instruction tuning DEEM is more accurate on tiny-POPE than DEEM*"),
-        *("tables 1, 3, 10", "demo", better(POPE, BASE)),
-    ),
-    Claim(
-        *("3c", "the gain is CSR's: DEEM is more accurate on tiny-POPE than the same training without CSR"),
-        *("not in the paper", "demo", better(POPE, CLEAN)),
-        control=True,
-        explanation=FEEDBACK,
-    ),
-    Claim(
-        *("4", "finer perception: after instruction tuning DEEM is more accurate on tiny-MMVP than DEEM*"),
-        *("tables 1, 5", "demo", better(MMVP, BASE)),
-    ),
-    Claim(
-        *("4c", "the gain is CSR's: DEEM is more accurate on tiny-MMVP than the same training without CSR"),
-        *("not in the paper", "demo", better(MMVP, CLEAN)),
-        control=True,
-        explanation=FEEDBACK,
-    ),
+        Claim(
+            *(f"{mark}3", "less hallucination: after instruction tuning DEEM is more accurate on tiny-POPE than DEEM*"),
+            *("tables 1, 3, 10", scale, better(POPE, BASE)),
+        ),
+        Claim(
+            f"{mark}3c",
+            "the gain is CSR's: DEEM is more accurate on tiny-POPE than the same training without CSR",
+            *("not in the paper", scale, better(POPE, CLEAN)),
+            control=True,
+            explanation=FEEDBACK,
+        ),
+        Claim(
+            *(f"{mark}4", "finer perception: after instruction tuning DEEM is more accurate on tiny-MMVP than DEEM*"),
+            *("tables 1, 5", scale, better(MMVP, BASE)),
+        ),
+        Claim(
+            f"{mark}4c",
+            "the gain is CSR's: DEEM is more accurate on tiny-MMVP than the same training without CSR",
+            *("not in the paper", scale, better(MMVP, CLEAN)),
+            control=True,
+            explanation=FEEDBACK,
+        ),
+    ]
+
+
+CLAIMS = [
+    *on_scenes("real", "R", "photograph"),
+    *on_scenes("demo", "", "digit"),
     Claim("5", "a training step with CSR costs 1.0 to 1.6 times one without", "table 3", "demo", cost, timed=True),
     Claim("6", "always answering yes scores exactly 50 % on every balanced list", "section 4", "demo", always_yes),
     Claim("P1", "DEEM is ahead of DEEM* in RobustVQA and POPE", "tables 1, 3, 10", "paper", printed_order(DEEM, BASE)),

@@ -28,10 +28,15 @@ def nip_error(found: Tensor, target: Tensor, count: int) -> Tensor:
 
 
 class Pixels(nn.Module):
-    """The latent space of the digit scenes: grey pixels, four neighbours a channel. (B, 3, H, W) -> (B, 4, H/2, W/2)"""
+    """The latent space of the scenes: pixels, four neighbours behind one another. (B, 3, H, W) -> (B, channels, H/2,
+    W/2) with 4 channels for grey pictures, 12 for coloured ones."""
+
+    def __init__(self, channels: int = 4):
+        super().__init__()
+        self.grey = channels == 4
 
     def encode(self, views: Tensor, seed: torch.Generator | None = None) -> Tensor:
-        return F.pixel_unshuffle(2 * views.mean(1, keepdim=True) - 1, 2)
+        return F.pixel_unshuffle(2 * (views.mean(1, keepdim=True) if self.grey else views) - 1, 2)
 
     def decode(self, z: Tensor) -> Tensor:
         return ((F.pixel_shuffle(z, 2) + 1) / 2).expand(-1, 3, -1, -1)

@@ -16,9 +16,9 @@ from lab.runs import UserError
 
 import torch
 
-from build import load_run, settings_of
-from digits import study
+from build import load_run, settings_of, world_of
 from evaluation.asking import check_data, evaluate, show
+from scenes import study
 from settings import NOT_PART_OF_AN_EVALUATION, EvalSettings
 
 
@@ -36,9 +36,9 @@ def again(folder: Path, device) -> None:
     """Score a finished run on the digit scenes once more and compare with its records."""
     for seed in settings_of(folder).seeds:
         model, s = load(folder, device, seed)
-        if s.dataset != "digits":
-            raise UserError(f"{folder} was not trained on the digit scenes; name a --benchmark to score it on")
-        metrics, _ = study.score(model, s, seed)
+        if not s.on_scenes:
+            raise UserError(f"{folder} was not trained on scenes; name a --benchmark to score it on")
+        metrics, _ = study.score(model, world_of(s), s, seed)
         path = folder / f"seed{seed}" / "record.json"
         keys = ("csr_ratio", "probe_uncaptioned", "caption_accuracy", "POPE_accuracy", "MMVP_accuracy")
         print(f"seed {seed}: " + ", ".join(f"{k} {metrics[k]:.4g}" for k in keys if k in metrics))

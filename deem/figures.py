@@ -40,7 +40,12 @@ def draw(records: list[dict], folder: Path, scale: str) -> list[tuple[Path, str]
 
 
 def own(records: list[dict], stage: str = "stage 1") -> list[dict]:
-    return [r for r in records if r["table"] == "digits" and r["setting"] == stage]
+    return [r for r in records if r["table"] in ("digits", "photos") and r["setting"] == stage]
+
+
+def drawable(image) -> np.ndarray:
+    """(H, W) or (H, W, 3) in [0, 1]."""
+    return image.float().clamp(0, 1).numpy()
 
 
 def pictures(records: list[dict], base: Path) -> dict[str, dict]:
@@ -65,7 +70,7 @@ def reconstructions(records: list[dict], base: Path):
     figure, axes = plt.subplots(len(rows), n, figsize=(1.15 * n + 2, 1.2 * len(rows)), squeeze=False)
     for line, (name, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=False):
-            axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(drawable(image), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.tight_layout()
@@ -81,22 +86,23 @@ def attention(records: list[dict], base: Path):
     if not found or "attention" not in found:
         return None
     maps, scenes_ = found["attention"], found["scenes"]
-    n, queries = min(3, len(maps)), maps.shape[1]
+    n, queries, side = min(3, len(maps)), maps.shape[1], scenes_.shape[1] - 0.5
     figure, axes = plt.subplots(n, queries + 1, figsize=(1.15 * (queries + 1), 1.3 * n), squeeze=False)
     for i, line in enumerate(axes):
-        line[0].imshow(scenes_[i].numpy(), cmap="gray", vmin=0, vmax=1)
+        line[0].imshow(drawable(scenes_[i]), cmap="gray", vmin=0, vmax=1)
         line[0].set_ylabel(f"scene {i + 1}", fontsize=9)
         for q in range(queries):
-            line[q + 1].imshow(scenes_[i].numpy(), cmap="gray", vmin=0, vmax=1)
-            line[q + 1].imshow(maps[i, q].numpy(), cmap="magma", alpha=0.6, extent=(-0.5, 15.5, 15.5, -0.5), vmin=0)
+            line[q + 1].imshow(drawable(scenes_[i]), cmap="gray", vmin=0, vmax=1)
+            line[q + 1].imshow(maps[i, q].numpy(), cmap="magma", alpha=0.6, extent=(-0.5, side, side, -0.5), vmin=0)
             if i == 0:
                 line[q + 1].set_title(f"query {q + 1}", fontsize=9)
         for axis in line:
             axis.set(xticks=[], yticks=[])
     figure.tight_layout()
+    h, w = maps.shape[2:]
     return figure, (
-        "Attention of the resampler's queries over the 4 x 4 grid of image tokens, last layer that reads them, mean "
-        f"over heads (DEEM, seed {found['seed']}); the pooled token is left out."
+        f"Attention of the resampler's queries over the {h} x {w} grid of image tokens, last layer that reads them, "
+        f"mean over heads (DEEM, seed {found['seed']}); the pooled token is left out."
     )
 
 

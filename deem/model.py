@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import packages
 import recipe
 from deem import csr_loss
 from diffusion import Denoiser, Latents, Pixels, load_diffusion, nip_error
@@ -118,7 +119,8 @@ class Deem(Answering, nn.Module):
         else:
             from transformers import AutoTokenizer
 
-            here = next((f for f in (Path(p.llm).expanduser(), place / p.llm.split("/")[-1]) if f.is_dir()), None)
+            places = (Path(p.llm).expanduser(), place / p.llm.split("/")[-1])
+            here = packages.smollm2() if p.llm == packages.SMOLLM2 else next((f for f in places if f.is_dir()), None)
             if here is None and not download:
                 raise UserError(
                     f"language model {p.llm} is missing: put its folder to {place / p.llm.split('/')[-1]}, name one by "
@@ -156,7 +158,12 @@ class Deem(Answering, nn.Module):
         c = dict(p.diffusion)
         vae = AutoencoderKL(**c["vae"]) if "vae" in c else None
         unet = UNet2DConditionModel(**c["unet"])
-        return unet, Latents(vae) if vae else Pixels(), DDPMScheduler(**c.get("scheduler", {})), None
+        return (
+            unet,
+            Latents(vae) if vae else Pixels(c["unet"]["in_channels"]),
+            DDPMScheduler(**c.get("scheduler", {})),
+            None,
+        )
 
     def checkpointing(self, unet: bool = True) -> None:
         """Make activations again in the backward pass (paper: language model, Q-Former, U-Net)."""

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from digits import scenes
+import packages
+from scenes.digits import WORDS
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Loss:
         return self.nip > 0 or self.waste or (self.csr > 0 and self.csr_maps)
 
 
-_WORDS = tuple(w for w in dict.fromkeys(scenes.WORDS))
+_WORDS = tuple(w for w in dict.fromkeys(WORDS))
 _LLAMA = {"vocab_size": 3 + len(_WORDS), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _LLAMA |= {
     "num_attention_heads": 2,
@@ -86,6 +87,10 @@ _UNET = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_bloc
 _UNET |= {"block_out_channels": (24, 32), "norm_num_groups": 8, "attention_head_dim": 2}
 _UNET |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
 _UNET |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+_PHOTOS = {"sample_size": 32, "in_channels": 12, "out_channels": 12, "layers_per_block": 1, "cross_attention_dim": 192}
+_PHOTOS |= {"block_out_channels": (64, 128, 192), "norm_num_groups": 16, "attention_head_dim": 4}
+_PHOTOS |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")}
+_PHOTOS |= {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
 # The real classes at a size for trying out: every part random.
 _TINY_UNET = {**_UNET, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 32}
 _TINY_UNET |= {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "layers_per_block": 2}
@@ -101,6 +106,13 @@ PRESETS: dict[str, Parts] = {
         tokenizer=_WORDS, llm_every=2, llm_levels=2, llm_base=4, mmfs_width=32, mmfs_heads=2, mmfs_points=4,
         diffusion={"unet": _UNET, "scheduler": {"prediction_type": "v_prediction"}},
         decoder_width=64, decoder_heads=4, resolution=16, decoder_resolution=16,
+    ),
+    "photos": Parts(
+        encoder="timm:tf_efficientnet_lite0", encoder_weights="package", drop_path=0.0, width=192, grid=8, queries=16,
+        resampler_layers=3, resampler_width=192, resampler_heads=6, dropout=0.0, init_std=0.1, head_std=0.02,
+        llm=packages.SMOLLM2, pad=None, llm_every=6, llm_base=8, mmfs_width=96, mmfs_heads=4, mmfs_points=4,
+        diffusion={"unet": _PHOTOS, "scheduler": {"prediction_type": "v_prediction"}},
+        decoder_width=192, decoder_heads=6, resolution=128, decoder_resolution=64,
     ),
     "tiny": Parts(
         encoder="timm:test_convnext", encoder_weights="random", drop_path=0.1, width=32, grid=4, queries=8,
@@ -118,4 +130,4 @@ PRESETS: dict[str, Parts] = {
         grid=24, llm_every=0, resolution=336,
     ),
 }  # fmt: skip
-SMALL = ("digits", "tiny")  # random or pretrained on the spot: the run keeps every weight
+SMALL = ("digits", "photos", "tiny")  # random or pretrained on the spot: the run keeps what comes from nowhere else

@@ -41,6 +41,7 @@ def benchmarks_of(stage: int, variant: str, names: tuple[str, ...], first: bool)
     return tuple(n for name in names for n in (own if name == "stage" else (name,) if first else ()))
 
 
+SPEECH = {"llm", "llm head"}
 EYES, REGIONS = {"eyes", "condition"}, {"regions"}
 SIGHT = {"synchroniser", "gate", "offsets", "soi", "new head"}
 DECODER = {"net", "net offsets", "context", "null"}

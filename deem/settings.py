@@ -13,6 +13,12 @@ from evaluation.sets import BENCHMARKS
 from presets import PRESETS, SMALL, Loss, Parts
 from recipe import Rates
 
+# Of the scenes, in stages 1 and 2.
+OWN_RATES = {
+    "digits": (Rates(1e-3, 2e-4, 3e-4, 3e-4, 1e-3, 1e-4), Rates(5e-4, 1e-3, 3e-4, 5e-4, 5e-4, 1e-4)),
+    "photos": (Rates(5e-4, 5e-5, 1e-4, 0.0, 5e-4, 1e-4), Rates(2e-4, 5e-5, 1e-4, 2e-5, 2e-4, 5e-5)),
+}
+
 # What may change between starts of one run.
 NOT_PART_OF_A_RUN = ("out", "base", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "max_steps")
 NOT_PART_OF_A_RUN += ("workers",)
@@ -28,9 +34,9 @@ class EncoderSettings:
     weights: str = ""
     """File or open_clip tag of its weights, or random; default the preset's."""
     resolution: int = 0
-    """Side of its view; 0: 256 in stage 1, 448 in 2 and 3 (paper), the preset's on digits and tiny."""
+    """Side of its view; 0: 256 in stage 1, 448 in 2 and 3 (paper), the preset's on digits, photos and tiny."""
     lr: Number = -1.0
-    """Its rate; -1: 2e-5 (paper), digits 2e-4."""
+    """Its rate; -1: 2e-5 (paper), digits 2e-4, photos 5e-5."""
 
 
 @dataclass
@@ -55,22 +61,31 @@ class DiffusionSettings:
     """Rate of the U-Net where it trains; -1: 1e-5 (code), digits 3e-4."""
 
 
-@dataclass
-class DigitSettings:
-    """The digit scenes, and what is pretrained on the spot for them."""
+# What the scenes of a dataset begin with, where a setting is -1: training scenes, and steps of what is pretrained.
+BASES = {
+    "digits": {"count": 6000, "text": 1000, "encoder": 500, "denoiser": 400, "align": 250, "questions": 170},
+    # The language model and the encoder come out of packages.
+    "photos": {"count": 20000, "text": 0, "encoder": 0, "denoiser": 6000, "align": 1000, "questions": 170},
+}
 
-    scenes: int = 6000
-    """Training scenes."""
-    text: int = 1000
-    """Steps of the text-only warm-up of the language model."""
-    encoder: int = 500
-    """Steps of the encoder's pretraining on captions, as CLIP's."""
-    denoiser: int = 400
-    """Steps of the denoiser's pretraining on complete descriptions."""
-    align: int = 250
-    """Steps of resampler and language model on captions alone, behind the frozen trunk, before any run begins."""
-    questions: int = 170
-    """Scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs."""
+
+@dataclass
+class SceneSettings:
+    """The scenes of --dataset digits or photos, and what is pretrained on the spot for them."""
+
+    count: int = -1
+    """Training scenes; -1: 6000 of digits, 20000 of photographs."""
+    text: int = -1
+    """Steps of the text-only warm-up of the language model; -1: digits 1000, photos 0 (SmolLM2 reads)."""
+    encoder: int = -1
+    """Steps of the encoder's pretraining on captions, as CLIP's; -1: digits 500, photos 0 (it knows ImageNet)."""
+    denoiser: int = -1
+    """Steps of the denoiser's pretraining on complete descriptions; -1: digits 400, photos 6000."""
+    align: int = -1
+    """Steps of resampler and language model on captions alone, behind the frozen trunk, before any run begins; -1:
+    digits 250, photos 1000."""
+    questions: int = -1
+    """Scenes of each tiny-POPE list, 6 questions a scene; tiny-MMVP has three times as many pairs; -1: 170."""
     pretrained: int = -1
     """Seed of the pretrained parts; -1: the run's own. With a number the runs of all seeds begin with the same, as the
     paper's do with one Vicuna, one CLIP, one Stable Diffusion."""
@@ -79,8 +94,9 @@ class DigitSettings:
 @dataclass
 class Settings:
     preset: Literal[tuple(PRESETS)] = "digits"
-    """Parts: digits (0.5 M, from scratch), tiny (the real classes, small and random), deem (paper: ConvNeXt-B,
-    Vicuna-7B, SD 2.1-base), deem-large (ConvNeXt-L), deem-13b, deem-vit (ViT-L/14, ViT-Adapter), llava (Table 5)."""
+    """Parts: digits (0.5 M, from scratch), photos (EfficientNet-Lite0, SmolLM2-135M, an own U-Net), tiny (the
+    real classes, small and random), deem (paper: ConvNeXt-B, Vicuna-7B, SD 2.1-base), deem-large (ConvNeXt-L),
+    deem-13b, deem-vit (ViT-L/14, ViT-Adapter), llava (Table 5)."""
     stage: int = 1
     """1: alignment on pairs and interleaved pages, 2: instructions, 3: regions, without diffusion (paper)."""
     variant: Literal[recipe.VARIANTS] = "deem"
@@ -104,8 +120,8 @@ class Settings:
     """The language model."""
     sd: DiffusionSettings = field(default_factory=DiffusionSettings)
     """The diffusion model."""
-    digits: DigitSettings = field(default_factory=DigitSettings)
-    """The digit scenes, and what is pretrained on the spot for them."""
+    scenes: SceneSettings = field(default_factory=SceneSettings)
+    """The scenes of --dataset digits or photos, and what is pretrained on the spot for them."""
 
     lambda_csr: Number = 5.0
     """Weight of L_CSR in stages 1 and 2 (paper: 5; table 8: 1, 5, 10)."""
@@ -121,17 +137,17 @@ class Settings:
     """NIP: share of samples with the learned null condition (paper: 0.1)."""
 
     steps: int = 0
-    """Optimizer steps; 0: 10000 (paper), digits and tiny 300."""
+    """Optimizer steps; 0: 10000 (paper), photos 4000, digits and tiny 300."""
     batch: int = 0
-    """Rows of a micro-batch on one device; 0: 4, 16, 2 by stage (paper, 32 GPUs), digits 32, tiny 2."""
+    """Rows of a micro-batch on one device; 0: 4, 16, 2 by stage (paper, 32 GPUs), digits and photos 32, tiny 2."""
     accum: int = 1
     """Micro-batches a step on each device."""
     max_tokens: int = 0
-    """Tokens of a row; 0: 2048 (paper), digits and tiny: one document a row."""
+    """Tokens of a row; 0: 2048 (paper), digits, photos and tiny: one document a row."""
     max_images: int = 0
     """Images of a row; 0: 15 in stage 1, else 1 (code)."""
     lr: Number = -1.0
-    """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 1e-3 and 5e-4."""
+    """Base rate; -1: 1e-4, 1e-5, 1e-5 by stage (paper), digits 1e-3 and 5e-4, photos 5e-4 and 2e-4."""
     mmfs_lr: Number = -1.0
     """Rate of the synchronisers and gates; -1: 1e-4, 5e-6, 5e-6 by stage (code)."""
     offsets_lr: Number = -1.0
@@ -139,7 +155,7 @@ class Settings:
     weight_decay: Number = 0.05
     """AdamW, not on biases, norms, offsets, gates (paper: 0.05)."""
     warmup: int = -1
-    """Steps of linear warm-up before the cosine; -1: 1000, 500, 500 by stage (paper), digits 20."""
+    """Steps of linear warm-up before the cosine; -1: 1000, 500, 500 by stage (paper), digits, photos and tiny 20."""
     clip: Number = 1.0
     """Largest norm of the gradient (code: 1)."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -151,8 +167,9 @@ class Settings:
     images_share: Number = 1.0
     """CSR and NIP on this share of a batch's images; below 1 results change (an ablation of speed)."""
 
-    dataset: Literal["digits", "paper", "files"] = "digits"
-    """digits: generated from scans inside scikit-learn; paper: the stage's sets below --data-dir; files: --files."""
+    dataset: Literal["digits", "photos", "paper", "files"] = "digits"
+    """digits: scenes of scans inside scikit-learn; photos: of CIFAR-10 below --data-dir; paper: the stage's
+    sets below --data-dir; files: --files."""
     files: tuple[str, ...] = ()
     """dataset files: tar shards, parquet, MMC4 or LLaVA or region JSON, told apart by --files-kind."""
     files_kind: Literal["webdataset", "parquet", "mmc4", "llava", "regions"] = "webdataset"
@@ -162,7 +179,7 @@ class Settings:
     broken: Literal["stop", "skip"] = "stop"
     """paper, files: a broken or missing picture or line stops the run, or is left out, told and counted."""
     prompt_form: Literal[FORMS] = "paper"
-    """Wording of prompts: paper, code (with its misspelling), plain (digits)."""
+    """Wording of prompts: paper, code (with its misspelling), plain (scenes)."""
     workers: int = 0
     """Threads that decode pictures ahead of training; 0: none."""
     benchmarks: tuple[str, ...] = ()
@@ -174,12 +191,12 @@ class Settings:
     """Table of RESULTS.md the records belong to; own: none of them (plan.yaml names the tables of its runs)."""
     label: str = ""
     """Row of the table; may name settings as in "lambda={lambda_csr:g}"; default the variant's name."""
-    scale: Literal["smoke", "demo", "paper"] = "demo"
+    scale: Literal["smoke", "demo", "real", "paper"] = "demo"
     """Goes into the record; changes nothing else."""
     out: str = ""
     """Run folder; default runs/<scale>/<table>-<preset>-stage<n>-<variant>."""
     base: str = ""
-    """digits: folder of the pretrained parts that runs share; default base/ beside the run folder."""
+    """digits, photos: folder of the pretrained parts that runs share; default base/ beside the run folder."""
     data_dir: str = ""
     """Folder of data and weights; default $REPRO_DATA, else ./data (inside: deem/, weights/)."""
     download: bool = False
@@ -198,9 +215,13 @@ class Settings:
         return self.preset in SMALL
 
     @property
+    def on_scenes(self) -> bool:
+        return self.dataset in BASES
+
+    @property
     def flip(self) -> str:
-        """Mirroring in stage 1: one toss for both views, in the code one each; none on digits."""
-        if self.preset == "digits" or self.stage > 1:
+        """Mirroring in stage 1: one toss for both views, in the code one each; none on scenes."""
+        if self.preset in BASES or self.stage > 1:
             return "none"
         return "independent" if self.form == "official" else "shared"
 
@@ -216,14 +237,16 @@ class Settings:
         if list(chain) != sorted({*chain}) or chain[-1] > 3:
             raise UserError(f"--then {' '.join(map(str, self.then))}: name later stages in their order, at most 3")
         low = {"steps": 0, "batch": 0, "accum": 1, "max_tokens": 0, "max_images": 0, "warmup": -1, "workers": 0}
-        low |= {"digits.text": 0, "digits.encoder": 0, "digits.denoiser": 0, "digits.scenes": 10}
-        low |= {"digits.align": 0}
-        low |= {"digits.questions": 10, "digits.pretrained": -1, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
+        low |= {"scenes.pretrained": -1, "then_steps": 0, "checkpoint_steps": 0, "max_steps": 0}
         low |= {"encoder.resolution": 0, "sd.resolution": 0, "weight_decay": 0}
         low |= {"lambda_csr": 0, "lambda_nip": 0, "lambda_ntp": 0}
         for name, least in low.items():
             if (value := attrgetter(name)(self)) < least:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value:g}")
+        for name in BASES["digits"]:
+            value, least = getattr(self.scenes, name), {"count": 10, "questions": 10}.get(name, 0)
+            if value < least and value != -1:
+                raise UserError(f"--scenes.{name} must be at least {least}, not {value}")
         for name in ("lr", "encoder.lr", "sd.lr", "lm.lr", "mmfs_lr", "offsets_lr"):
             if (value := attrgetter(name)(self)) <= 0 and value != -1:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value:g}")
@@ -244,18 +267,21 @@ class Settings:
             raise UserError("--preset llava goes with --variant llava or llava-csr, and with no other")
         if self.preset == "llava" and self.stage == 3:
             raise UserError("--preset llava has stages 1 and 2")
-        if not self.small and self.dataset == "digits":
-            raise UserError("--dataset digits goes with --preset digits or tiny; give --dataset paper or files")
-        if self.dataset == "digits" and self.stage == 3:
-            raise UserError("the digit scenes have stages 1 and 2; stage 3 needs --dataset paper or files")
-        if self.small and self.dataset != "digits" and self.preset == "digits":
+        if self.dataset == "digits" and self.preset not in ("digits", "tiny"):
+            more = "--dataset photos" if self.preset == "photos" else "--dataset paper or files"
+            raise UserError(f"--dataset digits goes with --preset digits or tiny; give {more}")
+        if self.dataset == "photos" and self.preset != "photos":
+            raise UserError("--dataset photos goes with --preset photos")
+        if self.on_scenes and self.stage == 3:
+            raise UserError("the scenes have stages 1 and 2; stage 3 needs --dataset paper or files")
+        if self.preset == "digits" and self.dataset != "digits":
             raise UserError("--preset digits knows only the words of its scenes; use --preset tiny or a larger one")
 
     def resolve(self) -> None:
         """Put the defaults of stage, preset and form where none was given."""
-        k, digits, code = self.stage - 1, self.preset == "digits", self.form == "official"
-        self.steps = self.steps or ((300, 300, 300)[k] if self.small else 10000)
-        self.batch = self.batch or (32 if digits else 2 if self.small else (4, 16, 2)[k])
+        k, made, code = self.stage - 1, self.preset in BASES, self.form == "official"
+        self.steps = self.steps or (4000 if self.preset == "photos" else 300 if self.small else 10000)
+        self.batch = self.batch or (32 if made else 2 if self.small else (4, 16, 2)[k])
         self.max_tokens = self.max_tokens or (0 if self.small else 2048)
         self.max_images = self.max_images or (15, 1, 16)[k]  # stage 3: the whole picture and a masked one a region
         own = self.small or self.preset == "llava"
@@ -278,7 +304,10 @@ class Settings:
         self.warmup = min(20 if self.small else (1000, 500, 500)[k], self.steps - 1) if self.warmup < 0 else self.warmup
         self.csr_use_mmfs = ("on" if code else "off") if self.csr_use_mmfs == "auto" else self.csr_use_mmfs
         self.squeeze = (0.6 if code else 1.0) if self.squeeze == -1 else self.squeeze
-        self.prompt_form = "plain" if self.dataset == "digits" else self.prompt_form
+        self.prompt_form = "plain" if self.on_scenes else self.prompt_form
+        for name, value in BASES.get(self.dataset, {}).items():
+            given = getattr(self.scenes, name)
+            self.scenes = replace(self.scenes, **{name: value if given == -1 else given})
         r = self.rates()
         self.lr, self.mmfs_lr, self.offsets_lr = r.base, r.synchroniser, r.offsets
         self.encoder, self.sd = replace(self.encoder, lr=r.trunk), replace(self.sd, lr=r.unet)
@@ -294,12 +323,8 @@ class Settings:
 
     def rates(self) -> Rates:
         r = recipe.RATES[self.stage]
-        if self.preset == "digits":
-            r = (
-                Rates(1e-3, 2e-4, 3e-4, 3e-4, 1e-3, 1e-4)
-                if self.stage == 1
-                else Rates(5e-4, 1e-3, 3e-4, 5e-4, 5e-4, 1e-4)
-            )
+        if self.preset in OWN_RATES and self.stage < 3:
+            r = OWN_RATES[self.preset][self.stage - 1]
         elif self.form == "official" and self.stage > 1:
             r = replace(r, llm=r.base)
         given = {"base": self.lr, "trunk": self.encoder.lr, "unet": self.sd.lr, "llm": self.lm.lr}
@@ -328,7 +353,7 @@ class Settings:
 
 @dataclass
 class EvalSettings:
-    """Score a run on the paper's benchmarks; without --benchmark, score a finished digit run again."""
+    """Score a run on the paper's benchmarks; without --benchmark, score a finished run on scenes again."""
 
     run: str = ""
     """Run folder written by train.py."""
@@ -374,7 +399,7 @@ class EvalSettings:
     """Method of the records; default the run's label."""
     setting: str = ""
     """Setting of the records; default says parser, form and what is not the paper's."""
-    scale: Literal["smoke", "demo", "paper"] = "paper"
+    scale: Literal["smoke", "demo", "real", "paper"] = "paper"
     """Scale the records belong to."""
     out: str = ""
     """Folder of logs and records; default <run>-eval-<benchmarks> beside the run folder."""

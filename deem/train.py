@@ -2,6 +2,7 @@
 
     python train.py --variant deem --seeds 0 1 2                    # digit scenes: needs no data; evaluates at the end
     python train.py --variant clean --seeds 0 1 2                   # the same without CSR
+    python train.py --preset photos --dataset photos --variant deem --then 2        # CIFAR-10, SmolLM2; a GPU
     python train.py --preset deem --stage 1 --dataset paper --precision bf16 --checkpointing --download
     python train.py --preset deem --stage 2 --init runs/paper/NAME --dataset paper --precision bf16 --checkpointing
     accelerate launch --config_file configs/ddp.yaml train.py --preset deem --stage 1 --dataset paper ...
@@ -25,11 +26,11 @@ from lab.runs import UserError
 import torch
 
 import recipe
-from build import build, data_of, inherited, reader, title
-from digits import study
+from build import build, data_of, inherited, made_here, reader, title, world_of
 from evaluation.asking import check_data, evaluate
 from evaluation.sets import BENCHMARKS
 from model import Deem
+from scenes import study
 from settings import NOT_PART_OF_A_RUN, EvalSettings, Settings
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
@@ -92,20 +93,20 @@ def train(s: Settings, seed: int, run: runs.Run | None, accelerator, later: bool
     if t.step < s.steps:
         print(f"stopped after step {t.step} of {s.steps}; start again with the same command to go on")
         return False
-    tensors = t.weights(s.small)
+    tensors = t.weights(lambda k: s.small and made_here(model, k))
     if run is None:
         return True
     tensors = {**inherited(s, seed), **tensors} if not s.small else tensors
     runs.write_tensors(final, tensors)
     for k, g in enumerate(model.gates()):
         counts[f"gate_{k}"] = float(g.detach().tanh())
-    skipped = {"skipped": feeder.reader.skipped} if s.dataset != "digits" else {}
+    skipped = {"skipped": feeder.reader.skipped} if not s.on_scenes else {}
     metrics = {"steps": t.step, **skipped, "step_seconds": seconds / max(1, t.step), **counts}
     metrics |= {k: v for k, v in last_line(folder).items() if k in ("ntp", "nip", "csr", "total")}
-    if s.dataset == "digits":
-        found, rows = study.score(model, s, seed)
+    if s.on_scenes:
+        found, rows = study.score(model, world_of(s), s, seed)
         metrics |= found
-        runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, seed))
+        runs.write_tensors(folder / "pictures.safetensors", study.pictures(model, world_of(s), seed))
         if rows:
             runs.write_text(folder / "answers.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     where = {**place(s), "scale": s.scale}
@@ -132,7 +133,7 @@ def benchmarks_of(s: Settings, seed: int, names: tuple[str, ...]):
 
 def place(s: Settings) -> dict[str, str]:
     """Where a training record stands; the demo's tables are by stage, the paper's name a model after its stage."""
-    method = s.label if s.dataset == "digits" else row(s)
+    method = s.label if s.on_scenes else row(s)
     return {"table": s.table, "dataset": title(s), "setting": setting(s), "method": method}
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -224,10 +225,10 @@ class Trainer:
         moments = {k.removeprefix("adam."): v for k, v in tensors.items() if not k.startswith("model.")}
         checkpoints.restore_optimizer(self.plain_optimizer, moments, place)
 
-    def weights(self, everything: bool) -> dict[str, Tensor]:
-        """What a run keeps: every weight of a small model, else what this run and its --init trained."""
+    def weights(self, kept: Callable[[str], bool]) -> dict[str, Tensor]:
+        """What a run keeps: what it trains, and what `kept` says by its name."""
         if self.sharded:
             full = self.accelerator.get_state_dict(self.call)
             keep = {k for k, p in self.accelerator.unwrap_model(self.call).named_parameters() if p.requires_grad}
-            return {k: v for k, v in full.items() if everything or k in keep}
-        return {k: p for k, p in self.model.named_parameters() if everything or p.requires_grad}
+            return {k: v for k, v in full.items() if k in keep or kept(k)}
+        return {k: p for k, p in self.model.named_parameters() if p.requires_grad or kept(k)}

@@ -86,8 +86,10 @@ class HFTokenizer(Tokenizer):
         return self.tokenizer.decode([i for i in ids if i < self.text_size], skip_special_tokens=True).strip()
 
     def answers(self, word: str) -> list[int]:
-        """First tokens of a word written small and with a capital."""
-        return sorted({self.encode(w)[0] for w in (word, word.capitalize())})
+        """First tokens of a word written small and with a capital, also behind a blank, as behind a prompt: in BPE the
+        blank is a part of the word."""
+        written = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+        return sorted({self.encode(w)[0] for w in written})
 
 
 @dataclass

@@ -14,13 +14,16 @@ from lab import runs
 import pytest
 import torch
 
-from digits import scenes, study
 from documents import sequences
 from model import Deem
+from scenes import study
+from scenes.digits import digits
+from scenes.world import SceneReader
 from settings import Settings
 from vision.views import two_views
 
 torch.set_num_threads(1)
+WORLD = digits()
 HERE = Path(__file__).resolve().parents[1]
 
 
@@ -48,7 +51,7 @@ def batch_of(model, documents, masks=None, flip="none"):
 
 
 def documents(n, stage=1, seed=0):
-    reader = scenes.SceneReader(seed, stage, n=50)
+    reader = SceneReader(WORLD, seed, stage, n=50)
     return [list(next(reader).parts) for _ in range(n)]
 
 
@@ -75,6 +78,8 @@ def quick_study():
         patch.setattr(study, "PROBE", (150, 50))
         patch.setattr(study, "TIMES", (300, 700))
         patch.setattr(study, "LOOKS", 60)
+        patch.setattr(study, "DENOISED", 40)
+        patch.setattr(study, "DRAWN", (3, 4))
         yield
 
 

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from digits import scenes
 from documents.readers import Picture
 from evaluation import asking, drawing, sets
 from evaluation.benchmarks import Question
+from scenes.world import to_picture
 from settings import EvalSettings
 from streams import stream
 
@@ -172,12 +172,12 @@ def test_rankings_choices_and_captions_carry_what_their_scores_need():
 
 
 def test_regions_are_asked_with_their_masks():
-    from conftest import make
+    from conftest import WORLD, make
 
     model, _ = make("tiny", stage=3)
     square = {"segmentation": [[0, 0, 40, 0, 40, 30, 0, 30]], "height": 60, "width": 60}
     q = Question(0, "", "there is a 3", "refcocog", "", {"question_id": 1, "references": ["there is a 3"], **square})
-    image = scenes.to_picture(scenes.make(1, stream(0, "x"), scenes.pools()[0]).images[0]).load().resize((60, 60))
+    image = to_picture(WORLD.make(1, stream(0, "x"), WORLD.train).images[0]).load().resize((60, 60))
     masks, real = [], model.encode_images
     model.encode_images = lambda images, m=None: masks.append(m) or real(images, m)
     (r,) = asking.ask(model.eval(), [q], "region", form="plain", picture=lambda q: Picture(image))

@@ -47,7 +47,7 @@ def fails(monkeypatch, capsys):
         (["--preset", "tiny", "--encoder.resolution", "8"], "--encoder.resolution 8"),
         (["--label", "{steps.x}"], "cannot be filled in"), (["--label", "{steps:zz}"], "cannot be filled in"),
         (["--device", "cuda"], "CUDA"), (["--init", "/nosuch"], "no weights of seed 0"),
-        (["--digits.scenes", "1"], "--digits.scenes"),
+        (["--scenes.count", "1"], "--scenes.count"),
         (["--encoder.weights", "/nosuch"], "conv:WIDTHS is random"), (["--max-tokens", "5"], "at least 11"),
     ],
 )  # fmt: skip
@@ -95,8 +95,8 @@ def test_dry_run_prints_parts(monkeypatch, capsys):
 
 
 def test_nothing_to_learn_is_told(fails, tmp_path):
-    words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --digits.scenes 20 --device cpu".split()
-    words += "--digits.text 1 --digits.encoder 1 --digits.denoiser 1 --digits.align 1".split()
+    words = "--variant clean --lambda-nip 0 --lambda-ntp 0 --steps 2 --batch 2 --scenes.count 20 --device cpu".split()
+    words += "--scenes.text 1 --scenes.encoder 1 --scenes.denoiser 1 --scenes.align 1".split()
     fails(train, [*words, "--out", tmp_path / "x"], "nothing to learn")
     assert not list(tmp_path.rglob("record*"))
 
@@ -134,7 +134,7 @@ def test_help_explains_every_setting():
     text = (runs.HERE / "settings.py").read_text()
     body = text[text.index("class EncoderSettings") : text.index("    @property")]
     fields = re.findall(r"^    (\w+): ", body, re.M)
-    groups = (Settings, *(type(getattr(Settings(), k)) for k in ("encoder", "lm", "sd", "digits")))
+    groups = (Settings, *(type(getattr(Settings(), k)) for k in ("encoder", "lm", "sd", "scenes")))
     assert len(fields) == sum(len(g.__dataclass_fields__) for g in groups)
     for name in fields:
         assert re.search(rf'    {name}: [^\n]*\n    """', body), name

@@ -15,15 +15,17 @@ from lab.runs import UserError
 
 import pytest
 import torch
+from conftest import WORLD
 from PIL import Image
 
 import build
 import eval as command
-from digits import scenes, study
 from evaluation import asking, benchmarks, parsers, sets
 from evaluation.benchmarks import Question
 from model import Deem
-from settings import DigitSettings, EvalSettings, Settings
+from scenes import study
+from scenes.world import to_picture
+from settings import EvalSettings, SceneSettings, Settings
 from streams import stream
 
 HERE = Path(__file__).resolve().parents[1]
@@ -34,7 +36,7 @@ N = 12  # pictures of the small POPE lists
 def trained(tmp_path_factory) -> Path:
     """A run folder as train.py leaves it, with a random model."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    s = Settings(preset="digits", out=str(out), seeds=(0, 1), label="DEEM", digits=DigitSettings(questions=10))
+    s = Settings(preset="digits", out=str(out), seeds=(0, 1), label="DEEM", scenes=SceneSettings(questions=10))
     s.resolve()
     for seed in s.seeds:
         torch.manual_seed(seed)
@@ -50,16 +52,16 @@ def trained(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """POPE's three lists over scenes of digits, in the official files and folders."""
     folder = tmp_path_factory.mktemp("data")
-    made = scenes.make(40, stream(0, "eval"), scenes.pools()[1])
-    some = [k for k, o in enumerate(made.objects()) if len(o) >= 2][:N]
+    made = WORLD.make(40, stream(0, "eval"), WORLD.test)
+    some = [k for k, o in enumerate(WORLD.objects(made)) if len(o) >= 2][:N]
     files = [f"COCO_val2014_{k:012d}.jpg" for k in range(N)]
     place = folder / "deem" / "coco" / "val2014"
     place.mkdir(parents=True)
     for file, k in zip(files, some, strict=True):
-        scenes.to_picture(made.images[k]).load().save(place / file, "PNG")
+        to_picture(made.images[k]).load().save(place / file, "PNG")
     for kind in benchmarks.POPE_KINDS:
         questions = benchmarks.build_pope(
-            [made.objects()[k] for k in some], scenes.NAMES, kind=kind, per_image=2, images=None
+            [WORLD.objects(made)[k] for k in some], WORLD.names, kind=kind, per_image=2, images=None
         )
         benchmarks.write_pope(folder / "deem" / "pope" / f"coco_pope_{kind}.json", questions, files)
     return folder
@@ -314,7 +316,7 @@ def test_another_setting_in_the_same_folder_is_refused(monkeypatch, fails, train
 
 def test_a_demo_run_scored_again_gives_its_record(monkeypatch, trained, capsys, quick_study):
     model, s = build.load_run(trained, torch.device("cpu"), 0)
-    metrics, _ = study.score(model, s, 0)
+    metrics, _ = study.score(model, WORLD, s, 0)
     record = {
         **{"table": "t", "dataset": "d", "setting": "s", "method": "m", "seed": 0, "metrics": metrics, "settings": {}},
         **{"data": {"name": "d", "variant": "", "sha256": "", "n": 1}, "code": {"commit": "", "dirty": False}},

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from digits.scenes import WORDS
 from documents import sequences
 from documents.readers import Document, Picture, Text
 from documents.sequences import IGNORED, Packer, WordTokenizer, collate, encode, join
+from scenes.digits import WORDS
 
 TOK = WordTokenizer(WORDS)
 P = Picture(Image.new("RGB", (4, 4)))

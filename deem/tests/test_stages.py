@@ -13,13 +13,13 @@ from lab.runs import UserError
 
 import pytest
 import torch
-from conftest import HERE, documents, make, run
+from conftest import HERE, WORLD, documents, make, run
 from test_train import FEW, _first, metrics
 
 import build
 import train
-from digits import scenes
-from settings import DigitSettings, Settings
+from scenes.world import SceneReader
+from settings import SceneSettings, Settings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
@@ -78,8 +78,8 @@ def test_schedule():
 
 
 def test_batches_depend_on_seed_and_place_alone():
-    model, s = make("digits", digits=DigitSettings(60), batch=4)
-    feeder = lambda: Feeder(s, model, scenes.SceneReader(3, 1, n=60), 3, 0)  # noqa: E731
+    model, s = make("digits", scenes=SceneSettings(60), batch=4)
+    feeder = lambda: Feeder(s, model, SceneReader(WORLD, 3, 1, n=60), 3, 0)  # noqa: E731
     a, b = feeder(), feeder()
     a.batch(0, 0)
     state = a.reader.state()
@@ -95,8 +95,8 @@ def saved(tmp_path_factory):
     """A checkpoint of two steps of four, and what makes a trainer for it."""
 
     def trainer(steps=4):
-        model, s = make("digits", digits=DigitSettings(20), batch=2, steps=steps)
-        return Trainer(s, model, Feeder(s, model, scenes.SceneReader(0, 1, n=20), 0, 0), accelerator_of(CPU), 0)
+        model, s = make("digits", scenes=SceneSettings(20), batch=2, steps=steps)
+        return Trainer(s, model, Feeder(s, model, SceneReader(WORLD, 0, 1, n=20), 0, 0), accelerator_of(CPU), 0)
 
     path = tmp_path_factory.mktemp("saved") / "seed0.safetensors"
     t = trainer()
@@ -204,7 +204,7 @@ def test_what_a_benchmark_lacks_is_told_before_training(tmp_path):
         "2",
         "--device",
         "cpu",
-        "--digits.scenes",
+        "--scenes.count",
         "20",
         "--data-dir",
         tmp_path,

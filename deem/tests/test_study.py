@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make
+from conftest import WORLD, make
 
-from digits import scenes, study
 from model import Seen
-from settings import DigitSettings
+from scenes import study
+from settings import SceneSettings
 from streams import stream
 
 
@@ -22,7 +22,7 @@ def test_probe_against_a_reference(monkeypatch):
         return x
 
     monkeypatch.setattr(study, "features", features)
-    found = study.probe(None, 5)
+    found = study.probe(None, WORLD, 5)
     (x, fit), (y, held) = seen
     mean, std = x.mean(0), x.std(0) + 1e-6
     z, v = (np.c_[(a - mean) / std, np.ones(len(a))] for a in (x, y))
@@ -53,7 +53,7 @@ def test_probe_against_a_reference(monkeypatch):
 
 
 def test_pope_asks_about_three_present_and_three_absent_digits_of_a_scene():
-    asked, images = study.questions(3, 15)
+    asked, images = study.questions(WORLD, 3, 15)
     for kind in ("random", "popular", "adversarial"):
         own = [q for q in asked if q.meta["benchmark"] == "POPE" and q.group == kind]
         for picture in {q.image for q in own}:
@@ -65,7 +65,7 @@ def test_pope_asks_about_three_present_and_three_absent_digits_of_a_scene():
 
 def test_every_answer_is_about_its_own_picture_and_the_more_probable_word(monkeypatch):
     model, _ = make("digits")
-    asked, images = study.questions(0, 10)
+    asked, images = study.questions(WORLD, 0, 10)
     brightness = [float(np.asarray(x).mean()) for x in images]
     middle = float(np.median(brightness))
 
@@ -99,14 +99,14 @@ def test_always_yes_gets_the_share_of_yes():
         {"benchmark": "MMVP", "group": "pairs", "question": "?", "pair": 0, "label": x, "answer": x}
         for x in ("yes", "no")
     ]
-    found = study.answer_scores(rows)
+    found = study.answer_scores(rows, "digits")
     assert found["POPE_random_always_yes"] == found["POPE_adversarial_always_yes"] == 75
     assert found["POPE_accuracy"] == 25 and found["POPE_yes_ratio"] == 0 and found["MMVP_accuracy"] == 100
 
 
 @pytest.mark.parametrize("maps", ["on", "off"])
 def test_a_run_is_measured_as_it_was_trained_and_without_dropout(monkeypatch, maps):
-    model, s = make("digits", stage=2, csr_use_mmfs=maps, digits=DigitSettings(questions=10))
+    model, s = make("digits", stage=2, csr_use_mmfs=maps, scenes=SceneSettings(questions=10))
     model.train()
     told = {}
 
@@ -115,20 +115,20 @@ def test_a_run_is_measured_as_it_was_trained_and_without_dropout(monkeypatch, ma
         return {}
 
     monkeypatch.setattr(study, "denoising", denoising)
-    monkeypatch.setattr(study, "probe", lambda m, seed: {"training": m.training})
+    monkeypatch.setattr(study, "probe", lambda m, world, seed: {"training": m.training})
     monkeypatch.setattr(study, "LOOKS", 20)
-    found, rows = study.score(model, s, 0)
+    found, rows = study.score(model, WORLD, s, 0)
     assert told == {"maps": maps == "on", "training": False, "n": 256} and not found["training"] and rows
     assert "POPE_accuracy" in found and "MMVP_accuracy" in found
     s.stage = 1
-    found, rows = study.score(model, s, 0)
+    found, rows = study.score(model, WORLD, s, 0)
     assert rows == [] and "caption_accuracy" in found and not any(k.startswith(("POPE", "MMVP")) for k in found)
 
 
 def test_denoising_reads_the_scenes_own_maps_in_both_errors():
     """With maps the tokens add little: what differs between the two errors is the condition alone."""
     model, _ = make("digits")
-    held = scenes.make(8, stream(0, "x"), scenes.pools()[1])
+    held = WORLD.make(8, stream(0, "x"), WORLD.test)
     plain, own = (study.denoising(model, held, 0, maps=m) for m in (False, True))
     with torch.no_grad():
         for p in model.denoiser.net.parameters():
@@ -141,7 +141,7 @@ def test_looks_tell_a_model_that_sees_and_reads_from_one_that_does_not(monkeypat
     """Models that answer by rule: out of the picture and the text, or always the most frequent digit and yes."""
     model, _ = make("digits")
     monkeypatch.setattr(study, "LOOKS", 120)
-    held = scenes.make(120, stream(4, "looks"), scenes.pools()[1])
+    held = WORLD.make(120, stream(4, "looks"), WORLD.test)
     names = {
         x.tobytes(): c for x, c in zip((held.images * 255).round().astype(np.uint8), held.captioned(), strict=True)
     }
@@ -151,7 +151,7 @@ def test_looks_tell_a_model_that_sees_and_reads_from_one_that_does_not(monkeypat
         for i, parts in enumerate(prompts):
             if images is not None:
                 picture, begun = parts
-                assert begun.text == "there is a" and words == scenes.NAMES and len(images) == len(prompts)
+                assert begun.text == "there is a" and words == WORLD.names and len(images) == len(prompts)
                 out[i, names[np.asarray(picture.load())[:, :, 0].tobytes()]] = 1
             else:
                 told, asked = parts[0].text.split(" . ") if " . " in parts[0].text else parts[0].text.split(". ", 1)
@@ -160,11 +160,11 @@ def test_looks_tell_a_model_that_sees_and_reads_from_one_that_does_not(monkeypat
         return out
 
     monkeypatch.setattr(model, "word_scores", by_rule)
-    found = study.looks(model, 4)
+    found = study.looks(model, WORLD, 4)
     guess = 100 * np.bincount(held.captioned()).max() / 120
     assert found["caption_accuracy"] == found["text_accuracy"] == 100 and found["caption_guess"] == pytest.approx(guess)
     common = int(np.bincount(held.captioned()).argmax())
     blind = lambda p, words, images=None: torch.eye(len(words))[common if images is not None else 0].repeat(len(p), 1)  # noqa: E731
     monkeypatch.setattr(model, "word_scores", blind)
-    found = study.looks(model, 4)
+    found = study.looks(model, WORLD, 4)
     assert found["caption_gain"] == pytest.approx(0) and 35 < found["text_accuracy"] < 65

@@ -13,17 +13,17 @@ from lab.runs import UserError
 
 import pytest
 import torch
-from conftest import HERE, make, run
+from conftest import HERE, WORLD, make, run
 
 import build
 import train
-from digits import pretrain, study
-from settings import DigitSettings
+from scenes import pretrain, study
+from settings import SceneSettings
 
 pytestmark = pytest.mark.usefixtures("quick_study")
 
-FEW = ["--batch", "3", "--digits.scenes", "60", "--digits.text", "2", "--digits.encoder", "2", "--digits.denoiser",
-       "2", "--digits.align", "2", "--digits.questions", "10", "--device", "cpu"]  # fmt: skip
+FEW = ["--batch", "3", "--scenes.count", "60", "--scenes.text", "2", "--scenes.encoder", "2", "--scenes.denoiser",
+       "2", "--scenes.align", "2", "--scenes.questions", "10", "--device", "cpu"]  # fmt: skip
 
 
 def metrics(out, seed=0, name="record"):
@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files(whole):
 def test_evaluating_again_gives_the_records_numbers(whole):
     for folder, name in ((whole, "record"), (whole / "stage2", "record")):
         model, s = build.load_run(folder, "cpu")
-        found, _ = study.score(model, s, 0)
+        found, _ = study.score(model, WORLD, s, 0)
         stored = metrics(folder, name=name)
         assert all(stored[k] == v for k, v in found.items())
     assert metrics(whole, name="record-stage2") == metrics(whole / "stage2")
@@ -125,29 +125,30 @@ def test_killed_run_goes_on_bitwise(whole, tmp_path):
 def test_base_is_shared_and_named_by_what_it_depends_on(whole, tmp_path):
     base = whole.parent / "base"
     assert len(list(base.glob("digits-seed0-*/model.safetensors"))) == 1
-    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2), base=str(base))
+    model, s = make("digits", scenes=SceneSettings(60, 2, 2, 2, 2), base=str(base))
     before = (next(base.glob("*")) / "model.safetensors").stat().st_mtime
-    pretrain.base(model, s, 0)
+    pretrain.base(model, WORLD, s, 0)
     assert (next(base.glob("*")) / "model.safetensors").stat().st_mtime == before
-    shared, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2, pretrained=0), base=str(base))
-    pretrain.base(shared, s, 5)  # another run's seed, the same pretrained parts
+    shared, s = make("digits", scenes=SceneSettings(60, 2, 2, 2, 2, pretrained=0), base=str(base))
+    pretrain.base(shared, WORLD, s, 5)  # another run's seed, the same pretrained parts
     assert len(list(base.glob("*"))) == 1
     assert all(torch.equal(p, q) for p, q in zip(shared.parameters(), model.parameters(), strict=True))
-    other, s = make("digits", digits=DigitSettings(60, 1, 1, 1, 1), base=str(tmp_path))
-    pretrain.base(other, s, 0)
+    other, s = make("digits", scenes=SceneSettings(60, 1, 1, 1, 1), base=str(tmp_path))
+    pretrain.base(other, WORLD, s, 0)
     name = "encoder.trunk.stages.0.0.weight"
     assert not torch.equal(dict(model.named_parameters())[name], dict(other.named_parameters())[name])
     third, _ = make("digits")
     half = next(tmp_path.glob("*/model.safetensors")).with_name(".model.safetensors.1.tmp")
     half.write_text("left over")
-    pretrain.base(third, s, 0)
+    pretrain.base(third, WORLD, s, 0)
     assert not half.exists()
     assert all(
-        torch.equal(p, dict(third.named_parameters())[k]) for k, p in other.named_parameters() if pretrain.learned(k)
+        torch.equal(p, dict(third.named_parameters())[k])
+        for k, p in other.named_parameters()
+        if pretrain.learned(other, k)
     )
-    assert not any(
-        map(pretrain.learned, ("condition_head.weight", "denoiser.net.mid.conv.bias", "context_proj.weight"))
-    )
+    rest = ("condition_head.weight", "denoiser.net.mid.conv.bias", "context_proj.weight")
+    assert not any(pretrain.learned(other, k) for k in rest)
 
 
 def test_nan_ends_the_run_with_the_step(tmp_path, whole):
@@ -187,10 +188,10 @@ def test_base_that_does_not_fit(whole, tmp_path, change):
     value = {"nan": tensors[name] * float("nan"), "shape": tensors[name][:1].clone()}.get(change)
     tensors = {k: v for k, v in tensors.items() if k != name} | ({} if value is None else {name: value})
     runs.write_tensors(path, tensors, meta)
-    model, s = make("digits", digits=DigitSettings(60, 2, 2, 2, 2),
+    model, s = make("digits", scenes=SceneSettings(60, 2, 2, 2, 2),
                     base=str(tmp_path / "base"))  # fmt: skip
     with pytest.raises(UserError, match=f"{name} is missing, of another shape or not finite"):
-        pretrain.base(model, s, 0)
+        pretrain.base(model, WORLD, s, 0)
 
 
 def test_run_that_was_edited(whole, tmp_path):

@@ -6,13 +6,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import make
+from conftest import WORLD, make
 from PIL import Image
 
 import recipe
-from digits import pretrain, scenes
 from documents.readers import Picture
-from settings import DigitSettings
+from scenes import pretrain
+from scenes.world import SceneReader
+from settings import SceneSettings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
@@ -20,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 def trainer(stage, variant="deem", preset="digits", **given):
-    model, s = make(preset, stage=stage, variant=variant, batch=2, steps=6, warmup=2, digits=DigitSettings(40), **given)
-    feeder = Feeder(s, model, scenes.SceneReader(1, stage, n=40), 1, 0)
+    model, s = make(preset, stage=stage, variant=variant, batch=2, steps=6, warmup=2, scenes=SceneSettings(40), **given)
+    feeder = Feeder(s, model, SceneReader(WORLD, 1, stage, n=40), 1, 0)
     return Trainer(s, model, feeder, accelerator_of(CPU), 1)
 
 
@@ -29,7 +30,7 @@ def trainer(stage, variant="deem", preset="digits", **given):
 def test_steps_against_a_loop(stage, betas, eps):
     t = trainer(stage, accum=2, clip=0.02)
     own, s = copy.deepcopy(t.model), t.s
-    feeder = Feeder(s, own, scenes.SceneReader(1, stage, n=40), 1, 0)
+    feeder = Feeder(s, own, SceneReader(WORLD, 1, stage, n=40), 1, 0)
     groups = [dict(g) for g in own.trainable_groups(stage, "deem", rates=s.rates())]
     moments = {}
     t.modes()
@@ -119,16 +120,16 @@ def test_pretraining_falls_to_nothing_and_leaves_no_gradients(monkeypatch):
     expected = [0.1 * min(1, (k + 1) / 20) * 0.5 * (1 + np.cos(np.pi * k / 40)) for k in range(40)]
     assert rates == pytest.approx(expected) and w.grad is None
     monkeypatch.undo()
-    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1, 1))
-    kept = pretrain.pretrain(model, s, 0)
-    assert all(p.grad is None for p in model.parameters()) and all(pretrain.learned(k) for k in kept)
+    model, s = make("digits", scenes=SceneSettings(40, 1, 1, 1, 1))
+    kept = pretrain.pretrain(model, WORLD, s, 0)
+    assert all(p.grad is None for p in model.parameters()) and all(pretrain.learned(model, k) for k in kept)
 
 
 def test_alignment_trains_what_reads_the_tokens_alone():
     """The parts that the caption loss of stage 1 trains in every variant, on documents that no run reads so far."""
-    model, s = make("digits", digits=DigitSettings(40, 1, 1, 1, 3), batch=2)
+    model, s = make("digits", scenes=SceneSettings(40, 1, 1, 1, 3), batch=2)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    pretrain.align(model, s, 0)
+    pretrain.align(model, WORLD, s, 0)
     moved = {recipe.part_of(k) for k, p in model.named_parameters() if not torch.equal(p, before[k])}
     assert moved == pretrain.ALIGNED == {"eyes", "synchroniser", "gate", "offsets", "soi", "new head"}
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

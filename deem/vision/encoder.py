@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import packages
 from vision.grids import binary_mask, resized, sincos_2d
 from vision.vit_adapter import ViTAdapter
 
@@ -55,9 +56,10 @@ class ConvTrunk(nn.Module):
 class TimmTrunk(nn.Module):
     """A timm network with several scales: maps of its stages and its head before the classifier (pool, norm)."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, stats: tuple = (MEAN, STD)):
+        """stats: mean and deviation of a channel that the network was trained with."""
         super().__init__()
-        self.network = network
+        self.network, (self.mean, self.std) = network, stats
         info = network.feature_info
         channels = info.channels() if hasattr(info, "channels") else [i["num_chs"] for i in info]
         strides = info.reduction() if hasattr(info, "reduction") else [i["reduction"] for i in info]
@@ -120,7 +122,8 @@ def make_trunk(name: str, weights: str = "random", folder: Path | None = None, *
     """A trunk by name: `conv:16,32,64`, `open_clip:NAME` (ConvNeXt of timm, or ViT with a ViT-Adapter), `timm:NAME`,
     `plain:NAME` (an open_clip ViT's patches alone, one scale, for LLaVA).
 
-    weights: `random`, a file, or open_clip's tag; tags are looked up in `folder` first and fetched with `download`.
+    weights: `random`, a file, `package` (EfficientNet-Lite0 alone) or open_clip's tag; tags are looked up
+    in `folder` first and fetched with `download`.
     """
     kind, _, rest = name.partition(":")
     if kind == "conv":
@@ -132,7 +135,8 @@ def make_trunk(name: str, weights: str = "random", folder: Path | None = None, *
             raise UserError(f"--encoder.name {name}: give widths of stages, as in conv:16,32,64")
         return ConvTrunk(widths)
     if kind == "timm":
-        return TimmTrunk(_timm(rest, weights, folder, drop_path, download))
+        network = _timm(rest, weights, folder, drop_path, download)
+        return TimmTrunk(network, tuple(network.pretrained_cfg[k] for k in ("mean", "std")))
     if kind in ("open_clip", "plain"):
         visual = _open_clip(rest, weights, folder, drop_path, download)
         if kind == "plain" and not hasattr(visual, "transformer"):
@@ -152,6 +156,8 @@ def _timm(name: str, weights: str, folder: Path | None, drop_path: float, downlo
         raise UserError(
             f"--encoder.name timm:{name}: timm knows no such model; python -c 'import timm; timm.list_models()'"
         )
+    if weights == "package":
+        return _packaged(name)
     path = weights_of(weights, folder, name)
     more = {"drop_path_rate": drop_path} if drop_path else {}
     if path and not Path(path).is_file():
@@ -162,6 +168,19 @@ def _timm(name: str, weights: str, folder: Path | None, drop_path: float, downlo
     if path:
         _load(network, path)
     return network
+
+
+def _packaged(name: str) -> nn.Module:
+    """EfficientNet-Lite0 of ImageNet. Its batch norms keep their statistics, scale and shift: a run keeps parameters
+    alone, and batches of a few scenes have other statistics than ImageNet."""
+    import timm
+    from timm.layers import freeze_batch_norm_2d
+
+    if name != "tf_efficientnet_lite0":
+        raise UserError(f"--encoder.weights package goes with timm:tf_efficientnet_lite0, not timm:{name}")
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    packages.lite0(network)
+    return freeze_batch_norm_2d(network)
 
 
 def _open_clip(name: str, weights: str, folder: Path | None, drop_path: float, download: bool) -> nn.Module:
@@ -230,8 +249,8 @@ class Encoder(nn.Module):
         self.pos_proj, self.pos_norm = nn.Linear(width, width), nn.LayerNorm(width, eps=1e-6)
         self.post_norm = nn.LayerNorm(width, eps=1e-6)
         self.register_buffer("positions", sincos_2d(width, grid), persistent=False)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(getattr(trunk, "mean", MEAN)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(getattr(trunk, "std", STD)).view(1, 3, 1, 1), persistent=False)
         self.region_proj = self.mask_mlp = None
         if regions:
             self.region_proj = nn.Linear(width, width)

@@ -1,4 +1,4 @@
-"""What the demo measures on held-out digit scenes: whether image tokens help to denoise their own image, what a linear
+"""What is measured on held-out scenes: whether image tokens help to denoise their own image, what a linear
 probe finds in them, whether the language model reads texts and sees pictures, and its answers to tiny-POPE and
 tiny-MMVP.
 
@@ -11,26 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digits import scenes
-from digits.pretrain import images_of, views
 from documents import prompts
 from documents.document import Text
 from evaluation import benchmarks, parsers
 from model import Deem, Seen
+from scenes.pretrain import images_of, views
+from scenes.world import CELLS, KINDS, Scenes, World, pictures_only, to_picture
 from streams import stream, torch_seed
 
 TIMES = (100, 300, 500, 700, 900)
 PROBE = (1500, 500)  # scenes that fit the probe, scenes that test it
 RIDGE = 1.0
+DENOISED = 256  # scenes that are denoised with their own tokens and another's
+DRAWN = (8, 50)  # scenes that are drawn from their tokens for the figures, denoising steps
 LOOKS = 1000  # scenes of the checks whether the language model reads and sees
 
 
 @torch.no_grad()
-def denoising(model: Deem, held: scenes.Scenes, seed: int, *, maps: bool) -> dict[str, float]:
+def denoising(model: Deem, held: Scenes, seed: int, *, maps: bool) -> dict[str, float]:
     """Mean denoising error of held-out scenes with their own tokens, and with those of the next scene; the same noise.
 
     With `maps` the U-Net reads the scene's own maps in both, so that the ratio tells what the tokens add."""
-    index = np.arange(min(len(held), 256))
+    index = np.arange(min(len(held), DENOISED))
     dev, den = model.device, model.denoiser
     seen = model.encode_images(images_of(model, held, index))
     g = torch.Generator(dev).manual_seed(torch_seed(seed, "denoising"))
@@ -48,24 +50,24 @@ def denoising(model: Deem, held: scenes.Scenes, seed: int, *, maps: bool) -> dic
 
 
 @torch.no_grad()
-def features(model: Deem, part: scenes.Scenes) -> np.ndarray:
+def features(model: Deem, part: Scenes) -> np.ndarray:
     """(n, queries x width): the resampler's tokens."""
     out = [model.tokens(images_of(model, part, i)).flatten(1) for i in np.array_split(np.arange(len(part)), 8)]
     return torch.cat(out).double().cpu().numpy()
 
 
-def probe(model: Deem, seed: int) -> dict[str, float]:
+def probe(model: Deem, world: World, seed: int) -> dict[str, float]:
     """Ridge regression from the tokens to what stands in each cell (11 kinds), accuracy in per cent: over cells with a
-    digit that short captions do not name, over those with the named one, and over all. `probe_shape`: the same to what
-    no text tells, how each digit is moved and written; per cent of its variance over cells with a digit (R^2)."""
-    fit = scenes.make(PROBE[0], stream(seed, "probe"), scenes.pools()[0])
-    held = scenes.make(PROBE[1], stream(seed, "probe held out"), scenes.pools()[1])
+    thing that short captions do not name, over those with the named one, and over all. `probe_shape`: the same to what
+    no text tells, how each thing is moved and looks; per cent of its variance over cells with one (R^2)."""
+    fit = world.make(PROBE[0], stream(seed, "probe"), world.train)
+    held = world.make(PROBE[1], stream(seed, "probe held out"), world.test)
     x, y = features(model, fit), features(model, held)
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, y = (np.c_[(a - mean) / std, np.ones(len(a))] for a in (x, y))
-    kinds, shapes = np.eye(11)[fit.cells + 1].reshape(len(fit), -1), fit.details.reshape(len(fit), -1)
+    kinds, shapes = np.eye(KINDS + 1)[fit.cells + 1].reshape(len(fit), -1), fit.details.reshape(len(fit), -1)
     w = np.linalg.solve(x.T @ x + RIDGE * len(x) / 100 * np.eye(x.shape[1]), x.T @ np.c_[kinds, shapes])
-    said = (y @ w)[:, : kinds.shape[1]].reshape(len(held), scenes.CELLS, 11).argmax(2) - 1
+    said = (y @ w)[:, : kinds.shape[1]].reshape(len(held), CELLS, KINDS + 1).argmax(2) - 1
     right, there = said == held.cells, held.cells >= 0
     drawn = (y @ w)[:, kinds.shape[1] :].reshape(held.details.shape)[there]
     spread = held.details[there] - fit.details[fit.cells >= 0].mean(0)
@@ -76,21 +78,21 @@ def probe(model: Deem, seed: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def looks(model: Deem, seed: int, batch: int = 250) -> dict[str, float]:
-    """Whether the language model sees and reads, in per cent. `caption_accuracy`: the digit that it finds most probable
-    behind a picture and "there is a" is the caption's; `caption_guess`: what the most frequent digit would get;
+def looks(model: Deem, world: World, seed: int, batch: int = 250) -> dict[str, float]:
+    """Whether the language model sees and reads, in per cent. `caption_accuracy`: the thing that it finds most probable
+    behind a picture and "there is a" is the caption's; `caption_guess`: what the most frequent thing would get;
     `caption_gain`: their difference, 0 for a model that does not look. `text_accuracy`: answers to "Is there a d?" with
     the listing as text in place of the picture, half of them yes."""
-    held = scenes.make(LOOKS, stream(seed, "looks"), scenes.pools()[1])
+    held = world.make(LOOKS, stream(seed, "looks"), world.test)
     rng, named = stream(seed, "reading"), held.captioned()
     right = read = 0
     for index in np.array_split(np.arange(len(held)), max(1, len(held) // batch)):
         seen = model.encode_images(images_of(model, held, index))
-        begun = [[scenes.to_picture(held.images[i]), Text("there is a", learn=False)] for i in index]
-        said = model.word_scores(begun, scenes.NAMES, seen).argmax(1).cpu().numpy()
+        begun = [[to_picture(held.images[i]), Text("there is a", learn=False)] for i in index]
+        said = model.word_scores(begun, world.names, seen).argmax(1).cpu().numpy()
         right += int((said == named[index]).sum())
-        asked, answers_ = zip(*(scenes.question(rng, held.cells[i], "there") for i in index), strict=True)
-        told = [scenes.listing(held.cells[i]) for i in index]
+        asked, answers_ = zip(*(world.question(rng, held.cells[i], "there") for i in index), strict=True)
+        told = [world.listing(held.cells[i]) for i in index]
         texts = [[Text(f"{t} {q}", learn=False)] for t, q in zip(told, asked, strict=True)]
         yes, no = model.yes_no(texts).cpu().numpy().T
         read += int(((yes > no) == (np.array(answers_) == "yes")).sum())
@@ -99,20 +101,21 @@ def looks(model: Deem, seed: int, batch: int = 250) -> dict[str, float]:
     return {**found, "caption_gain": 100 * right / len(held) - guess, "text_accuracy": 100 * read / len(held)}
 
 
-def questions(seed: int, count: int) -> tuple[list[benchmarks.Question], list[np.ndarray]]:
-    """All questions of the demo, 6 `count` in each tiny-POPE list and in tiny-MMVP; `Question.image` is an index into
+def questions(world: World, seed: int, count: int) -> tuple[list[benchmarks.Question], list[np.ndarray]]:
+    """All questions about a world, 6 `count` in each tiny-POPE list and in tiny-MMVP; `Question.image` is an index into
     the pictures beside them."""
     images: list[np.ndarray] = []
     out: list[benchmarks.Question] = []
-    pool = scenes.make(6 * count, stream(seed, "benchmarks"), scenes.pools()[1])
-    many = [i for i, objects in enumerate(pool.objects()) if len(objects) >= 3][:count]
-    lists = [pool.objects()[i] for i in many]
+    pool = world.make(6 * count, stream(seed, "benchmarks"), world.test)
+    objects = world.objects(pool)
+    many = [i for i, objects in enumerate(objects) if len(objects) >= 3][:count]
+    lists = [objects[i] for i in many]
     images += [pool.images[i] for i in many]
     for kind in benchmarks.POPE_KINDS:
-        for q in benchmarks.build_pope(lists, scenes.NAMES, kind=kind, images=None, seed=seed):
+        for q in benchmarks.build_pope(lists, world.names, kind=kind, images=None, seed=seed):
             out.append(named(q, "POPE", kind))
     pairs = []
-    for pair in scenes.pairs(seed, 3 * count):
+    for pair in world.pairs(seed, 3 * count):
         row = []
         for image, asked, answer in pair:
             row.append((len(images), asked, answer))
@@ -128,10 +131,10 @@ def named(q: benchmarks.Question, benchmark: str, group: str) -> benchmarks.Ques
 @torch.no_grad()
 def answers(model: Deem, asked: list[benchmarks.Question], images: list[np.ndarray], batch: int = 256) -> list[dict]:
     """A dict a question: the more probable of yes and no as the first answer token. Each picture is encoded once."""
-    stack = scenes.pictures_only(np.stack(images))
+    stack = pictures_only(np.stack(images))
     parts = np.array_split(np.arange(len(images)), max(1, len(images) // batch))
     seen = Seen.cat([model.encode_images(images_of(model, stack, i)) for i in parts])
-    pictures, out = [scenes.to_picture(x) for x in images], []
+    pictures, out = [to_picture(x) for x in images], []
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].question))
     scores: dict[int, Tensor] = {}
     for start in range(0, len(order), batch):
@@ -148,7 +151,7 @@ def answers(model: Deem, asked: list[benchmarks.Question], images: list[np.ndarr
     return out
 
 
-def answer_scores(rows: list[dict]) -> dict[str, float]:
+def answer_scores(rows: list[dict], noun: str) -> dict[str, float]:
     """Accuracy, F1, precision, recall and yes ratio of each list, means over lists, and what always-yes would get."""
     out: dict[str, float] = {}
     keys = ("accuracy", "f1", "precision", "recall", "yes_ratio", "unparsed", "pope_accuracy")
@@ -161,7 +164,7 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
     for key in ("accuracy", "yes_ratio"):
         out[f"POPE_{key}"] = float(np.mean([out[f"POPE_{g}_{key}"] for g in benchmarks.POPE_KINDS]))
     pairs = [{**r, "right": r["answer"] == r["label"]} for r in rows if r["benchmark"] == "MMVP"]
-    found, words = parsers.score_pairs(pairs), {"left": "left", "count": "digits"}
+    found, words = parsers.score_pairs(pairs), {"left": "left", "count": noun}
     out |= {"MMVP_accuracy": found["accuracy"], "MMVP_single_accuracy": found["single_accuracy"], "MMVP_n": len(pairs)}
     for kind, word in words.items():
         if some := [r for r in pairs if word in r["question"]]:
@@ -170,28 +173,30 @@ def answer_scores(rows: list[dict]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score(model: Deem, s, seed: int) -> tuple[dict[str, float], list[dict]]:
-    """(metrics of the record, a dict a question) of a run on the digit scenes. Stage 1, which shows captions alone, is
+def score(model: Deem, world: World, s, seed: int) -> tuple[dict[str, float], list[dict]]:
+    """(metrics of the record, a dict a question) of a run on scenes. Stage 1, which shows captions alone, is
     asked nothing: what a model would say there is about the form of the question."""
     model.eval()
-    out = probe(model, seed) | looks(model, seed)
+    out = probe(model, world, seed) | looks(model, world, seed)
     if model.denoiser is not None:
-        held = scenes.make(256, stream(seed, "denoising scenes"), scenes.pools()[1])
+        held = world.make(DENOISED, stream(seed, "denoising scenes"), world.test)
         out |= denoising(model, held, seed, maps=s.csr_use_mmfs == "on")
-    rows = answers(model, *questions(seed, s.digits.questions)) if s.stage > 1 else []
-    return out | (answer_scores(rows) if rows else {}), rows
+    rows = answers(model, *questions(world, seed, s.scenes.questions)) if s.stage > 1 else []
+    return out | (answer_scores(rows, world.noun) if rows else {}), rows
 
 
 @torch.no_grad()
-def pictures(model: Deem, seed: int, n: int = 8) -> dict[str, Tensor]:
-    """For the figures: held-out scenes (n, 16, 16), what is drawn from their tokens alone, and the queries' attention
-    over the token grid (n, queries, 4, 4)."""
-    held = scenes.make(n, stream(seed, "pictures"), scenes.pools()[1])
+def pictures(model: Deem, world: World, seed: int) -> dict[str, Tensor]:
+    """For the figures: held-out scenes (n, H, W) or (n, H, W, 3), what is drawn from their tokens alone, and the
+    queries' attention over the token grid (n, queries, h, w)."""
+    n, steps = DRAWN
+    held = world.make(n, stream(seed, "pictures"), world.test)
     x = images_of(model, held, np.arange(n))
     q = model.encoder(x).tokens
     out = {"scenes": torch.from_numpy(held.images)}
     if model.denoiser is not None:
-        out["drawn"] = model.reconstruct(x, steps=50, seed=seed)[:, 0].cpu()
+        drawn = model.reconstruct(x, steps=steps, seed=seed).cpu()
+        out["drawn"] = drawn[:, 0] if held.images.ndim == 3 else drawn.permute(0, 2, 3, 1).contiguous()
     if model.resampler is not None:
         side = int((q.shape[1] - 1) ** 0.5)
         out["attention"] = model.resampler.attention(q)[:, :, 1:].unflatten(2, (side, side)).cpu()

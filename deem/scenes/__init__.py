@@ -1,0 +1,1 @@
+"""Scenes of digits or photographs: how they are made, what is pretrained on them, what is measured on them."""
