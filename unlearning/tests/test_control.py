@@ -240,6 +240,7 @@ def test_the_scan_halves_only_the_interval_it_found():
 def test_the_original_is_the_answer_when_nothing_else_passes():
     found = control.search(lambda a: 1.0 if a == 0 else 0.0, 0.5, tolerance=0.01)
     assert found.alpha <= 0.01 and control.search(lambda a: 1 - a, 1.0).alpha == 0
+    assert control.search(lambda a: 1 - a, 0.5, step=1.0, tolerance=1.0).alpha == 0  # the ends alone
 
 
 def test_an_original_that_knows_nothing_is_told_apart():

@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("at", [1, 5, 7])
+@pytest.mark.parametrize("at", [1, 7])
 def test_resume_is_exact(whole, tmp_path, monkeypatch, at):
     """Cut at a checkpoint of the fine-tuning or of a method; records, weights and curves are bitwise the same."""
     args = [*ARGS, "2", "--out", tmp_path / "r"]
@@ -117,8 +117,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(tmp_pat
     assert not list((tmp_path / "r" / "seed0").glob("record-forget-small-ga*"))
 
 
-def test_broken_and_foreign_checkpoints_are_told(done, tmp_path, capsys, monkeypatch):
-    args = [*TINY, "--methods", "ga", "--models", done.parent / "models", "--out", tmp_path / "r"]
+def test_broken_and_foreign_checkpoints_are_told(tmp_path, capsys, monkeypatch):
+    args = [*TINY, "--methods", "ga", "--out", tmp_path / "r"]
     path = tmp_path / "r" / "checkpoint" / "seed0-forget-small-ga.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"cut off")

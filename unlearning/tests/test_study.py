@@ -20,6 +20,9 @@ SETTINGS = types.SimpleNamespace(
 )  # fmt: skip
 
 
+LEARNED: dict[str, torch.Tensor] = {}  # weights after training, the same for every test
+
+
 @pytest.fixture()
 def bench(tiny, corpus):
     """(LM that knows a little, Chat, sets of unequal sizes, fine-tuning items)."""
@@ -29,8 +32,11 @@ def bench(tiny, corpus):
     for kind in metrics.KINDS:
         sets.items[kind, "retain"] = sets.items[kind, "retain"][:7]
     full = [data.encode(chat, q.question, q.answer) for q in corpus.full]
-    for seed in range(8):
-        study.relearn(lm, full, chat, lr=1e-2, batch=16, accum=1, seed=seed, show=False)
+    if not LEARNED:
+        for seed in range(8):
+            study.relearn(lm, full, chat, lr=1e-2, batch=16, accum=1, seed=seed, show=False)
+        LEARNED.update({k: v.clone() for k, v in weights(lm).items()})
+    set_weights(lm, LEARNED)
     return lm, chat, sets, full
 
 
