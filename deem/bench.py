@@ -26,8 +26,9 @@ from build import world_of
 from documents.sequences import Batch
 from model import Deem
 from presets import PRESETS
+from scenes.options import SceneSettings
 from scenes.world import SceneReader
-from settings import SceneSettings, Settings
+from settings import Settings
 from streams import torch_seed
 from trainer import Feeder
 

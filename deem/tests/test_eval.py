@@ -24,8 +24,9 @@ from evaluation import asking, benchmarks, parsers, sets
 from evaluation.benchmarks import Question
 from model import Deem
 from scenes import study
+from scenes.options import SceneSettings
 from scenes.world import to_picture
-from settings import EvalSettings, SceneSettings, Settings
+from settings import EvalSettings, Settings
 from streams import stream
 
 HERE = Path(__file__).resolve().parents[1]

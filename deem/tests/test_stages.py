@@ -18,8 +18,9 @@ from test_train import FEW, _first, metrics
 
 import build
 import train
+from scenes.options import SceneSettings
 from scenes.world import SceneReader
-from settings import SceneSettings, Settings
+from settings import Settings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 

@@ -7,7 +7,7 @@ from conftest import WORLD, make
 
 from model import Seen
 from scenes import study
-from settings import SceneSettings
+from scenes.options import SceneSettings
 from streams import stream
 
 

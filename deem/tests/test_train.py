@@ -18,7 +18,7 @@ from conftest import HERE, WORLD, make, run
 import build
 import train
 from scenes import pretrain, study
-from settings import SceneSettings
+from scenes.options import SceneSettings
 
 pytestmark = pytest.mark.usefixtures("quick_study")
 

@@ -12,8 +12,8 @@ from PIL import Image
 import recipe
 from documents.readers import Picture
 from scenes import pretrain
+from scenes.options import SceneSettings
 from scenes.world import SceneReader
-from settings import SceneSettings
 from streams import torch_seed
 from trainer import Feeder, Trainer, accelerator_of, schedule
 
