@@ -40,10 +40,13 @@ def main() -> None:
         print(f"{run.out} is complete; delete it to run again")
         show([runs.read_record(p) for p in sorted(run.out.glob("seed*/record*.json"))], s)
         return
+    todo = [(seed, name) for seed in s.seeds for name in names]
+    lines = {}
+    if s.human_scribbles:  # all of them first: a set that is missing shall not stop a run in its middle
+        lines = {(seed, name): data.first_scribbles(s.dataset, name, s.split, folder, seed) for seed, name in todo}
     pipeline.find_weights(s, s.data_dir)  # after the run has stored the settings as they were given
     parts = pipeline.build(s)
     device = parts[1].device
-    todo = [(seed, name) for seed in s.seeds for name in names]
     bar = progress(todo, s.method, len(todo))
     for seed, name in bar:
         path = run.folder(seed) / f"record-{name}.json"
@@ -52,8 +55,7 @@ def main() -> None:
         bar.set_postfix_str(f"{name}, seed {seed}")
         began = run.seconds()
         video = data.load(s.dataset, name, s.split, folder, s.longest, s.frames, seed)
-        lines = data.first_scribbles(s.dataset, name, s.split, folder, seed) if s.human_scribbles else None
-        found, labels = play(s, video, seed, parts, lines=lines)
+        found, labels = play(s, video, seed, parts, lines=lines.get((seed, name)))
         if s.save_masks:
             export.png(run.folder(seed) / "masks" / name, labels)
         info = {"name": name, "variant": video.variant, "n": len(video.frames), "sha256": video.sha256}
