@@ -133,6 +133,7 @@ def test_help_explains_every_setting():
 
     text = (runs.HERE / "settings.py").read_text()
     body = text[text.index("class EncoderSettings") : text.index("    @property")]
+    body += (runs.HERE / "scenes" / "options.py").read_text()
     fields = re.findall(r"^    (\w+): ", body, re.M)
     groups = (Settings, *(type(getattr(Settings(), k)) for k in ("encoder", "lm", "sd", "scenes")))
     assert len(fields) == sum(len(g.__dataclass_fields__) for g in groups)
