@@ -73,6 +73,7 @@ CASES = {
     "R2": [over_tasks("real", THREE, "MOKD", "URL", v) for v in (0.8, -0.6)],
     "R3": [over_tasks("real", THREE, claims.MOKD, claims.URL, v) for v in (0.8, -0.6)],
     "R4": [over_tasks("real", THREE, claims.MOKD, claims.URL, v) for v in (0.8, -0.6)],
+    "R4b": [over_tasks("real", THREE, claims.MOKD, claims.URL, v) for v in (0.8, -0.6)],
     "R5": [over_tasks("real", THREE, claims.MOKD, claims.LINEAR, v) for v in (0.8, -0.6)],
     "R6": [over_tasks("real", THREE[2:], "MOKD", "MOKD(no TPM)", v) for v in (0.8, -0.6)],
     "R7": [over_tasks("real", THREE[1:2], "MOKD", "MOKD(gamma=0)", v) for v in (0.8, -0.6)],
@@ -87,7 +88,7 @@ CASES = {
     "G": [over_tasks("omniglot", ("MNIST",), "MOKD", "URL", v) for v in (0.8, -0.6)],
     "H": [over_tasks("omniglot", ("Omniglot",), "MOKD", "NCC", v) for v in (0.8, -0.6)],
 }
-SETTINGS = {"R4": "5-way 5-shot", "R9": "5-way 1-shot"}
+SETTINGS = {"R4": "5-way 5-shot", "R4b": "5-way 1-shot", "R9": "5-way 1-shot"}
 
 
 def by_id(name: str):
