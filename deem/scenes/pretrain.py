@@ -40,7 +40,7 @@ def base(model: Deem, world: World, s, seed: int) -> None:
     share one pretraining: the others wait for it."""
     seed = seed if s.scenes.pretrained < 0 else s.scenes.pretrained
     about = {k: getattr(s.scenes, k) for k in ("text", "encoder", "denoiser", "align", "count")}
-    about |= {"preset": s.preset, "seed": seed, "world": world.variant, "shapes": shapes(model)}
+    about |= {"preset": s.preset, "seed": seed, "world": world.digest, "shapes": shapes(model)}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
     folder = Path(s.base or Path(s.out).parent / "base") / f"{s.preset}-seed{seed}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ names all of them. No text tells where a thing stands or how it looks. Every dra
 (streams.py). What the things are is a World's: digits.py, photos.py.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,6 +88,11 @@ class World:
     @property
     def cell(self) -> int:
         return self.things.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """Of the pictures and their kinds."""
+        return hashlib.sha256(self.things.tobytes() + self.kinds.tobytes()).hexdigest()[:16]
 
     def canvas(self, *n: int) -> np.ndarray:
         return np.full((*n, 2 * self.cell, 2 * self.cell, *self.things.shape[3:]), self.blank, np.float32)

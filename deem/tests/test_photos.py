@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 from lab.runs import UserError
 
@@ -64,6 +65,7 @@ def test_pictures_classes_and_parts(data, monkeypatch, tmp_path):
     k = int(made.test[3 * 12 + 3])
     assert np.array_equal(made.things[k], one) and made.names[made.kinds[k]] == "cat"
     again = photos.photos.__wrapped__(data)  # out of the cache
+    assert again.digest == made.digest != replace(made, kinds=made.kinds[::-1].copy()).digest
     assert np.array_equal(again.things, made.things) and len(list((tmp_path / "data/cache").iterdir())) == 1
     packed = tmp_path / "packed" / "cifar10" / "cifar10-jpeg.tar.xz"
     packed.parent.mkdir(parents=True)
