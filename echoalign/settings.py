@@ -235,8 +235,7 @@ class Settings:
         edit.steps = edit.steps or (20 if sd else 10)
         edit.control = ("canny" if sd else "ink") if edit.control == "auto" else edit.control
         self.epochs = self.epochs or (30 if small else 200)
-        halves = {self.epochs // 2, self.epochs * 3 // 4} - {0}
-        self.milestones = self.milestones or tuple(sorted(halves))
+        self.milestones = self.milestones or (self.epochs // 2, self.epochs * 3 // 4)
         self.small_loss_epochs = self.small_loss_epochs or (15 if small else 70)
         for part in (self.cores, self.divide, self.promix):
             part.warmup = part.warmup or (5 if small else 30 if wide else 10)

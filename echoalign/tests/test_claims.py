@@ -177,7 +177,7 @@ def test_the_bottom_line_says_what_was_measured():
     assert len(lines) == 4 and lines[2].endswith("best epoch, +5.0 ± 0.0 and -2.0 ± 0.0 points.")
     elr = [("clean-images", D, "100", "ELR", "accuracy", 93.0)]
     assert (
-        "ELR without any is +3.0 ± 0.0 from"
+        "ELR, which uses none, is +3.0 ± 0.0 points against"
         in claims.bottom_line({"demo": frame(digits), "real": frame(real + elr)})[2]
     )
     assert claims.bottom_line({"real": frame(real)}) == [] == claims.bottom_line({})
