@@ -171,7 +171,10 @@ def test_the_bottom_line_says_what_was_measured():
     assert len(lines) == 3 and "ELR, gains +7.0" in lines[1] and "lacks 8.0 ± 0.0 to true labels." in lines[1]
     stopped = [("main", C, "worse", claims.STOPPED, "accuracy", 45.0)]
     early = claims.bottom_line({"demo": frame(digits), "real": frame(real + stopped)})[1]
-    assert early.endswith("; plain training that stops after two epochs gains +5.0 ± 0.0.")
+    assert early.endswith("; plain training of two epochs, its rate falling, gains +5.0 ± 0.0.")
+    cut = [("main", C, "worse", claims.CUT, "accuracy", 42.0)]
+    early = claims.bottom_line({"demo": frame(digits), "real": frame(real + stopped + cut)})[1]
+    assert early.endswith("its rate falling, gains +5.0 ± 0.0, cut after two of the twenty +2.0 ± 0.0.")
     assert "+10.0 ± 0.0 and +5.0 ± 0.0 with 100, -5.0 ± 0.0 and -4.0 ± 0.0 with 1,000." in lines[2]
     lines = claims.bottom_line({"demo": frame(digits), "real": frame(real + scratch(50, 45, 52))})
     assert len(lines) == 4 and lines[2].endswith("best epoch, +5.0 ± 0.0 and -2.0 ± 0.0 points.")
