@@ -26,6 +26,7 @@ GRID: dict[str, list[dict]] = {
         {"lr": 0.01, "features": "row"},
         {"lr": 0.01, "features": "binary"},
         {"lr": 0.003, "features": "binary"},
+        {"lr": 0.001, "features": "binary"},
     ],
     "prior": [{"prior": "bbe"}, {"prior": "rempe"}, {"prior": "frozen"}],
     "inner": [{"inner_lr": 0.003}, {"inner_lr": 0.03}, {"inner_lr": 0.3}],

@@ -20,8 +20,9 @@ NOT_PART_OF_A_RUN = ("out", "data_dir", "device", "download", "dry_run")  # may 
 RECIPE: tuple[float, float, str] = (0.01, 5e-4, "row")
 RECIPES: dict[str, tuple[float, float, str]] = {
     "gcn-nnpu": (0.003, 0.0, "binary"),
-    "mlp-nnpu": (0.003, 0.0, "binary"),
-    "lsdan": (0.01, 0.0, "row"),
+    "mlp-nnpu": (0.01, 0.0, "binary"),
+    "lsdan": (0.003, 0.0, "binary"),
+    "grab": (0.001, 5e-4, "binary"),
     "pugnn": (0.01, 0.0, "row"),
 }
 
