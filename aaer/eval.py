@@ -29,7 +29,7 @@ def main() -> None:
     s.check()
     s.resolve()
     torch.set_float32_matmul_precision("high")  # as in training
-    t = Trainer(s, runs.device(e.device))
+    t = Trainer(s, runs.device(e.device, s.precision == "bf16"))
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:
         raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")

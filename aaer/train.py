@@ -150,7 +150,7 @@ def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
     s.resolve()
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "bf16")
     torch.set_float32_matmul_precision("high")
     out, lead = Path(s.out), not dist.is_initialized() or dist.get_rank() == 0
     if s.dry_run:

@@ -180,7 +180,7 @@ def main() -> None:
     s = replace(given)
     s.check()
     s.resolve()
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "bf16")
     torch.set_float32_matmul_precision("high")
     accelerator = accelerator_of(device)
     if s.init and not s.dry_run:

@@ -45,7 +45,7 @@ def main() -> None:
     changed = {"data_dir": e.data_dir, "device": e.device, "check": e.check, **({"cache": e.cache} if e.cache else {})}
     s, folder, seeds = open_run(e.run, **changed)
     torch.set_float32_matmul_precision("high")
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "bf16")
     for seed in seeds:
         p = Prepared(s, seed, device)
         for m in [m for m in METHODS if m in s.methods and s.stage == "all"]:

@@ -5,6 +5,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import runs
 from lab.runs import UserError
 
 import numpy as np
@@ -78,6 +79,7 @@ class Lite0:
         net.reset_classifier(0)
         self.net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device, self.size, self.batch = device, size, batch
+        self.half = runs.bf16_is_fast(device)
 
     @staticmethod
     def weights_file() -> Path:
@@ -91,7 +93,7 @@ class Lite0:
         return Path(found[0].locate())
 
     def about(self) -> dict:
-        return {"features": "lite0", "size": self.size}
+        return {"features": "lite0", "size": self.size, "bf16": self.half}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class Lite0:
         for part in images.split(self.batch):
             x = to_input(part.to(self.device)).expand(-1, 3, -1, -1)
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
                 f = self.net(((x.clamp(0, 1) - 0.498) / 0.502).contiguous(memory_format=torch.channels_last))
             out.append(f.float().cpu())
         return torch.cat(out)

@@ -142,7 +142,7 @@ def main() -> None:
     s = parse(__doc__, sys.argv[1:])
     s.check_values()
     s.resolve()
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "bf16")
     from accelerate import PartialState
 
     state = PartialState()

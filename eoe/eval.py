@@ -45,7 +45,7 @@ def again(s: EvalSettings, device) -> None:
 def main() -> None:
     s = runs.parse(EvalSettings, __doc__)
     s.check()
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.bf16)
     if s.run:
         return again(s, device)
     if s.images:

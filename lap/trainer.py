@@ -249,7 +249,7 @@ def open_run(run: str, data_dir: str, device: str, **changed) -> tuple[Trainer, 
     s.check()
     s.resolve()
     torch.set_float32_matmul_precision("high")  # as in training
-    t = Trainer(s, runs.device(s.device))
+    t = Trainer(s, runs.device(s.device, s.precision == "bf16"))
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:
         raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")

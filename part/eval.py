@@ -30,7 +30,7 @@ def main() -> None:
         raise UserError(f"{folder} has no arm {e.arm}; its arms are {', '.join(s.method)}")
     if e.corruptions and s.dataset != "cifar10":
         raise UserError(f"--corruptions is for runs on cifar10; {folder} is on {s.dataset}")
-    t = Trainer(s, runs.device(e.device))
+    t = Trainer(s, runs.device(e.device, s.precision == "bf16"))
     seeds = [k for k in s.seeds if only in (None, f"seed{k}")]
     if not seeds:
         raise UserError(f"{folder} has no {only}; its seeds are {', '.join(map(str, s.seeds))}")

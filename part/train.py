@@ -246,7 +246,7 @@ def main() -> None:
     s.check_values()
     s.resolve()
     s.check_values()  # eps_low against its default
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "bf16")
     torch.set_float32_matmul_precision("high")
     out, lead = Path(s.out), not dist.is_initialized() or dist.get_rank() == 0
     if s.dry_run:

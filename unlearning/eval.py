@@ -55,7 +55,7 @@ def main() -> None:
         unknown = [x for x in getattr(e, name) if x not in there]
         if unknown:
             raise UserError(f"{folder} has no {unknown[0]}; its {name}: {', '.join(there)}")
-    device = runs.device(e.device)
+    device = runs.device(e.device, s.precision == "mixed")
     for seed in s.seeds:
         bench = Bench(s, seed, accelerator_of(device))
         bench.set_original()

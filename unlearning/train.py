@@ -257,7 +257,7 @@ def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
     s.resolve()
-    device = runs.device(s.device)
+    device = runs.device(s.device, s.precision == "mixed")
     torch.set_float32_matmul_precision("high")
     accelerator = accelerator_of(device)
     if s.dry_run:

@@ -43,8 +43,23 @@ __all__ += [
 __all__ += ["read_weights", "settings_from", "write_json", "write_tensors", "write_text"]
 
 
-def device(name: str):
-    """auto | cpu | cuda[:n] -> torch.device; asks accelerate, so one process a GPU works under `accelerate launch`."""
+def bf16_is_fast(device) -> bool:
+    """Whether the torch.device computes in bf16: CUDA, and CPUs with instructions for it; others emulate it."""
+    import torch
+
+    return device.type == "cuda" or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
+def device(name: str, bf16: bool = False):
+    """auto | cpu | cuda[:n] -> torch.device; asks accelerate, so one process a GPU works under `accelerate launch`.
+    A run in bf16 is told when the device only emulates it."""
+    found = _device(name)
+    if bf16 and not bf16_is_fast(found):
+        print("note: this CPU has no bf16 instructions; a run in bf16 takes about ten times as long", file=sys.stderr)
+    return found
+
+
+def _device(name: str):
     import torch
     from accelerate import PartialState
 

@@ -315,6 +315,16 @@ def test_device_names(monkeypatch):
         runs.device("cuda:2")
 
 
+def test_a_run_in_bf16_is_told_that_its_cpu_emulates_it(monkeypatch, capsys):
+    for has, told in ((False, True), (True, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"amx_bf16": has, "avx2": True})
+        runs.device("cpu", bf16=True)
+        assert ("no bf16 instructions" in capsys.readouterr().err) == told
+        runs.device("cpu")
+        assert not capsys.readouterr().err
+    assert runs.bf16_is_fast(torch.device("cuda"))
+
+
 def test_runs_on_one_machine_take_different_gpus(tmp_path, monkeypatch):
     """Two devices: the first two runs get one each, a third is told there is none."""
     monkeypatch.setattr(runs.tempfile, "gettempdir", lambda: str(tmp_path))
