@@ -302,10 +302,21 @@ def lacking(folder, run):
 BEGIN, END = "<!-- findings: made by make record-X and make report -->", "<!-- end of findings -->"
 
 
+def verdicts(claims):
+    """`2 hold, 1 undecided; controls: 1 holds`: what the paper says apart from what it does not."""
+    names, parts = {"holds": "hold", "does not hold": "do not hold"}, []
+    for control in (False, True):
+        mine = [c["verdict"] for c in claims if c["control"] == control]
+        counts = {w: mine.count(w) for w in ("holds", "does not hold", "undecided", "not measured") if w in mine}
+        words = ", ".join(f"{n} {names.get(w, w) if n > 1 else w}" for w, n in counts.items())
+        if words:
+            parts.append(f"controls: {words}" if control else words)
+    return "; ".join(parts)
+
+
 def table_of_findings(folders):
     """A line a paper out of its committed report: the first sentence of its finding, the verdicts of its claims."""
-    names = {"holds": "hold", "does not hold": "do not hold"}
-    lines = ["| paper | what its records show | its claims |", "|---|---|---|"]
+    lines = ["| paper | what its records show | its claims, our controls |", "|---|---|---|"]
     for folder in folders:
         path = Path(folder, "results", "report.json")
         if not path.is_file():
@@ -315,12 +326,10 @@ def table_of_findings(folders):
         cells = [f"[`{folder}`]({folder}/RESULTS.md)", (report.get("finding") or ["see its claims"])[0]]
         told = []
         for scale in ("real", "paper", "demo"):
-            mine = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
-            counts = {w: mine.count(w) for w in ("holds", "does not hold", "undecided", "not measured") if w in mine}
-            if set(counts) - {"not measured"}:
-                words = ", ".join(f"{n} {names.get(w, w) if n > 1 else w}" for w, n in counts.items())
-                told.append(f"{scale}: {words}")
-        cells.append("; ".join(told))
+            mine = [c for c in report["claims"] if c["scale"] == scale]
+            if {c["verdict"] for c in mine} - {"not measured"}:
+                told.append(f"{scale}: {verdicts(mine)}")
+        cells.append("<br>".join(told))
         lines.append("| " + " | ".join(x.replace("|", "\\|") for x in cells) + " |")
     return "\n".join(lines)
 

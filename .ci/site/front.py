@@ -8,16 +8,24 @@ SCALES = ("real", "paper", "demo")  # the scale that tells most, first
 WORDS = {"holds": "held", "undecided": "open", "does not hold": "failed", "not measured": "unknown"}
 
 
-def verdicts(report: dict, scale: str) -> dict[str, int]:
-    """How many claims and controls of a scale have each verdict; empty while none is measured."""
-    mine = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
-    return {word: mine.count(word) for word in WORDS if word in mine} if set(mine) - {"not measured"} else {}
+def verdicts(report: dict, scale: str, controls: bool | None = None) -> dict[str, int]:
+    """How many claims (controls, by default both) of a scale have each verdict; empty while none is measured."""
+    mine = [c for c in report["claims"] if c["scale"] == scale]
+    if not {c["verdict"] for c in mine} - {"not measured"}:
+        return {}
+    mine = [c["verdict"] for c in mine if controls in (None, c["control"])]
+    return {word: mine.count(word) for word in WORDS if word in mine}
 
 
-def told(found: dict[str, int]) -> str:
-    """`6 hold, 5 undecided`."""
-    names = {"holds": "hold", "does not hold": "do not hold"}
-    return ", ".join(f"{n} {names.get(word, word) if n > 1 else word}" for word, n in found.items())
+def told(report: dict, scale: str) -> str:
+    """`6 hold, 5 undecided; controls: 1 holds`."""
+    names, parts = {"holds": "hold", "does not hold": "do not hold"}, []
+    for controls in (False, True):
+        found = verdicts(report, scale, controls)
+        words = ", ".join(f"{n} {names.get(word, word) if n > 1 else word}" for word, n in found.items())
+        if words:
+            parts.append(f"controls: {words}" if controls else words)
+    return "; ".join(parts)
 
 
 def finding(report: dict) -> str:
@@ -26,7 +34,7 @@ def finding(report: dict) -> str:
     if said:
         return said[0]
     best = next((s for s in SCALES if verdicts(report, s)), None)
-    return f"Scale {best}, claims: {told(verdicts(report, best))}." if best else "No records yet."
+    return f"Scale {best}, claims: {told(report, best)}." if best else "No records yet."
 
 
 def bar(report: dict, scale: str) -> str:
@@ -35,7 +43,7 @@ def bar(report: dict, scale: str) -> str:
     if not found:
         return ""
     parts = "".join(f'<i class="{WORDS[word]}" style="flex:{n}"></i>' for word, n in found.items())
-    return f'<div class="bar"><span>{scale}</span><b>{parts}</b><span>{told(found)}</span></div>'
+    return f'<div class="bar"><span>{scale}</span><b>{parts}</b><span>{told(report, scale)}</span></div>'
 
 
 def origin(report: dict, date) -> str:

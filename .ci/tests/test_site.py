@@ -40,6 +40,7 @@ def place(tmp_path_factory):
         "title": "One, a paper",
         "claims": [
             {"id": i, "text": "a | b", "source": "s", "scale": scale, "numbers": "1 > 0", "verdict": verdict}
+            | {"control": i == 2}
             for i, scale, verdict in (
                 *((1, "demo", "holds"), (2, "demo", "does not hold")),
                 *((3, "demo", "not measured"), (4, "paper", "not measured"), (5, "real", "undecided")),
@@ -92,7 +93,7 @@ def text(path: Path) -> str:
 def test_front_page(place):
     page = text(place / "index.html")
     assert "one First paper" in page and "two Second No committed records." in page
-    assert "1 holds, 1 does not hold, 1 not measured" in page  # the bar of scale demo
+    assert "1 holds, 1 not measured; controls: 1 does not hold" in page  # the bar of scale demo
     assert "paper: d (half); day not known" in page and not (place / "three").exists()
     row = re.search(r"outside runs: recorded / ready / all (one .*?) two", page)[1]
     assert row == "one 2 2 1 1 0 1 / 1 / 3"

@@ -417,18 +417,16 @@ def test_the_readmes_table_of_findings_is_that_of_the_records(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "one" / "results"
     results.mkdir(parents=True)
-    claims = [{"scale": "demo", "verdict": v} for v in ("holds", "holds", "undecided")]
-    claims += [
-        {"scale": "real", "verdict": "not measured"},
-        {"scale": "paper", "verdict": "does not hold"},
-    ]
+    told = [("demo", "holds", False), ("demo", "holds", False), ("demo", "undecided", True)]
+    told += [("real", "not measured", True), ("paper", "does not hold", False)]
+    claims = [{"scale": scale, "verdict": verdict, "control": control} for scale, verdict, control in told]
     (results / "report.json").write_text(json.dumps({"claims": claims, "finding": ["A | B.", "More."]}))
     (tmp_path / "README.md").write_text(f"a\n{workspace.BEGIN}\nold\n{workspace.END}\nb\n")
     assert "is not that of the committed records" in workspace.findings("check", "README.md", "one", "two")
     assert "old" in (tmp_path / "README.md").read_text()
     assert workspace.findings("write", "README.md", "one", "two")
     text = (tmp_path / "README.md").read_text()
-    line = "| [`one`](one/RESULTS.md) | A \\| B. | paper: 1 does not hold; demo: 2 hold, 1 undecided |"
+    line = "| [`one`](one/RESULTS.md) | A \\| B. | paper: 1 does not hold<br>demo: 2 hold; controls: 1 undecided |"
     assert (
         line in text
         and "| `two` | no committed records | |" in text

@@ -166,9 +166,13 @@ def judged(claims: list[Claim], frames: dict[str, pd.DataFrame]) -> list[dict]:
 
 
 def counted(said: list[dict], scale: str) -> str:
-    """`4 of 6 claims hold, 1 undecided` over the claims and controls of a scale."""
-    mine = [c["verdict"] for c in said if c["scale"] == scale]
-    if not mine:
-        return "no claim"
-    rest = [f"{mine.count(word)} {word}" for word in (UNDECIDED, UNKNOWN) if word in mine]
-    return ", ".join([f"{mine.count(HOLDS)} of {len(mine)} claims hold", *rest])
+    """`4 of 6 claims hold, 1 undecided; 2 of 3 controls, 1 undecided` of a scale: what the paper says apart from what
+    it does not."""
+    parts = []
+    for control, name in ((False, "claims"), (True, "controls")):
+        mine = [c["verdict"] for c in said if c["scale"] == scale and c["control"] == control]
+        rest = [f"{mine.count(word)} {word}" for word in (UNDECIDED, UNKNOWN) if word in mine]
+        if mine:
+            verb = "" if parts else " hold"
+            parts.append(", ".join([f"{mine.count(HOLDS)} of {len(mine)} {name}{verb}", *rest]))
+    return "; ".join(parts) or "no claim"

@@ -109,8 +109,14 @@ def test_claims_are_counted_by_scale():
     made = [
         *(Claim(str(k), "t", "s", "demo", lambda f, v=v: parts(v)) for k, v in enumerate((HOLDS, FAILS, UNDECIDED))),
         Claim("P", "t", "s", "paper", lambda f: parts(HOLDS)),
+        *(
+            Claim(f"C{k}", "t", "ours", "demo", lambda f, v=v: parts(v), control=True)
+            for k, v in enumerate((HOLDS, FAILS))
+        ),
+        Claim("R", "t", "ours", "real", lambda f: parts(HOLDS), control=True),
     ]
     said = judged(made, {"demo": frame(record())})
-    assert [c["verdict"] for c in said] == [HOLDS, FAILS, UNDECIDED, UNKNOWN]
-    assert counted(said, "demo") == "1 of 3 claims hold, 1 undecided"
-    assert counted(said, "paper") == "0 of 1 claims hold, 1 not measured" and counted(said, "real") == "no claim"
+    assert [c["verdict"] for c in said] == [HOLDS, FAILS, UNDECIDED, UNKNOWN, HOLDS, FAILS, UNKNOWN]
+    assert counted(said, "demo") == "1 of 3 claims hold, 1 undecided; 1 of 2 controls"
+    assert counted(said, "paper") == "0 of 1 claims hold, 1 not measured" and counted(said, "smoke") == "no claim"
+    assert counted(said, "real") == "0 of 1 controls hold, 1 not measured"

@@ -70,7 +70,7 @@ def test_recording_makes_the_page_of_all_committed_records_and_the_same_one_twic
     text = (root / "RESULTS.md").read_text()
     order = ("First of all.", "## Claims", "## Scale demo", "## Scale paper")
     assert [text.index(x) for x in order] == sorted(text.index(x) for x in order)
-    assert "Scale demo: 1 of 1 claims hold, on d1, up to 2 seeds a number." in text
+    assert "Scale demo: 1 of 1 controls hold, on d1, up to 2 seeds a number." in text
     assert "Of the paper's 3 cells 1 were measured" in text
     assert "| A | f1 is above 40 (Table 1) | paper | f1: 50.50 ± 6.35 (2 seeds; above 40) | **holds** |" in text
     assert "| d | Control: a \\| b | demo |" in text and "0123456789" in text
@@ -91,7 +91,7 @@ def test_looking_at_the_runs_here_changes_no_committed_file(root):
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file() and "runs" not in p.parts}
     shutil.rmtree(root / "runs")
     said = tables.look(root, "demo")  # nothing was run: the page says so, RESULTS.md stays
-    assert said.endswith("0 of 1 claims hold, 1 not measured, 0 records")
+    assert said.endswith("0 of 1 controls hold, 1 not measured, 0 records")
     finished(root, "demo", "small-m1", *two("demo", "small"))
     tables.look(root, "demo")
     assert "small" in (root / "runs" / "demo" / "RESULTS.md").read_text()
