@@ -47,17 +47,21 @@ def main() -> None:
     s.check()
     device = runs.device(s.device, s.bf16)
     if s.run:
-        return again(s, device)
+        return print(f"would evaluate {s.run} again on {device}") if s.dry_run else again(s, device)
     if s.images:
         import folder
 
-        return folder.sort(s, device)
+        return print(f"would sort {s.images} on {device}") if s.dry_run else folder.sort(s, device)
     s.table = s.table or ("demo" if s.synthetic else "real" if s.study else "own")
     named = {"own": Path(s.id).name, "real": f"{s.study}-{s.labels}-{s.backbone}"}
     s.out = s.out or runs.default_out(s.scale, "synthetic" if s.synthetic else named.get(s.table, s.table))
     # Several processes (`accelerate launch`) share out the images to encode; what follows takes seconds, on the first.
     state = PartialState()
-    ignore = ("out", "data_dir", "device", "download", "batch", "workers")
+    if s.dry_run:
+        sets = f"{s.id} against {', '.join(s.ood)}" if s.id else f"study {s.study}" if s.study else s.table
+        print(f"would evaluate {sets} with {s.backbone} on {device}, seeds {s.seeds}, into {s.out}")
+        return
+    ignore = ("out", "data_dir", "device", "download", "batch", "workers", "dry_run")
     run = runs.Run(Path(s.out), s, ignore, state.process_index)
     if run.complete:
         if state.is_main_process:

@@ -58,6 +58,8 @@ class Settings:
     """auto, cpu, cuda or cuda:N."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    dry_run: bool = False
+    """Print what would be done."""
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -161,6 +163,8 @@ class EvalSettings:
     """Processes that decode images; at most one a core."""
     bf16: bool = False
     """bfloat16 autocast in the image encoder (paper: float32); features become float32 before anything else."""
+    dry_run: bool = False
+    """Print what would be done, without a look at images and weights."""
 
     def check(self) -> None:
         """Raise UserError for options that exclude each other and values outside their range."""

@@ -64,7 +64,11 @@ def main() -> None:
     device = runs.device(s.device)
     # Seeds are independent, so several processes (`accelerate launch`) simply share them out.
     state = PartialState()
-    run = runs.Run(Path(s.out), s, part=state.process_index)
+    if s.dry_run:
+        print(f"would train the stand-in on {device}: {s.steps} steps of {s.batch} pictures, seeds {s.seeds}; then")
+        print(f"OOD detection with {s.classes} ID classes and {s.labels} envisioned names; all into {s.out}")
+        return
+    run = runs.Run(Path(s.out), s, ("out", "device", "dry_run"), state.process_index)
     if run.complete:
         if state.is_main_process:
             print(f"{run.out} is complete; delete it to run again")

@@ -24,6 +24,12 @@ VARIED = "varied-way varied-shot"
 # One setting for all unseen domains: the best of the same grid for each, on tasks of two other domains, seed 100. URL's
 # is lr 1 without weight decay, which is also what is published for it on unseen domains: its row is named URL.
 MOKD, URL, LINEAR = "MOKD(lr=0.5,weight_decay=0,gamma=1)", "URL", "linear layer(lr=0.003)"
+SAID = {MOKD: "MOKD, one setting for all", LINEAR: "linear layer, one setting for all"}  # as the tables say it
+
+
+def pair(method: str, other: str) -> str:
+    """Two rows' difference in the words of the tables."""
+    return f"{SAID.get(method, method)} - {SAID.get(other, other)}"
 
 
 # ------------------------------------------------------------------------------------------------- values over tasks
@@ -86,7 +92,8 @@ def real(
     """method - other on each data set of scale real, over its tasks; none if one is missing."""
     where = {"table": table, "method": method, "setting": setting}
     found = [
-        over_tasks(f, f"{d}: {method} - {other}", f"gain over {other}", dataset=d, **where, **asked) for d in datasets
+        over_tasks(f, f"{d}: {pair(method, other)}", f"gain over {other}", dataset=d, **where, **asked)
+        for d in datasets
     ]
     return [x for part in found for x in part] if all(found) else []
 
@@ -99,7 +106,7 @@ def mean_real(
     if not parts:
         return []
     half = sum(p.half**2 for p in parts) ** 0.5 / len(parts)
-    name = f"{method} - {other}, mean over {len(parts)} sets"
+    name = f"{pair(method, other)}, mean over {len(parts)} sets"
     return [Tasks(name, sum(p.mean for p in parts) / len(parts), half, sum(p.n for p in parts))]
 
 
@@ -107,7 +114,7 @@ def each_network(f: pd.DataFrame, table: str, dataset: str, method: str, other: 
     """method - other on a data set, over the tasks of each seed's network by itself."""
     out = []
     for seed in sorted(f[f["table"] == table]["seed"].unique()):
-        name = f"{dataset}, network {seed}: {method} - {other}"
+        name = f"{dataset}, network {seed}: {pair(method, other)}"
         own = f[f["seed"] == seed]
         out += over_tasks(own, name, f"gain over {other}", table=table, dataset=dataset, method=method)
     return out
@@ -123,7 +130,7 @@ def gain(f: pd.DataFrame, table: str, dataset: str, method: str, other: str) -> 
 
 def larger(f: pd.DataFrame, table: str, datasets, method: str, other: str) -> list[Difference]:
     """method beats other on every data set."""
-    named = {d: f"{d}: {method} - {other}" for d in datasets}
+    named = {d: f"{d}: {pair(method, other)}" for d in datasets}
     return [Difference(n, gain(f, table, d, method, other), unit="points") for d, n in named.items()]
 
 
@@ -135,7 +142,7 @@ def average(f: pd.DataFrame, table: str, datasets, method: str, other: str, abov
     if not all(map(len, by_set)):
         return []
     mean = pd.concat(by_set, axis=1).dropna().mean(axis=1)
-    return [Difference(f"{method} - {other}, mean over {len(datasets)} sets", mean, above=above, unit="points")]
+    return [Difference(f"{pair(method, other)}, mean over {len(datasets)} sets", mean, above=above, unit="points")]
 
 
 def lower_cosine(f: pd.DataFrame) -> list[Difference]:

@@ -24,7 +24,7 @@ import weights
 from settings import EvalSettings, Settings
 
 # Settings without effect on the numbers: a run goes on with others of these.
-FREE = ("out", "data_dir", "device", "batch", "workers")
+FREE = ("out", "data_dir", "device", "batch", "workers", "dry_run")
 
 
 def named(s: EvalSettings) -> str:
@@ -60,6 +60,11 @@ def main() -> None:
         for name in s.domains:
             evaluation.opened(s, name)
         network(s, s.seeds[0])
+    if s.dry_run:
+        print(f"would test {s.backbone} on {device}, seeds {s.seeds}, {s.tasks} tasks a domain, into {s.out}")
+        for name in s.domains:
+            print(f"  {name}: {len(evaluation.opened(s, name).classes)} classes, {', '.join(s.methods)}")
+        return
     run = runs.Run(Path(s.out), s, FREE, state.process_index)
     if run.complete:
         if state.is_main_process:

@@ -222,6 +222,8 @@ class EvalSettings(Harness):
     """Domains the backbone was trained on: URL and TSA use smaller learning rates there."""
     run: str = ""
     """A finished run of train.py: its backbone, picture size and training domains; its seed for each of --seeds."""
+    dry_run: bool = False
+    """Print what would be done."""
 
     def check(self) -> None:
         if self.images:

@@ -40,6 +40,23 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def test_dry_runs_write_nothing(monkeypatch, tmp_path, capsys):
+    import eval as evaluate
+
+    out = ["--out", str(tmp_path / "x"), "--dry-run"]
+    call(train, monkeypatch, *options(**TINY), *out)
+    assert "would train the stand-in on" in capsys.readouterr().out
+    for words, told in (
+        (["--study", "near"], "study near"),
+        (["--table", "table2"], "table2"),
+        (["--id", "a", "--ood", "b", "c"], "a against b, c"),
+        (["--run", "runs/demo/x"], "runs/demo/x again"),
+    ):
+        call(evaluate, monkeypatch, *words, *out)
+        assert f"would evaluate {told}" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_resumes_exactly_and_evaluates_again(monkeypatch, tmp_path, capsys):
     import eval as evaluate
 

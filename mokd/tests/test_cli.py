@@ -603,6 +603,9 @@ def test_the_snippet_of_the_readme_runs(monkeypatch, tmp_path, capsys):
 def test_dry_run_writes_nothing(monkeypatch, tmp_path, capsys):
     call(train, monkeypatch, *TINY, "--dry-run", "--out", tmp_path / "x")
     assert "would train conv4" in capsys.readouterr().out and not (tmp_path / "x").exists()
+    call(eval, monkeypatch, *RANDOM, "--dry-run", "--methods", "ncc", "url", "--out", tmp_path / "x")
+    said = capsys.readouterr().out
+    assert "would test random5x5" in said and "classes, ncc, url" in said and not (tmp_path / "x").exists()
 
 
 @pytest.mark.gpu
