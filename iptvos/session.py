@@ -130,7 +130,8 @@ class Session:
         if hasattr(self.segmenter, "first"):
             before = s.begun.setdefault(t, s.exact.get(t, old))
             beside = t + 1 if t + 1 < len(self.frames) else t - 1
-            mask, quality = self.segmenter.first(e, one, before, self.frames[beside] if beside >= 0 else None)
+            seen = [(self.frames[k], m) for k, m in s.exact.items() if k != t and m.any()]
+            mask, quality = self.segmenter.first(e, one, before, self.frames[beside] if beside >= 0 else None, seen)
             return e.geometry.low(np.where(mask, -NOTHING, NOTHING)), quality, mask
         order = np.argsort(-one.labels, kind="stable")
         points, labels = one.points[order].astype(np.float32), one.labels[order]

@@ -5,6 +5,8 @@ the background as it does, is probably the object; so is what in a box moves, lo
 and unlike the surroundings. A ridge regression from features of the picture (network and colour) to this guess sharpens
 it, and is fitted again to its own answer: an expectation-maximisation with two classes that share a covariance. At the
 end GrabCut finds the border. One click says little of the extent, so there are several answers, from small to large.
+
+Where colour alone tells what was clicked from its surroundings (`colours.py`) it decides instead.
 """
 
 from dataclasses import dataclass
@@ -17,16 +19,20 @@ from torch import Tensor
 
 import crstm
 from prompts import Interaction, box_of
+from segmenters import colours
 from segmenters.interface import resample, share
 
 SHIFTS = (-1.5, 0.0, 1.5)  # of the log-odds of a click, from small to large
 NEAR = 0.05  # of the long side: around this far from a refused click nothing is likely
 CLICKS = 5  # more than so many are a scribble
 CLOSE = 0.02  # of the long side: how far a click of a correction says what is there
+BROAD = 0.2  # of the length of a scribble: how far to its side the object reaches
 ALIKE = 0.15  # of the long side: how far it says so of what looks the same
 STOOD = 2.0  # log-odds of a place in a box for which a mask that stood there speaks
 FEW, MANY = (1, 2, 0), (0, 1, 2)  # which of them is meant, unless a click says otherwise: for clicks, for a scribble
 SURE = 1e-3
+COLOURS = 7  # the last of a scene's vectors: a constant, Lab and its squares
+WIDE, NARROW = 0.1, 0.05  # of the long side: how far around a click, or one of many, colour looks for the object
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,9 @@ class Options:
     """Probability from which a place is surely the object for GrabCut."""
     low: float = 0.05
     """Probability below which it surely is not."""
+
+
+COLOUR = Options(rounds=4, weight=4.0)  # colours are seven numbers a cell: they overrule the guess where they can
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,8 @@ def clicked(scene: Scene, points: np.ndarray) -> Tensor:
         away = torch.minimum(away, torch.hypot(columns - px, rows - py) / max(scene.frame.shape[:2]))
     g = moving(torch.stack(speed).median())
     odds = 7 * look + 2 * kind - 18 * away**2 + 2 * g * (scene.moves - 1.1) - 1.5 - 1.5 * g
+    if len(points) > CLICKS:  # a scribble also says how large the object is
+        odds = odds - (away * max(scene.frame.shape[:2]) / (BROAD * (np.ptp(points, 0).max() + scene.cell))) ** 2
     mean = F.normalize((scene.look * odds.sigmoid()).sum((1, 2)), dim=0)
     return odds + 5 * torch.einsum("chw,c->hw", scene.look, mean) - 2.5 * look - 1
 
@@ -206,22 +217,55 @@ def boxed(scene: Scene, box: np.ndarray) -> tuple[Tensor, Tensor]:
     return odds, out
 
 
-def answer(scene: Scene, given: Interaction, before: np.ndarray | None) -> tuple[np.ndarray, float]:
-    """The mask (H, W) of all clicks and the box of a frame, `before` what stood there before the first of them. Among
-    the sizes that clicks may mean, the first of FEW or MANY counts that agrees with every click."""
-    if given.box is None and before is not None:
-        return corrected(scene, given, before)
-    if given.box is not None or not (given.labels == 1).any():
+def agrees(mask: np.ndarray, given: Interaction) -> bool:
+    """Whether every click is on its side of a mask's border."""
+    x, y = np.clip(given.points.round().astype(int), 0, np.array(mask.shape[::-1]) - 1).T
+    return bool((mask[y, x] == (given.labels == 1)).all())
+
+
+def answer(
+    scene: Scene, given: Interaction, before: np.ndarray | None, seen: colours.Seen = ()
+) -> tuple[np.ndarray, float]:
+    """The mask (H, W) of all clicks and the box of a frame, `before` what stood there before the first of them, `seen`
+    other frames with the object's masks. Among the sizes that clicks may mean, the first of FEW or MANY counts that
+    looks like the object there and agrees with every click; if none looks like it, no more than the clicks is taken."""
+    if given.box is not None:
         return masks(scene, given, before)[-1]
+    told = colours.told(scene.frame, seen) if seen else None
+    if before is not None or told is not None:
+        before = np.zeros(scene.frame.shape[:2], bool) if before is None else before
+        return corrected(scene, given, before, told=told)
+    if not (given.labels == 1).any():
+        return masks(scene, given)[-1]
+    found = coloured(scene, given)
+    if found is not None:
+        return found
     positive = given.labels == 1
     alone = Interaction(points=given.points[positive], labels=given.labels[positive])
-    found = masks(scene, alone)
-    x, y = np.clip(given.points.round().astype(int), 0, np.array(scene.frame.shape[1::-1]) - 1).T
+    sizes = masks(scene, alone)
     order = FEW if len(alone.points) <= CLICKS else MANY
+    if seen:  # a mask that does not look like the object elsewhere would spoil the frames around it
+        order = [i for i in order if colours.like(scene.frame, sizes[i][0], seen) > colours.LIKE]
+    if not order:
+        nothing = np.zeros(scene.frame.shape[:2], bool)
+        return corrected(scene, given, nothing, told=nothing)
     for i in order:
-        if (found[i][0][y, x] == positive).all():
-            return found[i]
-    return corrected(scene, given, found[order[0]][0])
+        if agrees(sizes[i][0], given):
+            return sizes[i]
+    return corrected(scene, given, sizes[order[0]][0])
+
+
+def coloured(scene: Scene, given: Interaction) -> tuple[np.ndarray, float] | None:
+    """The mask (H, W) of clicks by colour alone; None where colour does not tell it from its surroundings."""
+    (rows, columns), long, positive = scene.grid(), max(scene.frame.shape[:2]), given.points[given.labels == 1]
+    to = torch.stack([torch.hypot(columns - float(px), rows - float(py)) for px, py in positive]).amin(0)
+    width = (WIDE if len(positive) <= CLICKS else NARROW) * long
+    guess = torch.exp(-((to / width) ** 2)).clamp(SURE, 0.9)
+    p = sharpened(scene.vectors[-COLOURS:], guess, to < 1.2 * scene.cell, to > 0.45 * long, COLOUR)
+    mask = bordered(scene.frame, resample(p.numpy(), scene.cell, 1.0, scene.frame.shape[:2]), COLOUR)
+    if not agrees(mask, given) or colours.common([(scene.frame, mask)]) >= colours.APART:
+        return None
+    return mask, crstm.confidence(crstm.logit(p))
 
 
 def masks(
@@ -267,27 +311,32 @@ def masks(
 
 
 def corrected(
-    scene: Scene, given: Interaction, before: np.ndarray, o: Options | None = None
+    scene: Scene, given: Interaction, before: np.ndarray, o: Options | None = None, told: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
     """A mask (H, W) `before`, corrected by clicks: what changes is connected to a click, the rest stays as it was. A
     click speaks for what is close, and for what looks the same a little further on; the many clicks of a scribble say
-    where the border runs, so each of them changes only what is close."""
+    where the border runs, so each of them changes only what is close. Where the object's colours are known to be its
+    own, they say what it is (`told`)."""
     o, cell, few = o or Options(), scene.cell, len(given.points) <= CLICKS
     (h, w), long, (rows, columns) = scene.frame.shape[:2], max(scene.frame.shape[:2]), scene.grid()
-    guess = share(before, cell, rows.shape).clamp(0.02, 0.98)
-    known = torch.zeros(2, *rows.shape, dtype=torch.bool)
-    for (px, py), label in zip(given.points, given.labels, strict=True):
-        d = torch.hypot(columns - float(px), rows - float(py))
-        says = torch.exp(-((d / (CLOSE * long)) ** 2))
-        if few:
-            same = ((alike(scene.look, scene.near(float(px), float(py))) - 0.35) / 0.08).sigmoid()
-            says = torch.maximum(says, same * torch.exp(-((d / (ALIKE * long)) ** 2)))
-        guess = guess + says * ((0.9 if label else 0.1) - guess)
-        known[int(label)] |= d < 1.2 * cell
-    p = sharpened(scene.vectors, guess, known[1] & ~known[0], known[0] & ~known[1], o)
-    found = bordered(scene.frame, resample(p.numpy(), cell, 1.0, (h, w)), o)
-    out, radius = before.copy(), max(2, round(0.004 * long))
-    reach = long if few else CLOSE * long
+    radius, reach = max(2, round(0.004 * long)), long if few else CLOSE * long
+    if told is not None:
+        found, sure, radius, reach = told, 1.0, 1, long
+    else:
+        guess = share(before, cell, rows.shape).clamp(0.02, 0.98)
+        known = torch.zeros(2, *rows.shape, dtype=torch.bool)
+        for (px, py), label in zip(given.points, given.labels, strict=True):
+            d = torch.hypot(columns - float(px), rows - float(py))
+            says = torch.exp(-((d / (CLOSE * long)) ** 2))
+            if few:
+                same = ((alike(scene.look, scene.near(float(px), float(py))) - 0.35) / 0.08).sigmoid()
+                says = torch.maximum(says, same * torch.exp(-((d / (ALIKE * long)) ** 2)))
+            guess = guess + says * ((0.9 if label else 0.1) - guess)
+            known[int(label)] |= d < 1.2 * cell
+        p = sharpened(scene.vectors, guess, known[1] & ~known[0], known[0] & ~known[1], o)
+        found = bordered(scene.frame, resample(p.numpy(), cell, 1.0, (h, w)), o)
+        sure = crstm.confidence(crstm.logit(p))
+    out = before.copy()
     for (px, py), label in zip(given.points.round().astype(int).tolist(), given.labels, strict=True):
         place, close = np.zeros((2, h, w), np.uint8)
         cv2.circle(place, (px, py), radius, 1, -1)
@@ -295,4 +344,4 @@ def corrected(
         wrong = ((found & ~before) if label else (before & ~found)) & (close > 0)
         number = cv2.connectedComponents(wrong | place)[1]
         out[np.isin(number, np.unique(number[place > 0]))] = bool(label)
-    return out, crstm.confidence(crstm.logit(p))
+    return out, sure

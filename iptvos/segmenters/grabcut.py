@@ -8,6 +8,7 @@ from torch import Tensor
 from features import lite0
 from prompts import Interaction, Prompt, box_of, grow, inside, overlap
 from segmenters import first
+from segmenters.colours import Seen
 from segmenters.interface import Decoded, Embedding, Geometry
 
 
@@ -30,15 +31,20 @@ class GrabCut:
         return e.features
 
     def first(
-        self, e: Embedding, given: Interaction, before: np.ndarray | None, other: np.ndarray | None
+        self,
+        e: Embedding,
+        given: Interaction,
+        before: np.ndarray | None,
+        other: np.ndarray | None,
+        seen: Seen = (),
     ) -> tuple[np.ndarray, float]:
-        """A user's clicks and box on a frame as a mask (H, W); `other` is a frame next to it in time. SAM needs no such
-        help and has no such method."""
+        """A user's clicks and box on a frame as a mask (H, W); `other` is a frame next to it in time, `seen` are frames
+        on which the object's mask is known. SAM needs no such help and has no such method."""
         if e.scene is None:
             features = self.features(e)
             deep = lite0(str(self.device)).deep(features)
             e.scene = first.Scene.of(e.data, features.cpu(), deep.cpu(), e.cell, other)
-        return first.answer(e.scene, given, before)
+        return first.answer(e.scene, given, before, seen)
 
     def decode(self, e: Embedding, prompts: list[Prompt]) -> list[Decoded]:
         return [self.one(e, p) for p in prompts]

@@ -9,18 +9,21 @@ import torch
 
 import data
 from prompts import Interaction, box_of
-from segmenters import first
+from segmenters import colours, first
 
 H, W, CELL = 96, 160, 4.0
 GRID = (24, 40)
+GROUND = (60, 120, 60.0)
 
 
-def scene(seed: int = 0, moves: float = 0.0) -> tuple[first.Scene, np.ndarray]:
-    """A red disk on green ground, with features that know the two apart, and its mask; it moves by `moves` pixels."""
+def scene(seed: int = 0, moves: float = 0.0, red: int = 190) -> tuple[first.Scene, np.ndarray]:
+    """A disk on green ground, with features that know the two apart, and its mask; it moves by `moves` pixels. Its
+    colour is red; with `red` 60 that of the ground."""
     rng = np.random.default_rng(seed)
     mask = np.zeros((H, W), np.uint8)
     cv2.circle(mask, (70, 50), 22, 1, -1)
-    ground, disk = (data.texture(rng, H, W, np.array(c), 12) for c in ((60, 120, 60.0), (190, 60, 50.0)))
+    skins = GROUND, GROUND if red == 60 else (red, 60, 50.0)
+    ground, disk = (data.texture(rng, H, W, np.array(c), 12) for c in skins)
     frame, other = ground.copy(), ground.copy()
     frame[mask > 0] = disk[mask > 0]
     there = np.roll(mask, int(moves), 1) > 0
@@ -51,8 +54,9 @@ def test_a_box_becomes_the_object_in_it():
     assert iou(found, mask) > 0.9 and not (found & outside).any() and 0 < sure <= 1
 
 
-def test_one_click_gives_three_sizes_and_the_next_one_chooses():
+def test_one_click_gives_three_sizes_and_the_next_one_chooses(monkeypatch):
     picture, mask = scene()
+    monkeypatch.setattr(colours, "APART", 0.0)
     sizes = [m.sum() for m, _ in first.masks(picture, clicks((70, 50)))]
     assert len(sizes) == 3 and sizes == sorted(sizes)
     one = first.answer(picture, clicks((70, 50)), None)[0]
@@ -163,3 +167,87 @@ def test_a_box_around_everything_still_gives_an_answer():
     picture, mask = scene()
     ((found, _),) = first.masks(picture, Interaction(box=np.array([0, 0, W - 1, H - 1], np.float32)))
     assert found.any() and not found.all()
+
+
+def blind(picture: first.Scene) -> first.Scene:
+    """The same without anything that the network or motion knows."""
+    zeros = torch.zeros_like(picture.vectors)
+    zeros[-first.COLOURS :] = picture.vectors[-first.COLOURS :]
+    return dataclasses.replace(picture, vectors=zeros, look=0 * picture.look, kind=0 * picture.kind)
+
+
+@pytest.mark.parametrize("points", [[(70, 50)], [(54 + 8 * k, 50) for k in range(5)] + [(70, 34), (70, 66)]])
+def test_colour_decides_where_it_tells_the_object_from_its_surroundings(points):
+    """Nothing but colour is known: a disk of its own colour is found, one of the ground's is not guessed at by it."""
+    picture, mask = scene()
+    assert iou(first.answer(blind(picture), clicks(*points), None)[0], mask) > 0.95
+    assert first.coloured(blind(scene(red=60)[0]), clicks(*points)) is None
+
+
+def test_a_mask_by_colour_agrees_with_every_click():
+    picture, _ = scene()
+    assert first.coloured(picture, clicks((70, 50), (75, 55), labels=[1, 0])) is None
+
+
+def half(t: int) -> tuple[np.ndarray, np.ndarray]:
+    """A drawn frame and the object's mask on it; on frame 16 the object is a sliver beside the occluder."""
+    video = data.draw("occluder", 101)
+    return video.frames[t], video.truth[t] == 1
+
+
+def drawn(t: int) -> first.Scene:
+    g = torch.Generator().manual_seed(0)
+    frame, (other, _) = half(t)[0], half(t + 1)
+    return first.Scene.of(frame, torch.randn(6, *GRID, generator=g), torch.randn(6, *GRID, generator=g), CELL, other)
+
+
+def test_where_the_object_is_nearly_hidden_its_colours_elsewhere_say_what_a_click_means():
+    """Nothing stood there: without the other frame a click on the sliver takes much of the pillar with it."""
+    sliver, seen = half(16)[1], [half(5)]
+    assert 10 < sliver.sum() < 40
+    y, x = np.nonzero(sliver)
+    one = clicks((x[0], y[0]))
+    found, without = (first.answer(drawn(16), one, None, s)[0] for s in (seen, ()))
+    assert iou(found, sliver) > 0.5 and without.sum() > 10 * sliver.sum()
+
+
+def test_a_mask_unlike_the_object_elsewhere_is_no_more_than_its_clicks(monkeypatch):
+    """Colours are not its own, so they do not say what it is; they still say what it is not."""
+    monkeypatch.setattr(colours, "APART", 0.0)
+    picture, mask = scene()
+    other, known = scene(seed=1)
+    point = clicks((20, 20))  # on the ground
+    assert first.answer(picture, point, None)[0].sum() > 100
+    assert first.answer(picture, point, None, [(other.frame, known)])[0].sum() <= 9
+    taken = first.answer(picture, clicks((70, 50)), None, [(other.frame, known)])[0]
+    assert iou(taken, mask) > 0.8
+
+
+def test_a_correction_by_known_colours_takes_the_whole_error_that_is_clicked():
+    """Also by a scribble, which else changes only what is close."""
+    picture, mask = scene()
+    other, known = scene(seed=1)
+    before = mask & (np.arange(W) < 60)
+    line = clicks(*[(80, 44 + 2 * k) for k in range(7)])
+    after, _ = first.answer(picture, line, before, [(other.frame, known)])
+    assert iou(after, mask) > 0.9 > iou(first.answer(picture, line, before)[0], mask)
+
+
+def test_colours_of_a_mask_and_of_its_surroundings():
+    picture, mask = scene()
+    same, _ = scene(red=60)
+    assert colours.common([(picture.frame, mask)]) < 0.05 and colours.common([(same.frame, mask)]) > 0.6
+    assert colours.common([(picture.frame, np.zeros_like(mask))]) == 1 == colours.common([(picture.frame, ~(mask & 0))])
+    assert colours.told(same.frame, [(same.frame, mask)]) is None
+    other, _ = scene(seed=1)
+    assert iou(colours.told(other.frame, [(picture.frame, mask)]), mask) > 0.9
+    assert colours.like(other.frame, mask, [(picture.frame, mask)]) > 0.6
+    assert colours.like(other.frame, ~mask, [(picture.frame, mask)]) < 0.05
+
+
+def test_a_scribble_says_how_large_the_object_is():
+    """Far from a short scribble the object is less likely than as far from a long one; a click says nothing of it."""
+    picture, _ = scene()
+    odds = {n: first.clicked(picture, np.array([(40 + n * k, 50) for k in range(8)], np.float32)) for n in (1, 8)}
+    far = (18, 20)  # cells: 24 pixels below both
+    assert odds[1][far] < odds[8][far] - 5
