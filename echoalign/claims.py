@@ -276,7 +276,9 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     text = "On MNIST digits with half of the labels wrong EchoAlign's accuracy is "
     text += f"{gain:+.1f} ± {a:.1f} points against plain"
     text += f" training, and {over:+.1f} ± {b:.1f} against training on the generator's own clean images alone"
-    out = [text + (": at this size the clean images explain the gain." if over - b <= 0 else ".")]
+    ends = ": at this size the clean images explain the gain." if over + b <= 0 else "."
+    ends = ": a gain beyond what those images give by themselves is not shown." if over - b <= 0 < over + b else ends
+    out = [text + ends]
     real = frames.get("real", f[:0])
     return out + [line for line in (of_people(real), at_random(real), by_number(real)) if line]
 

@@ -131,7 +131,9 @@ def sweep(score: Tensor, right: Tensor, levels: tuple[float, ...] = (90, 95, 98,
     """Every threshold of a score (higher: more surely right). For reporting only: it uses the true labels.
 
     auc: area under the ROC curve; retained_p: the largest number kept by any threshold with a precision of at least p
-    per cent, ties kept or left together; curve: (number kept, precision) at up to 200 thresholds.
+    per cent, ties kept or left together; retained_p_share: that number over the number of right samples, per cent. The
+    wrong ones among the kept count too, so it reaches 100 / p x 100 at most, and the share of the right samples that
+    are kept lies between p / 100 of it and it. curve: (number kept, precision) at up to 200 thresholds.
     """
     score = torch.where(torch.isfinite(score), score.double(), -torch.inf)
     order = torch.argsort(score, descending=True, stable=True)

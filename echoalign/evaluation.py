@@ -131,4 +131,5 @@ def show(records: Iterable[dict]) -> None:
         v = np.array([m["accuracy"] for m in found])
         best = np.mean([m["accuracy_best"] for m in found])
         spread = f" +- {v.std():.2f}" if len(v) > 1 else ""
-        print(f"{name:36s} accuracy {v.mean():.2f}{spread} % (best epoch {best:.2f} %), {len(v)} seeds")
+        seeds = f"{len(v)} seed{'s' if len(v) > 1 else ''}"
+        print(f"{name:36s} accuracy {v.mean():.2f}{spread} % (best epoch {best:.2f} %), {seeds}")

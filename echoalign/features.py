@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab import runs
+from lab.progress import progress
 from lab.runs import UserError
 
 import numpy as np
@@ -98,7 +99,8 @@ class Lite0:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         out = []
-        for part in images.split(self.batch):
+        parts = images.split(self.batch)
+        for part in progress(parts, "EfficientNet-Lite0", len(parts), hide=len(parts) < 20):
             x = to_input(part.to(self.device)).expand(-1, 3, -1, -1)
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):

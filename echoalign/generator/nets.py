@@ -186,7 +186,9 @@ def train(
     if len(images) == 0:
         raise UserError(f"--generator {kind} is trained on clean images: give --pretrain")
     if any(w % 8 for w in widths) or images.shape[1] % 2 ** (len(widths) - 1):
-        raise UserError(f"--widths {widths}: multiples of 8, and the side {images.shape[1]} must halve between them")
+        raise UserError(
+            f"--net.widths {widths}: multiples of 8, and the side {images.shape[1]} must halve between them"
+        )
     torch.manual_seed(seed)
     net = NETS[kind](images.shape[1], images.shape[3], classes, widths, layers)
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -240,7 +242,7 @@ def train(
         if (step + 1) % every == 0 or step + 1 == steps:
             value = float(total) / ((step - first) % every + 1)
             if not math.isfinite(value):
-                raise UserError(f"the generator's loss is not finite at step {step + 1}; lower --generator-lr")
+                raise UserError(f"the generator's loss is not finite at step {step + 1}; lower --net.lr")
             bar.set_postfix(loss=f"{value:.4f}")
             total.zero_()
             seconds = before + time.perf_counter() - started

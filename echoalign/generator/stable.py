@@ -6,6 +6,7 @@ steps, eta 0, guidance 9, control strength 1.
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -137,15 +138,18 @@ def load(
     cls = "StableDiffusionControlNetImg2ImgPipeline" if knobs.mode == "img2img" else "StableDiffusionControlNetPipeline"
     dtype = torch.float32 if device.type == "cpu" and not bf16 else torch.bfloat16 if bf16 else torch.float16
     place, offline = {"dtype": dtype}, {"local_files_only": not download}
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call, before our one line
     try:
         net = ControlNetModel.from_pretrained(control, **place, **offline)
         # Without the safety checker: it answers upscaled small pictures with black ones.
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, cls).from_pretrained(base, controlnet=net, **place, **offline, **none)
     except (OSError, ValueError, RuntimeError) as error:
+        places = " and ".join(f"weights/{name.split('/')[-1]}" for name in (base, control))
         raise UserError(
-            f"weights of {base} and {control} could not be read ({str(error)[:160]}); give local folders in diffusers' "
-            "layout by --sd.base and --sd.controlnet, or add --download"
+            f"weights of {base} and {control} could not be read ({str(error)[:160]}); get them from huggingface.co "
+            f"into {places} of the data folder, give other folders in diffusers' layout by --sd.base and "
+            "--sd.controlnet, or add --download"
         ) from None
     if compile:
         pipe.unet, pipe.controlnet = torch.compile(pipe.unet), torch.compile(pipe.controlnet)

@@ -1,6 +1,9 @@
 """Every claim on both sides of its bar, and without its records."""
 
-from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN
+from pathlib import Path
+
+from lab.claims import FAILS, HOLDS, UNDECIDED, UNKNOWN, interval, paired, values
+from lab.records import committed, long
 
 import pandas as pd
 import pytest
@@ -8,6 +11,7 @@ import pytest
 import claims
 import figures
 
+HERE = Path(__file__).parents[1]
 JUDGES = {c.id: c.judge for c in claims.CLAIMS}
 D, C = claims.DIGITS, claims.CIFAR
 I3, I5 = "instance 0.3", "instance 0.5"
@@ -166,6 +170,11 @@ def test_the_bottom_line_says_what_was_measured():
     digits = accuracy(D, EchoAlign=96.0, CE=77) + [("main", D, I5, claims.CLEAN, "accuracy", 97.0)]
     lines = claims.bottom_line({"demo": frame(digits)})
     assert len(lines) == 1 and "+19.0" in lines[0] and "clean images explain the gain" in lines[0]
+    apart = frame(digits)
+    apart.loc[(apart["method"] == claims.CLEAN) & (apart["seed"] == 1), "value"] -= 3  # an interval with zero in it
+    assert claims.bottom_line({"demo": apart})[0].endswith(
+        "a gain beyond what those images give by themselves is not shown."
+    )
     real = people(ELR=47.0) + clean("100", 90, 80, 85) + clean("1,000", 90, 95, 94)
     lines = claims.bottom_line({"demo": frame(digits), "real": frame(real)})
     assert len(lines) == 3 and "ELR, gains +7.0" in lines[1] and "lacks 8.0 ± 0.0 to true labels." in lines[1]
@@ -210,3 +219,32 @@ def test_the_curve_over_clean_images_is_the_first_picture(tmp_path):
         [r for r in rows if (r["seed"], r["table"], r["data"]["n_pre"]) == (0, "main", 100)], tmp_path, "real"
     )
     assert one[0][1].endswith("last epoch; one seed each.")  # without an interval
+
+
+def rows_of(text: str, start: str) -> list[list[str]]:
+    """Cells of the table of `text` whose head begins with `start`, the head first."""
+    lines = text[text.index(start) :].split("\n\n")[0].splitlines()
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+
+
+def test_the_readme_says_what_the_records_of_scale_real_say():
+    real = long(committed(HERE, "real"))
+
+    def gap(table, setting, a, b):
+        where = {"table": table, "setting": setting}
+        found = paired(*(values(real, "accuracy", method=m, **where) for m in (a, b)))
+        mean, half = interval(found)
+        return f"{mean:+.2f} ± {half:.2f} ({len(found)})"
+
+    text = (HERE / "README.md").read_text().split("## What scale real says")[1].split("\n## ")[0]
+    people = rows_of(text, "| under worse")[1:]
+    assert len(people) == 10
+    for method, over, under in people:
+        assert over == gap("main", "worse", method, "CE")
+        assert under == (gap("main", "worse", claims.STOPPED, method) if method != claims.STOPPED else "")
+    head, *digits = rows_of(text, "| EchoAlign, by the number")
+    assert len(digits) == 3
+    for other, *cells in digits:
+        for n, cell in zip(head[1:], cells, strict=True):
+            assert cell == "—" or cell == gap("clean-images", n, "EchoAlign", other)
+    assert sum(cell == "—" for _, *cells in digits for cell in cells) == 3  # ELR was run beside 100 alone

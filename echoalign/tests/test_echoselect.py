@@ -94,6 +94,14 @@ def test_sweep_against_every_threshold(rows, p):
         assert found["auc"] == pytest.approx(sum(pairs) / len(pairs))
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_the_kept_over_the_right_ones_can_pass_100_by_the_wrong_ones_among_the_kept(wrong):
+    right = torch.cat([torch.ones(100), torch.zeros(wrong)]).bool()
+    found = es.sweep(-torch.arange(100.0 + wrong), right)
+    assert found["retained_99"] == 100 + min(wrong, 1) and found["retained_99_share"] == 100 + min(wrong, 1)
+    assert found["retained_90_share"] == 100 + wrong
+
+
 def test_sweep_leaves_nan_out_and_quality():
     score, right = torch.tensor([3.0, float("nan"), 1.0]), torch.tensor([True, True, False])
     found = es.sweep(score, right)

@@ -1,5 +1,7 @@
 """What the user can mend ends with exit code 2 and one line; eval.py on whole and broken runs."""
 
+import ast
+import dataclasses
 import gc
 import json
 import re
@@ -17,7 +19,7 @@ import bench
 import eval as evaluation
 import prepare
 import train
-from settings import METHODS, PARTS, Settings, parse
+from settings import METHODS, PARTS, EvalSettings, Settings, parse
 
 QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
 
@@ -293,6 +295,25 @@ def test_selectors_that_need_no_generator(monkeypatch, tmp_path):
     assert rows == {"small-loss", "GMM on loss", "kNN agreement", "cleanlab", "pretrained classifier", "CLIPCleaner"}
     assert all(r["table"] == "own-selection" and 0 <= r["metrics"]["auc"] <= 1 for r in found)
     assert not (tmp_path / "c" / "modified").exists()
+
+
+def options(kind, before="--"):
+    for f in dataclasses.fields(kind):
+        part = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
+        yield from options(part, f"{before}{f.name}.") if part else [before + f.name.replace("_", "-")]
+
+
+def test_every_option_that_an_error_or_the_readme_names_is_there():
+    """An option that was renamed sends the reader to one that does not exist."""
+    known = {o for kind in (Settings, EvalSettings, bench.BenchSettings) for o in options(kind)}
+    known |= {"--help", *(f"--{part}.help" for part in PARTS), "--no-deps", "--scale", "--cores", "--config"}
+    modules = [p for folder in (".", "generator", "baselines") for p in (HERE / folder).glob("*.py")]
+    calls = [n for p in modules for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)]
+    said = [c.value for n in calls if getattr(n.func, "id", "") == "UserError" for c in ast.walk(n)
+            if isinstance(c, ast.Constant) and isinstance(c.value, str)]  # fmt: skip
+    said.append((HERE / "README.md").read_text())
+    found = {o for text in said for o in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)}
+    assert len(found) > 40 and not found - known, found - known
 
 
 def test_worst_is_another_word_for_worse():

@@ -190,4 +190,5 @@ def test_a_whole_run(weights, tmp_path, monkeypatch, capsys):
     t, _ = runs.read_tensors(shards[0])
     assert len(shards) == 3 and t["full"].shape[1:] == (64, 64, 1) and t["small"].shape[1:] == (8, 8, 1)
     bad = [*args, "--sd.base", tmp_path / "no", "--out", tmp_path / "q", "--cache", tmp_path / "d"]
-    assert "could not be read" in told(capsys, monkeypatch, train.main, bad)
+    line = told(capsys, monkeypatch, train.main, bad)
+    assert "could not be read" in line and "of the data folder" in line
