@@ -158,7 +158,10 @@ def show(records: list[dict]) -> None:
         m = {k: np.mean([f[k] for f in found]) for k in found[0] if k.startswith("ES_")}
         alpha = np.mean([f.get("alpha_exact", float("nan")) for f in found])
         four = [m.get(f"ES_{k}_{p}", float("nan")) for k in metrics.KINDS for p in metrics.PARTS]
-        print(f"{method:24s} {alpha:5.3f}  {four[0]:13.3f} {four[1]:9.3f} {four[2]:18.3f} {four[3]:9.3f}")
+        cells = zip([alpha, *four], (5, 14, 9, 18, 9), strict=True)  # a dash: without paraphrases, without a mixture
+        print(f"{method:24s} " + " ".join(f"{v:{n}.3f}" if v == v else f"{'-':>{n}}" for v, n in cells))
+        if any(f.get("vacuous_exact") for f in found):
+            print("    the original scores 0 on the retain set: there was nothing to keep, and nothing was controlled")
 
 
 def unlearned_path(folder: Path, split: str, method: str) -> Path:

@@ -30,7 +30,7 @@ from methods import BETA, METHODS, Unlearner
 from models import set_weights, weights
 from originals import Bench, accelerator_of
 from settings import Settings
-from trainer import steps_of
+from trainer import check_steps, steps_of
 
 # ---------------------------------------------------------------------------------------------------------- unlearning
 
@@ -253,6 +253,15 @@ def describe(b: Bench) -> str:
     )
 
 
+def long_enough(b: Bench) -> None:
+    """UserError before anything is made: a folder with something in it would refuse the mended command."""
+    if b.s.epochs:
+        rows = len(b.corpus.full) + len(b.corpus.extra)
+        check_steps(steps_of(b.s.epochs, rows, b.s.train_batch, b.s.train_accum)[0])
+    for split in b.s.splits:
+        check_steps(steps_of(b.s.unlearn_epochs, len(b.corpus.forget[split]), b.s.batch, b.s.accum)[0])
+
+
 def main() -> None:
     s = runs.parse(Settings, __doc__)
     s.check()
@@ -261,7 +270,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     accelerator = accelerator_of(device)
     if s.dry_run:
-        print(describe(Bench(s, s.seeds[0], accelerator)))
+        b = Bench(s, s.seeds[0], accelerator)
+        long_enough(b)
+        print(describe(b))
         return
     ignore = ("out", "models", "data_dir", "device", "download", "dry_run", "checkpoint_steps", "drop_models")
     run = runs.Run(Path(s.out), s, ignore) if accelerator.is_main_process else None
@@ -273,6 +284,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     for number, seed in enumerate(s.seeds):
         b = Bench(s, seed, accelerator)
+        long_enough(b)
         if run:
             run.same_data(seed, [b.corpus.sha256])
         w = Writer(run, b)

@@ -40,6 +40,14 @@ def steps_of(epochs: int, n: int, batch: int, accum: int) -> tuple[int, int]:
     return max(epochs * n // (batch * accum), 1), max(n // (batch * accum), 1)
 
 
+def check_steps(steps: int) -> None:
+    if steps < 2:
+        raise UserError(
+            "training would be a single step, whose learning rate is 0; choose more epochs or items, or "
+            "smaller --train-batch, --train-accum, --batch or --accum"
+        )
+
+
 def block(step: int, size: int, n: int, seed: int, stream: str) -> list[tuple[int, int]]:
     """The (epoch, item) pairs of a step: the items are shuffled anew each epoch and the epochs read one after the
     other, so that a step may lie across two of them. A function of its arguments alone: a resumed run sees the same."""
@@ -72,11 +80,7 @@ class Trainer:
         self.world, self.rank = (1, 0) if alone else (accelerator.num_processes, accelerator.process_index)
         if accum % self.world:
             raise UserError(f"--accum {accum} micro-batches cannot be shared by {self.world} processes")
-        if steps < 2:
-            raise UserError(
-                "training would be a single step, whose learning rate is 0; choose more epochs or items, or "
-                "smaller --train-batch, --train-accum, --batch or --accum"
-            )
+        check_steps(steps)
         self.device = accelerator.device
         for key, p in lm.named_parameters():
             p.requires_grad_(trained is None or trained(key))

@@ -1,8 +1,12 @@
 """What the commands refuse, each in one line with exit code 2."""
 
+import ast
+import re
+import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 
 from lab import runs
 
@@ -10,6 +14,7 @@ import pytest
 import torch
 from commands import TINY, run_main, told
 
+import bench
 import models
 import settings
 from trainer import Trainer
@@ -89,6 +94,10 @@ def test_too_many_processes_for_the_micro_batches(tiny):
 def test_a_single_step_of_rate_zero_is_refused(capsys, monkeypatch, tmp_path):
     line = told(capsys, monkeypatch, [*TINY, "--train-batch", "512", "--out", tmp_path / "r"])
     assert "a single step, whose learning rate is 0" in line
+    small = [*TINY, "--batch", "64", "--out", tmp_path / "q"]
+    for more in (["--dry-run"], []):
+        assert "a single step, whose learning rate is 0" in told(capsys, monkeypatch, [*small, *more])
+    run_main(monkeypatch, *TINY, "--methods", "ga", "--out", tmp_path / "q")  # the mended command is not refused
 
 
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(capsys, monkeypatch, tmp_path):
@@ -106,3 +115,31 @@ def test_help_and_an_error_from_the_shell(capsys, monkeypatch):
         run_main(monkeypatch, "--help")
     shown = capsys.readouterr().out
     assert not stop.value.code and all(f"--{f.name.replace('_', '-')}" in shown for f in fields(settings.Settings))
+
+
+def test_the_commands_of_the_readme_do_not_stand_in_each_other_s_way():
+    """Two runs of other settings in one default folder: the second would be refused."""
+    text = (runs.HERE / "README.md").read_text().split("## Commands")[1].split("\n## ")[0].replace("\\\n", " ")
+    lines = [shlex.split(x.split("#")[0]) for x in text.splitlines() if x.startswith("python train.py")]
+    places: dict[str, dict] = {}
+    for words in lines:
+        s = runs.parse(settings.Settings, "", words[2:])
+        s.check()
+        s.resolve()
+        told = {k: v for k, v in asdict(s).items() if k not in ("out", "data_dir", "device", "download")}
+        assert s.dry_run or places.setdefault(s.out, told) == told, words
+    assert len(places) > 5
+
+
+def test_every_option_that_an_error_or_the_readme_names_is_there():
+    """An option that was renamed sends the reader to one that does not exist."""
+    here = Path(settings.__file__).parent
+    kinds = (settings.Settings, settings.EvalSettings, bench.BenchSettings)
+    known = {"--" + f.name.replace("_", "-") for kind in kinds for f in fields(kind)}
+    known |= {"--help", "--scale", "--cores", "--config", "--config_file", "--local-dir"}
+    calls = [n for p in here.glob("*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)]
+    said = [c.value for n in calls if getattr(n.func, "id", "") == "UserError" for c in ast.walk(n)
+            if isinstance(c, ast.Constant) and isinstance(c.value, str)]  # fmt: skip
+    said.append((here / "README.md").read_text())
+    found = {o for text in said for o in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)}
+    assert len(found) > 40 and not found - known, found - known

@@ -71,3 +71,14 @@ def test_evaluation_tells_what_is_wrong(done, tmp_path, capsys, monkeypatch):
     assert "has no forget01" in says("--forget", "forget01")
     line = told(capsys, monkeypatch, ["--run", tmp_path / "none"], command.main)
     assert "no file" in line
+
+
+def test_what_was_not_measured_is_a_dash_and_an_empty_control_is_told(capsys):
+    row = {"ES_exact_retain": 0.0, "ES_exact_unlearn": 0.25, "alpha_exact": 1.0, "vacuous_exact": 1}
+    place = {"dataset": "own x", "setting": "calibration=UWC tau=0.9"}
+    evaluation.show([{**place, "method": "GD", "metrics": row}])
+    told = capsys.readouterr().out
+    assert "nan" not in told and told.splitlines()[3].split() == ["GD", "1.000", "0.000", "0.250", "-", "-"]
+    assert "nothing was controlled" in told
+    evaluation.show([{**place, "method": "GD", "metrics": {**row, "ES_exact_retain": 0.5, "vacuous_exact": 0}}])
+    assert "controlled" not in capsys.readouterr().out
