@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ import bench
 import eval as evaluation
 import prepare
 import train
-from settings import METHODS, PARTS, EvalSettings, Settings, parse
+from settings import IGNORE, METHODS, PARTS, EvalSettings, Settings, parse
 
 QUICK = [*TINY, "--train-limit", "80", "--epochs", "2", "--finetune", "1"]
 
@@ -314,6 +315,20 @@ def test_every_option_that_an_error_or_the_readme_names_is_there():
     said.append((HERE / "README.md").read_text())
     found = {o for text in said for o in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)}
     assert len(found) > 40 and not found - known, found - known
+
+
+def test_the_commands_of_the_readme_do_not_stand_in_each_other_s_way():
+    """Two runs of other settings in one default folder: the second would be refused."""
+    text = (HERE / "README.md").read_text().split("## Commands")[1].split("\n## ")[0].replace("\\\n", " ")
+    lines = [shlex.split(x.split("#")[0]) for x in text.splitlines() if x.startswith("python train.py")]
+    places: dict[str, dict] = {}
+    for words in lines:
+        s = parse("", words[2:])
+        s.check_values()
+        s.resolve()
+        told = {k: v for k, v in dataclasses.asdict(s).items() if k not in IGNORE}
+        assert s.dry_run or places.setdefault(s.out, told) == told, words
+    assert len(places) > 5
 
 
 def test_worst_is_another_word_for_worse():
