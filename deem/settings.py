@@ -246,7 +246,7 @@ class Settings:
         if self.on_scenes and self.stage == 3:
             raise UserError("the scenes have stages 1 and 2; stage 3 needs --dataset paper or files")
         if self.preset == "digits" and self.dataset != "digits":
-            raise UserError("--preset digits knows only the words of its scenes; use --preset tiny or a larger one")
+            raise UserError("--preset digits knows only the words of its scenes; use a larger one")
 
     def resolve(self) -> None:
         """Put the defaults of stage, preset and form where none was given."""

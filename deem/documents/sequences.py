@@ -48,7 +48,10 @@ class WordTokenizer(Tokenizer):
         try:
             return [self.index[w] for w in self.split(text)]
         except KeyError as error:
-            raise UserError(f"word {error} of '{text[:60]}' is not in the vocabulary of the digit scenes") from None
+            raise UserError(
+                f"word {error} of '{text[:60]}' is not in the vocabulary of the digit scenes, the only words that "
+                "--preset digits and tiny know; give --lm.weights or a larger --preset"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.words[i] for i in ids if 2 < i < self.text_size)

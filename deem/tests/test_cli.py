@@ -1,6 +1,11 @@
 """What a user can get wrong: one line, exit code 2."""
 
+import ast
+import dataclasses
+import re
+import shlex
 import sys
+from pathlib import Path
 
 from lab import runs
 from lab.plan import jobs, load_plan
@@ -8,6 +13,8 @@ from lab.plan import jobs, load_plan
 import pytest
 
 import bench
+import evaluation.benchmarks
+import mining
 import train
 from settings import EvalSettings, Settings
 
@@ -139,3 +146,38 @@ def test_help_explains_every_setting():
     assert len(fields) == sum(len(g.__dataclass_fields__) for g in groups)
     for name in fields:
         assert re.search(rf'    {name}: [^\n]*\n    """', body), name
+
+
+def test_the_commands_of_the_readme_do_not_stand_in_each_other_s_way():
+    """Two runs of other settings in one default folder: the second would be refused."""
+    text = (runs.HERE / "README.md").read_text().split("## Commands")[1].split("\n## ")[0].replace("\\\n", " ")
+    lines = [shlex.split(x.split("#")[0]) for x in text.splitlines() if x.startswith("python train.py")]
+    places: dict[str, dict] = {}
+    for words in lines:
+        s = runs.parse(Settings, "", words[2:])
+        s.check()
+        s.resolve()
+        told = {k: v for k, v in dataclasses.asdict(s).items() if k not in ("out", "data_dir", "device", "download")}
+        assert s.dry_run or places.setdefault(s.out, told) == told, words
+    assert len(places) > 5
+
+
+def options(kind, before="--"):
+    for f in dataclasses.fields(kind):
+        part = f.default_factory if dataclasses.is_dataclass(f.default_factory) else None
+        yield from options(part, f"{before}{f.name}.") if part else [before + f.name.replace("_", "-")]
+
+
+def test_every_option_that_an_error_or_the_readme_names_is_there():
+    """An option that was renamed sends the reader to one that does not exist."""
+    here = Path(train.__file__).parent
+    kinds = (Settings, EvalSettings, bench.BenchSettings, mining.Settings, evaluation.benchmarks.BuildSettings)
+    known = {o for kind in kinds for o in options(kind)}
+    known |= {"--help", "--scale", "--cores", "--config", "--config_file", "--no-deps", "--scenes"}
+    modules = [p for d in (".", "vision", "documents", "evaluation", "scenes") for p in (here / d).glob("*.py")]
+    calls = [n for p in modules for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call)]
+    said = [c.value for n in calls if getattr(n.func, "id", "") == "UserError" for c in ast.walk(n)
+            if isinstance(c, ast.Constant) and isinstance(c.value, str)]  # fmt: skip
+    said.append((here / "README.md").read_text())
+    found = {o for text in said for o in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)}
+    assert len(found) > 40 and not found - known, found - known
