@@ -111,7 +111,7 @@ def main() -> None:
     said, before = judged(mine, {scale: long(ours)}), judged(mine, {scale: long(theirs)})
     told = f"{root.name}: {counted(said, scale)}; "
     if not theirs:
-        told += f"no committed records of scale {scale} to compare with"
+        told += f"no committed record of scale {scale} is of a run that is here"
         flipped: list[str] = []
     else:
         timed = tuple(plans.load_plan(root / "plan.yaml").get("timed", ()))  # metrics that a clock decides
