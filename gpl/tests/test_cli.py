@@ -308,15 +308,16 @@ def test_controls_of_the_mask(gain, word):
     out = []
     for h, k in itertools.product((0.3, 0.5, 0.7), range(3)):
         out.append(fake("gpl", h, k, f1=60))
+        out.append({**fake("solved", h, k, f1=60 + gain + k / 10), "table": "ablation"})
         out += [fake(m, h, k, f1=60 - gain + k / 10) for m in ("constant", "flipped", "random")]
         out.append(fake("ideal", h, k, f1=60 + 2 * gain + k / 10))
     frame = long(out)
     said = {c.id: c.judge(frame)[0] for c in claims.CLAIMS if c.scale == "demo" and c.control}
     assert said == dict.fromkeys(["m1", "m2", "m3", "m4"], word)
-    assert "against constant" in claims.bottom_line({"demo": frame})[0]
+    assert "against one constant weight" in claims.bottom_line({"demo": frame})[0]
     real = long([{**r, "dataset": {0.3: "cora", 0.5: "actor", 0.7: "texas"}[r["data"]["h"]]} for r in out])
     said = {c.id: c.judge(real)[0] for c in claims.CLAIMS if c.scale == "paper" and c.control}
-    assert said == dict.fromkeys(["M1", "M2", "M3", "M4"], word)
+    assert said == dict.fromkeys(["M1", "M2", "M3", "M4", "M5"], word)
 
 
 def test_a_collapsed_run_is_marked(tmp_path, monkeypatch):
