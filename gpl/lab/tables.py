@@ -201,7 +201,10 @@ def record(root: Path, scale: str) -> str:
     pictures = [f for s in COMMITTED for f in saved_figures(root, s)]
     report = page(root, found, pictures, root / "RESULTS.md")
     write_text(root / "results" / "report.json", json.dumps(report, sort_keys=True, allow_nan=False) + "\n")
-    return f"{root.name}: {len(taken)} runs of scale {scale} recorded; {counted(report['claims'], scale)}, RESULTS.md"
+    told = f"{root.name}: {len(taken)} runs of scale {scale} recorded; {counted(report['claims'], scale)}, RESULTS.md"
+    odd = sorted({r["run"] for r in found[scale] if r["code"]["dirty"]})
+    # A number whose code is in no commit cannot be checked by anyone: it stays, and is said each time.
+    return told + (f"\nnote: run with changes that are in no commit, make them again: {', '.join(odd)}" if odd else "")
 
 
 def look(root: Path, scale: str) -> str:

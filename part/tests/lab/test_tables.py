@@ -147,3 +147,11 @@ def test_every_claim_of_this_folder_is_not_measured_without_records():
         other = [{**record(table="no such table", dataset="no such set", scale=claim.scale), "run": "x"}]
         assert claim.judge(tables.long(other))[0] == tables.UNKNOWN
     assert len({c.id for c in claims.CLAIMS}) == len(claims.CLAIMS)
+
+
+def test_records_of_code_in_no_commit_are_told_each_time(root):
+    odd = [{**r, "code": {"commit": "0123456789", "dirty": True}} for r in two("demo", "small")]
+    finished(root, "demo", "small-m1", *odd)
+    assert tables.record(root, "demo").endswith("make them again: small-m1")
+    shutil.rmtree(root / "runs")
+    assert tables.record(root, "demo").endswith("make them again: small-m1")
