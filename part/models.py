@@ -132,8 +132,8 @@ class Small(Staged):
         self.stages, self.linear = nn.ModuleList(layers), nn.Linear(inputs, classes)
 
 
-# ResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs. Not fewer than 8: with 4,
-# channels last, torch's kernel for strided 1x1 convolutions crashes on CPUs without AVX-512.
+# ResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs. Not fewer than 8: with
+# 4, channels last, torch's kernel for strided 1x1 convolutions crashes on CPUs without AVX-512.
 WIDTHS = {"resnet18": 64, "resnet18-w32": 32, "resnet18-w16": 16, "resnet18-tiny": 8}
 NAMES = (*WIDTHS, "wrn-34-10", "small", "wrn-10-1")
 
