@@ -1,31 +1,26 @@
 """The front page: a card a paper, the controls that could break the papers' explanations, and what is measured."""
 
+import sys
 from pathlib import Path
 
 from cells import counts, e
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import workspace  # noqa: E402
 
 SCALES = ("real", "paper", "demo")  # the scale that tells most, first
 WORDS = {"holds": "held", "undecided": "open", "does not hold": "failed", "not measured": "unknown"}
 
 
-def verdicts(report: dict, scale: str, controls: bool | None = None) -> dict[str, int]:
-    """How many claims (controls, by default both) of a scale have each verdict; empty while none is measured."""
-    mine = [c for c in report["claims"] if c["scale"] == scale]
-    if not {c["verdict"] for c in mine} - {"not measured"}:
-        return {}
-    mine = [c["verdict"] for c in mine if controls in (None, c["control"])]
-    return {word: mine.count(word) for word in WORDS if word in mine}
+def verdicts(report: dict, scale: str) -> dict[str, int]:
+    """How many claims and controls of a scale have each verdict; empty while none is measured."""
+    mine = [c["verdict"] for c in report["claims"] if c["scale"] == scale]
+    return {word: mine.count(word) for word in WORDS if word in mine} if set(mine) - {"not measured"} else {}
 
 
 def told(report: dict, scale: str) -> str:
-    """`6 hold, 5 undecided; controls: 1 holds`."""
-    names, parts = {"holds": "hold", "does not hold": "do not hold"}, []
-    for controls in (False, True):
-        found = verdicts(report, scale, controls)
-        words = ", ".join(f"{n} {names.get(word, word) if n > 1 else word}" for word, n in found.items())
-        if words:
-            parts.append(f"controls: {words}" if controls else words)
-    return "; ".join(parts)
+    """`6 hold, 5 undecided; controls: 1 holds`, as README's table of findings says it."""
+    return workspace.verdicts([c for c in report["claims"] if c["scale"] == scale])
 
 
 def finding(report: dict) -> str:
