@@ -126,7 +126,7 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     if f is not None:
         cells = [(s, r) for r in (12, 24, 32, 16, 8) for s in ("V", "RS", "N")]  # what decides stands first
         said = [f"{s} at {r}/255: {text}" for s, r in cells if (text := compared(f, f"{s}-FGSM", f"{s}-AAER", r))]
-        out += [f"On CIFAR-10 at width 16, {said[0]}."] if said else []
+        out += [f"On CIFAR-10 at width 8, {said[0]}."] if said else []
         out += [f"Other starts and radii: {'; '.join(said[1:])}."] if said[1:] else []
         parts = {k: of(f, "pgd", f"V-AAER, {k}", 12) for k in ("difference alone", "count alone", "random examples")}
         told = [f"{v.mean():.1f} % with {k}" for k, v in parts.items() if len(v)]

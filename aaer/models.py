@@ -152,7 +152,7 @@ class ResNet18(nn.Module):
 
 
 # PreActResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs.
-WIDTHS = {"preact18": 64, "preact18-w32": 32, "preact18-w16": 16}
+WIDTHS = {"preact18": 64, "preact18-w32": 32, "preact18-w16": 16, "preact18-w8": 8}
 NAMES = (*WIDTHS, "preact18-act", "wrn-34-10", "resnet18", "resnet18-cosine", "preact-small", "preact-small-gn")
 SMALL = {"widths": (8, 16, 32), "depth": 1, "pool": 0, "activated": False}
 

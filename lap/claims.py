@@ -127,7 +127,7 @@ def bottom_line(frames: dict[str, pd.DataFrame]) -> list[str]:
     if f is not None:
         cells = [(s, r) for r in (16, 24, 32, 8) for s in "VRN"]  # what decides stands first
         said = [f"{s} at {r}/255: {text}" for s, r in cells if (text := compared(f, f"{s}-FGSM", f"{s}-LAP", r))]
-        out += [f"On CIFAR-10 at width 16, {said[0]}."] if said else []
+        out += [f"On CIFAR-10 at width 8, {said[0]}."] if said else []
         out += [f"Other starts and radii: {'; '.join(said[1:])}."] if said[1:] else []
         for start, at in (("V", 16), ("R", 16)):
             parts = {k: of(f, "pgd", f"{start}-LAP-{k}", at) for k in CONTROLS}
