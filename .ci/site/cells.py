@@ -9,7 +9,8 @@ KEY = (
     '<p class="key"><span class="agree">within</span><span class="outside">outside</span><span class="alone">printed '
     "number not known</span><span>no such cell in the paper</span>"
     '<span class="missing">not run</span></p>\n\n'
-    "Each cell: the measured number (mean ± standard deviation over n seeds), below it the printed one and, in "
+    "Each cell: the measured number (mean ± standard deviation over n seeds; 95 % interval where the table says so), "
+    "below it the printed one and, in "
     f"brackets, the difference. Within: the difference is at most the printed ± or, if that is more, {POINTS:g} point "
     f"where the unit is per cent and {SHARE:.0%} of the printed number elsewhere; a table may state a tolerance in "
     "their place. A measured number leads to its run: command, records, commit, machine. “Not run” leads to the run "

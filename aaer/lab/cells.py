@@ -8,6 +8,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+from lab.claims import interval
 from lab.cli import UserError
 from lab.records import KEYS
 
@@ -15,6 +16,7 @@ import pandas as pd
 
 COLUMNS = [*KEYS, "metric", "value", "std", "unit", "source"]
 UNKNOWN, NOT_RUN = "—", "not run"
+OWN = ("paper", "generated", "wheel")  # data that need no word in a cell
 
 
 def read_printed(path: Path) -> pd.DataFrame:
@@ -66,6 +68,14 @@ def number(value: float, std: float, digits: int) -> str:
     return f"{value:.{digits}f}" + (f" ± {std:.{digits}f}" if std == std else "")
 
 
+def spread(values: pd.Series, kind: str) -> float:
+    """What stands behind `±`: the standard deviation over seeds (`std`, ddof 0), or half of the mean's 95 % interval
+    (`interval`); NaN for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return interval(values)[1] if kind == "interval" else float(values.std(ddof=0))
+
+
 @dataclasses.dataclass
 class Cell:
     printed: float
@@ -75,22 +85,26 @@ class Cell:
 
     @property
     def variants(self) -> list[str]:
-        """Names of data that are not the paper's own and have to be said."""
-        return sorted(set(self.values["variant"]) - {"paper", "", "generated", "wheel"}) if len(self.values) else []
+        """What has to be said of the data: all that is not the paper's own; `[one class: 3 of 10]` where it is so of
+        three seeds of ten."""
+        found = [{p.strip() for p in str(v).split(",")} for v in self.values["variant"]] if len(self.values) else []
+        parts = sorted(set().union(*found) - {"", *OWN})
+        counts = {p: sum(p in f for f in found) for p in parts}
+        return [p if n == len(found) else f"{p}: {n} of {len(found)}" for p, n in counts.items()]
 
-    def text(self, digits: int, beside: bool, seeds: int, said: list[str]) -> str:
+    def text(self, digits: int, beside: bool, seeds: int, said: list[str], kind: str = "std") -> str:
         """`printed / measured`, or the measured number alone where the paper has no such table.
 
-        The number of seeds and the data are named where they are others than `seeds` and `said`, the table's.
+        The number of seeds is named where it is not the table's, and what `said`, the table's head, does not say.
         """
         n = len(self.values)
         measured = NOT_RUN
         if n:
             v = self.values["value"]
-            measured = number(v.mean(), v.std(ddof=0) if n > 1 else float("nan"), digits)
+            measured = number(v.mean(), spread(v, kind), digits)
             if self.values["metric"].iloc[0].startswith("data.") and v.nunique() == 1:
                 measured = f"{v.iloc[0]:.6g}"  # a property of the data, the same for every seed
-            other = [] if self.variants == said else self.variants
+            other = [v for v in self.variants if v not in said]
             measured += (f" (n={n})" if n != seeds else "") + "".join(f" [{v}]" for v in other)
         if not beside:
             return measured
@@ -109,7 +123,7 @@ def cells(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[list[
     """(rows, columns, {(row, column): Cell}) of one table of plan.yaml.
 
     `rows` and `columns` name a record key or `metric`; `where` selects records; `printed` selects in paper.csv
-    (default: the same selection). `metric` is the metric when neither axis is.
+    (default: the same selection). `metric` is the metric when neither axis is; `spread` says what stands behind `±`.
     """
     row_key, column_key = view["rows"], view["columns"]
     where = dict(view.get("where", {}))
@@ -149,7 +163,7 @@ def cells(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[list[
             m = ours[ours[row_key].isin(parts) & (ours[column_key] == c)]
             whole = m.groupby("seed")["value"].agg(["mean", "count"])
             whole = whole[whole["count"] == len(parts)]["mean"].rename("value").reset_index()
-            variant = "+".join(sorted(set(m["variant"]) - {"paper", "", "generated", "wheel"}))
+            variant = "+".join(sorted(set(m["variant"]) - {"", *OWN}))
             p = theirs[(theirs[row_key] == label) & (theirs[column_key] == c)]
             value, std = (p["value"].iloc[0], p["std"].iloc[0]) if len(p) else (float("nan"),) * 2
             metric = m["metric"].iloc[0] if len(m) else ""
@@ -165,7 +179,7 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     counts = [len(c.values) for c in grid.values() if len(c.values)]
     seeds = max(counts, default=0)
     filled = [c.variants for c in grid.values() if len(c.values)]
-    said = filled[0] if filled and all(v == filled[0] for v in filled) else []  # of all cells alike: once, in the head
+    said = [v for v in filled[0] if all(v in f for f in filled)] if filled else []  # of all cells: once, in the head
     head = "printed / measured" if beside else "measured"
     lines = [f"### {view['title']}", ""]
     if view.get("note"):
@@ -174,12 +188,15 @@ def render(view: dict, frame: pd.DataFrame, printed: pd.DataFrame) -> tuple[str,
     own = [cell for cell in grid.values() if cell.expected]
     if not grid:
         return "\n".join([*lines, "No records yet.", ""]), 0, 0
-    of = f", mean ± std (ddof 0) over {seeds} seeds" if seeds > 1 else ", one seed" if seeds else ""
+    kind = view.get("spread", "std")
+    plus = "95 % interval" if kind == "interval" else "std (ddof 0)"
+    of = f", mean ± {plus} over {seeds} seeds" if seeds > 1 else ", one seed" if seeds else ""
     on = f", on {' and '.join(said)}" if said else ""
     lines += [f"Cells: {head}{unit}{of}{on}.", ""]
     lines += ["| | " + " | ".join(str(labels.get(c, c)) for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for r in rows:
-        shown = [grid[r, c].text(digits, beside and r not in view.get("extra_rows", {}), seeds, said) for c in columns]
+        both = beside and r not in view.get("extra_rows", {})
+        shown = [grid[r, c].text(digits, both, seeds, said, kind) for c in columns]
         lines.append(f"| {labels.get(r, r)} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n", sum(len(c.values) > 0 for c in own), len(own)
 
@@ -195,10 +212,10 @@ def described(view: dict, scale: str, frame: pd.DataFrame, printed: pd.DataFrame
         k, v = grid[r, c], grid[r, c].values["value"]
         n = len(v)
         numbers = {"printed": k.printed, "printed_std": k.printed_std, "measured": v.mean() if n else none}
-        numbers["std"] = v.std(ddof=0) if n > 1 else none
+        numbers["std"] = spread(v, view.get("spread", "std"))
         out = {key: round(float(x), 6) for key, x in numbers.items() if x == x}
         runs = sorted(set(k.values["run"])) if n and "run" in k.values else []
-        variants = sorted(set(k.values["variant"]) - {""}) if n else []
+        variants = sorted({*k.variants, *(set(k.values["variant"]) & {*OWN})}) if n else []
         return {**out, "n": n, "runs": runs, "variants": variants, "expected": k.expected and r not in extra}
 
     return {

@@ -35,16 +35,21 @@ class TableSettings:
     """Take the finished planned runs of that scale over into results/; RESULTS.md is made of all committed records."""
 
 
+def seconds(found: list[dict]) -> float:
+    """Of all runs; several records of a seed that state the same time were made in it together."""
+    return sum(s for _, _, s in {(r["run"], r["seed"], r["seconds"]) for r in found})
+
+
 def described_runs(plan: dict, scale: str, found: list[dict]) -> dict:
     """Every planned run of a scale: its command, cost, needs, and the records it has."""
     out = {}
-    for job in plans.jobs(plan, scale) if scale in plan["scales"] else ():
+    for job in plans.jobs(plan, scale) if isinstance(plan["scales"].get(scale), list) else ():
         mine = [r for r in found if r["run"] == job.name]
         out[job.name] = {
             **{"command": "python " + shlex.join(job.command(scale)), "hours": job.hours, "seeds": len(job.seeds)},
             **{"needs": [plan["data"][n] for n in job.needs], "table": str(job.args.get("table", ""))},
             **{"makes": list(job.makes)},
-            **{"records": len(mine), "seconds": round(sum(r["seconds"] for r in mine), 1)},
+            **{"records": len(mine), "seconds": round(seconds(mine), 1)},
             **{"commits": sorted({r["code"]["commit"] + ("+changes" if r["code"]["dirty"] else "") for r in mine})},
             **{"devices": sorted({r["host"]["device"] for r in mine})},
             **{"data": sorted({f"{r['data']['name']} ({r['data'].get('variant', '')})" for r in mine})},
@@ -58,9 +63,8 @@ def provenance(found: list[dict]) -> list[str]:
     hosts = sorted({f"{r['host']['device']}, torch {r['host']['torch']}" for r in found})
     commits = sorted({r["code"]["commit"][:10] + ("+changes" if r["code"]["dirty"] else "") for r in found})
     sets = sorted({f"{r['data']['name']} ({r['data'].get('variant', '')})" for r in found})
-    hours = sum(r["seconds"] for r in found) / 3600
     return [
-        f"* {len(found)} records, {hours:.2f} hours, seeds {', '.join(map(str, seeds))}",
+        f"* {len(found)} records, {seconds(found) / 3600:.2f} hours, seeds {', '.join(map(str, seeds))}",
         f"* data: {', '.join(sets)}",
         f"* machines: {'; '.join(hosts)}",
         f"* code: {', '.join(commits)}",
@@ -179,7 +183,8 @@ def page(root: Path, found: dict[str, list[dict]], pictures: list[dict], target:
     lines += ["## Claims", "", *claim_table(said)] if said else []
     lines += [*body, *differences.markdown(report["differences"]), "## Where the numbers come from", ""]
     for s in found:
-        lines += [f"Scale {s}:", "", *(provenance(found[s]) if found[s] else ["* no records"]), ""]
+        if plans.meant(description, s) == s:
+            lines += [f"Scale {s}:", "", *(provenance(found[s]) if found[s] else ["* no records"]), ""]
     write_text(target, "\n".join(lines).rstrip() + "\n")
     report |= {"cells_measured": measured, "cells_total": total}
     return report
@@ -223,7 +228,8 @@ def main() -> None:
     settings = parse(TableSettings, TableSettings.__doc__)
     if settings.scale not in SCALES:
         raise UserError(f"no scale {settings.scale}; use one of {', '.join(SCALES)}")
-    print((record if settings.record else look)(HERE, settings.scale))
+    scale = plans.meant(plans.load_plan(HERE / "plan.yaml"), settings.scale)
+    print((record if settings.record else look)(HERE, scale))
 
 
 if __name__ == "__main__":

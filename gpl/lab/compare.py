@@ -100,9 +100,10 @@ def line(c: Comparison) -> str:
 
 def main() -> None:
     settings = parse(CompareSettings, CompareSettings.__doc__)
-    root, scale = HERE, settings.scale
-    if scale not in SCALES:
-        raise UserError(f"no scale {scale}; use one of {', '.join(SCALES)}")
+    root = HERE
+    if settings.scale not in SCALES:
+        raise UserError(f"no scale {settings.scale}; use one of {', '.join(SCALES)}")
+    scale = plans.meant(plans.load_plan(root / "plan.yaml"), settings.scale)
     ours = local(root, scale, plans.names(root / "plan.yaml", scale))
     theirs = committed(root, scale)
     here = {r["run"] for r in ours}
@@ -121,7 +122,8 @@ def main() -> None:
             print(f"{root.name}: verdict of {text}")
         for text in c.largest:
             print(f"{root.name}: differs: {text}")
-    write_json(root / "runs" / scale / "comparison.json", {"line": told, "flipped": flipped})
+    for name in {scale, settings.scale}:  # where the name that was asked for is looked for, too
+        write_json(root / "runs" / name / "comparison.json", {"line": told, "flipped": flipped})
     print(told)
     if flipped:
         print(f"error: verdicts that changed places: claim {', '.join(flipped)}", file=sys.stderr)

@@ -5,6 +5,7 @@ effect, the metric and the two selections of records; `of` or `against` may name
 both. It is computed from records, as is all of RESULTS.md.
 """
 
+from lab.claims import interval
 from lab.runs import UserError
 
 import pandas as pd
@@ -33,8 +34,8 @@ def entries(plan: dict) -> list[dict]:
 
 
 def effect(given: dict, frames: dict[str, pd.DataFrame]) -> dict | None:
-    """Mean and std (ddof 0, over seeds) of `of` minus `against`, paired by seed and by every key that the selections
-    leave open; None without a pair."""
+    """Mean over seeds of `of` minus `against` and half of its 95 % interval, paired by seed and by every key that the
+    selections leave open; None without a pair."""
     frame = frames.get(given.get("scale", "paper"))
     if frame is None or not len(frame):
         return None
@@ -55,7 +56,7 @@ def effect(given: dict, frames: dict[str, pd.DataFrame]) -> dict | None:
         return None
     by_seed = (pairs["value"] - pairs["value_against"]).groupby(pairs["seed"]).mean()
     return {
-        **{"mean": float(by_seed.mean()), "std": float(by_seed.std(ddof=0)), "seeds": len(by_seed)},
+        **{"mean": float(by_seed.mean()), "half": interval(by_seed)[1], "seeds": len(by_seed)},
         **{"datasets": sorted({*pairs["dataset"]}) if "dataset" in free else []},
     }
 
@@ -70,7 +71,7 @@ def described(plan: dict, frames: dict[str, pd.DataFrame]) -> list[dict]:
             unit = f" {given['unit']}" if given.get("unit") else ""
             seeds = f"{found['seeds']} seed{'s' * (found['seeds'] != 1)}"
             sets = f", mean of {len(found['datasets'])} data sets" if len(found["datasets"]) > 1 else ""
-            spread = f" ± {found['std']:.2f}" if found["seeds"] > 1 else ""
+            spread = f" ± {found['half']:.2f}" if found["seeds"] > 1 else ""
             place = f"{given['metric']}, scale {given.get('scale', 'paper')}, {seeds}{sets}"
             text = f"{found['mean']:+.2f}{spread}{unit} ({place})"
         out.append(
@@ -84,5 +85,5 @@ def markdown(found: list[dict]) -> list[str]:
     if not found:
         return []
     rows = [f"| {d['finding']} | {d['switch']} | {d['effect']} |" for d in found]
-    head = ["| finding | switch | effect of the switch |", "|---|---|---|"]
+    head = ["| finding | switch | effect of the switch: mean ± 95 % interval |", "|---|---|---|"]
     return ["## Where paper, released code and this code differ", "", *head, *rows, ""]

@@ -48,12 +48,18 @@ def load_plan(path: Path = HERE / "plan.yaml") -> dict:
         raise UserError(f"no file {path}") from None
 
 
+def meant(plan: dict, scale: str) -> str:
+    """The scale that a name stands for: `real: paper` under `scales` says that scale real is scale paper."""
+    other = plan["scales"].get(scale)
+    return other if isinstance(other, str) else scale
+
+
 def jobs(plan: dict, scale: str, only: str = "*") -> list[Job]:
     """Expand the grids of a scale: each entry's `grid` is crossed, `args` are common, `name` is a format string."""
     if scale not in plan["scales"]:
         raise UserError(f"no scale {scale} in plan.yaml; use one of {', '.join(plan['scales'])}")
     out: list[Job] = []
-    for entry in plan["scales"][scale]:
+    for entry in plan["scales"][meant(plan, scale)]:
         grid = entry.get("grid", {})
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values, strict=True))
@@ -105,16 +111,18 @@ class PlanSettings:
 def main() -> None:
     settings = parse(PlanSettings, PlanSettings.__doc__)
     plan, folder = load_plan(), data_dir(settings.data_dir)
-    todo = jobs(plan, settings.scale, settings.only)
+    todo, scale = jobs(plan, settings.scale, settings.only), meant(plan, settings.scale)
+    if scale != settings.scale:
+        print(f"scale {settings.scale} of this folder is its scale {scale}")
     told = []
     for job in todo:
         why = lacking(plan, job, folder)
-        done = (HERE / "runs" / settings.scale / job.name / "records.jsonl").is_file()
+        done = (HERE / "runs" / scale / job.name / "records.jsonl").is_file()
         state = f"left out: {why}" if why else "done" if done else "to run"
         told.append(state.split(":")[0])
         print(f"{job.name:40s} {len(job.seeds):2d} seeds {job.hours:8.3f} h  {state}")
         if settings.commands:
-            print("    python " + shlex.join(job.command(settings.scale)))
+            print("    python " + shlex.join(job.command(scale)))
     hours = sum(job.hours for job in todo)
     print(f"\n{len(todo)} runs, {sum(len(j.seeds) for j in todo)} records, about {hours:.2f} hours on one device")
     left = sum(job.hours for job, state in zip(todo, told, strict=True) if state == "to run")

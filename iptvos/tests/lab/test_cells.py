@@ -131,6 +131,25 @@ def test_a_mean_row_needs_all_its_parts(printed):
     assert rows_of(cells.render(view, frame(record()), printed)[0])["both"][0].endswith("not run")
 
 
+def test_what_is_so_of_some_seeds_is_counted(printed):
+    view = {**VIEW, "order": {"rows": ["m1"], "columns": ["d1", "d2"]}}
+    data = [{"name": "d", "variant": v} for v in ("small, one class", "small", "small, one class")]
+    found = [record(seed=s, data=d) for s, d in enumerate(data)]
+    other = [record(seed=s, dataset="d2", data=data[1]) for s in range(3)]
+    text = cells.render(view, frame(*found, *other), printed)[0]
+    assert "over 3 seeds, on small." in text  # of all: in the head
+    assert rows_of(text)["m1"] == ["48.00 ± 1.00 / 50.00 ± 0.00 [one class: 2 of 3] (+2.00)", "— / 50.00 ± 0.00"]
+
+
+def test_a_table_can_show_intervals(printed):
+    view = {**VIEW, "spread": "interval", "order": {"rows": ["m1"], "columns": ["d1"]}}
+    found = frame(record(), record(seed=1, metrics={"f1": 52.0}))
+    text = cells.render(view, found, printed)[0]
+    assert "mean ± 95 % interval over 2 seeds" in text  # t of one degree of freedom: 12.706
+    assert rows_of(text)["m1"] == ["48.00 ± 1.00 / 51.00 ± 12.71 (+3.00)"]
+    assert cells.described(view, "paper", found, printed)["cells"][0][0]["std"] == pytest.approx(12.706, abs=1e-3)
+
+
 def test_a_table_as_data(printed):
     view = {**VIEW, "note": "two\nlines", "order": {"rows": ["m1", "m2"], "columns": ["d1", "d2"]}}
     found = [record(), record(seed=1, metrics={"f1": 52.0})]

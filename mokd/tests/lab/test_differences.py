@@ -24,10 +24,14 @@ def test_the_effect_of_a_switch_is_paired_by_seed_and_data_set():
     ]
     given = {"metric": "f1", "of": {"method": "on"}, "against": {"method": "off"}}
     out = differences.effect(given, {"paper": frame(*found)})
-    assert out == {"mean": 3.0, "std": 0.0, "seeds": 2, "datasets": ["d1", "d2"]}  # (1 + 5) / 2 and 3
+    assert out == {"mean": 3.0, "half": 0.0, "seeds": 2, "datasets": ["d1", "d2"]}  # (1 + 5) / 2 and 3
     plan = {"differences": [{**FINDING, "effect": {**given, "unit": "points"}}, FINDING, {**FINDING, "switch": "none"}]}
     texts = [d["effect"] for d in differences.described(plan, {"paper": frame(*found)})]
     assert texts == ["+3.00 ± 0.00 points (f1, scale paper, 2 seeds, mean of 2 data sets)", "not measured", ""]
+    more = [*found, record(method="on", dataset="d1", seed=2, metrics={"f1": 13.0})]
+    more += [record(method="off", dataset="d1", seed=2, metrics={"f1": 4.0})]
+    half = differences.effect(given, {"paper": frame(*more)})["half"]  # of 3, 3 and 9: t 4.303, deviation sqrt(12)
+    assert half == pytest.approx(4.3027 * 12**0.5 / 3**0.5, abs=1e-3)
     both = record(method="on", metrics={"f1": 5.0, "f1_released": 3.5})
     two = {"metric": "f1_released", "of": {"method": "on"}, "against": {"method": "on", "metric": "f1"}}
     assert differences.effect(two, {"paper": frame(both)})["mean"] == -1.5  # two metrics of one record

@@ -37,6 +37,13 @@ def test_plan_crosses_grids_and_makes_command_lines():
     assert [j.name for j in plans.jobs(PLAN, "demo", "x-q-*")] == ["x-q-1", "x-q-2"]
 
 
+def test_a_scale_can_be_another_one():
+    plan = {**PLAN, "scales": {**PLAN["scales"], "real": "demo"}}
+    assert plans.meant(plan, "real") == plans.meant(plan, "demo") == "demo"
+    assert plans.jobs(plan, "real") == plans.jobs(plan, "demo")
+    assert plans.meant(plan, "paper") == "paper"
+
+
 def test_plan_errors():
     with pytest.raises(UserError, match="no scale huge"):
         plans.jobs(PLAN, "huge")
