@@ -35,7 +35,7 @@ class BenchSettings:
     """auto, cpu, cuda or cuda:N."""
     model: str = "auto"
     """Network of the epochs and the attack; auto: resnet18 on CUDA, else small."""
-    maps_model: str = "resnet18-tiny"
+    maps_model: str = "resnet18-w8"
     """Network of the maps: with a large one on a CPU the forward pass outweighs what is compared."""
     images: int = 500
     """Images of 16x16 (CUDA: 32x32) an epoch; half as many for the maps."""

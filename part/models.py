@@ -134,12 +134,12 @@ class Small(Staged):
 
 # ResNet-18 with stages of w, 2w, 4w, 8w channels; the paper's has w = 64. Nothing else differs. Not fewer than 8: with
 # 4, channels last, torch's kernel for strided 1x1 convolutions crashes on CPUs without AVX-512.
-WIDTHS = {"resnet18": 64, "resnet18-w32": 32, "resnet18-w16": 16, "resnet18-tiny": 8}
+WIDTHS = {"resnet18": 64, "resnet18-w32": 32, "resnet18-w16": 16, "resnet18-w8": 8}
 NAMES = (*WIDTHS, "wrn-34-10", "small", "wrn-10-1")
 
 
 def build(name: str, classes: int, channels: int) -> Staged:
-    """The network `name`; resnet18-tiny and wrn-10-1 are the same architectures at the smallest size, for trials."""
+    """The network `name`; resnet18-w8 and wrn-10-1 are the same architectures at the smallest size."""
     shape = {"classes": classes, "channels": channels}
     widths = tuple(WIDTHS.get(name, 64) * k for k in (1, 2, 4, 8))
     return {

@@ -13,7 +13,7 @@ import pixel_reweighting as pr
 
 def network(classes=5):
     torch.manual_seed(0)
-    net = models.build("resnet18-tiny", classes, 3)
+    net = models.build("resnet18-w8", classes, 3)
     for _ in range(3):
         net(torch.rand(8, 3, 8, 8))
     net.linear.weight.data.mul_(3)

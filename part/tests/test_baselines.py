@@ -58,7 +58,7 @@ def test_mart_loss(logits):
 
 def test_awp_moves_each_weight_by_gamma_and_takes_the_move_back():
     torch.manual_seed(0)
-    net = models.build("resnet18-tiny", 4, 3).double().train()
+    net = models.build("resnet18-w8", 4, 3).double().train()
     x, y = torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
 
     def loss():
@@ -91,7 +91,7 @@ def test_awp_moves_each_weight_by_gamma_and_takes_the_move_back():
 @pytest.mark.parametrize("base", baselines.WARMUP)
 def test_every_base_has_its_own_attack_and_loss(base):
     torch.manual_seed(0)
-    net = models.build("resnet18-tiny", 4, 3).eval()
+    net = models.build("resnet18-w8", 4, 3).eval()
     x, y = torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
     s = settings.Settings(step=0.03, steps=3, beta=2.0, tau=1)
     start, e = 0.05 * torch.randn_like(x), torch.full((6, 1, 8, 8), 0.05)

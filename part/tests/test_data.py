@@ -199,7 +199,7 @@ def test_the_jpeg_copy_of_cifar10_and_an_arm_on_it(tmp_path, monkeypatch):
         "--dataset",
         "cifar10",
         "--model",
-        "resnet18-tiny",
+        "resnet18-w8",
         "--epochs",
         "3",
         "--warmup",

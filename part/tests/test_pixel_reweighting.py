@@ -18,7 +18,7 @@ import models
 import pixel_reweighting as pr
 
 
-def network(name="resnet18-tiny", classes=5, seed=0):
+def network(name="resnet18-w8", classes=5, seed=0):
     """A network in eval mode whose running statistics are not those of a new one."""
     torch.manual_seed(seed)
     net = models.build(name, classes, 3)
@@ -54,7 +54,7 @@ def reference(net, x, method, layer):
 
 @pytest.mark.parametrize("layer", [-1, 2])
 @pytest.mark.parametrize("method", ["gradcam", "xgradcam", "layercam"])
-@pytest.mark.parametrize("name", ["resnet18-tiny", "wrn-10-1", "small"])
+@pytest.mark.parametrize("name", ["resnet18-w8", "wrn-10-1", "small"])
 def test_maps_of_a_batch_equal_hooks_on_single_images(name, method, layer):
     if name == "small" and layer == 2:
         layer = 1
@@ -96,7 +96,7 @@ def test_the_gradient_agrees_with_finite_differences():
 
 def test_gradcam_xgradcam_and_the_closed_form_are_one_on_resnet18():
     """The gradient is the same at every position there, so the weights of the channels agree."""
-    net = network("resnet18-tiny")
+    net = network("resnet18-w8")
     x = torch.rand(6, 3, 32, 32)
     layer = len(net.stages) - 1
     a, g, c = pr.gradient(net, x, layer, closed=False)
@@ -264,7 +264,7 @@ def test_the_papers_networks_have_their_size(name, count):
 
 
 @pytest.mark.filterwarnings("ignore:all 4")  # some of them are
-@pytest.mark.parametrize("name", ["resnet18-tiny", "wrn-10-1"])
+@pytest.mark.parametrize("name", ["resnet18-w8", "wrn-10-1"])
 @pytest.mark.parametrize("method", ["gradcam", "xgradcam", "layercam"])
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_a_module_of_any_network_gives_the_map_of_the_stage(name, method, layer):

@@ -96,7 +96,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_taken_up_by_one_and_by_two(tmp_path, monkeypatch):
     """Cut in the middle of an epoch (by a loss that is no number), then gone on with."""
-    args = [*TINY, "--model", "resnet18-tiny", "--checkpoint-steps", "1", "--method", "at", "part"]
+    args = [*TINY, "--model", "resnet18-w8", "--checkpoint-steps", "1", "--method", "at", "part"]
     whole = launch(*args, "--out", tmp_path / "a")
     assert whole.returncode == 0, whole.stderr[-2000:]
     script = tmp_path / "cut.py"

@@ -18,7 +18,7 @@ import settings
 import train
 from trainer import CROPS, Trainer
 
-ARGS = ["--method", "at", "part", "--model", "resnet18-tiny", "--checkpoint-steps", "1", "--refresh", "2"]
+ARGS = ["--method", "at", "part", "--model", "resnet18-w8", "--checkpoint-steps", "1", "--refresh", "2"]
 ARGS += ["--lr-drops", "2", "--skip-mma", "--eval-limit", "10"]  # the last epoch has another rate
 
 

@@ -72,7 +72,7 @@ PAIRS = [("at", "part"), ("trades", "part-t"), ("mart", "part-m"), ("at", "part-
 
 
 @pytest.mark.parametrize("base,ours", PAIRS)
-@pytest.mark.parametrize("model", ["small", "resnet18-tiny"])
+@pytest.mark.parametrize("model", ["small", "resnet18-w8"])
 def test_equal_budgets_give_the_base_method_bit_for_bit(base, ours, model):
     args = ["--model", model, "--eps", "8/255"]
     a, _ = trained(base, *args)
@@ -202,7 +202,7 @@ def test_learning_rates_at_the_drops():
 
 
 def test_attack_and_maps_leave_running_statistics_alone():
-    s = parsed("--model", "resnet18-tiny", "--lr", "0", "--weight-decay", "0")
+    s = parsed("--model", "resnet18-w8", "--lr", "0", "--weight-decay", "0")
     t = Trainer(s, CPU)
     t.fresh(0)
     t.epoch = 1
@@ -219,7 +219,7 @@ def test_attack_and_maps_leave_running_statistics_alone():
 @pytest.mark.parametrize("arm", ["part", "part-m"])
 def test_the_loop_looks_and_attacks_in_eval_mode_and_learns_in_train_mode(monkeypatch, arm):
     """Mode of the network at each call, the images and the weights that the loss sees."""
-    s = parsed("--method", arm, "--model", "resnet18-tiny", "--awp", "--awp-warmup", "2")
+    s = parsed("--method", arm, "--model", "resnet18-w8", "--awp", "--awp-warmup", "2")
     t = Trainer(s, CPU)
     t.fresh(0)
     calls, last = [], {}
@@ -265,7 +265,7 @@ def test_the_box_of_an_attacker_who_knows_the_masks():
 
 def test_the_evaluation_against_a_loop_over_batches():
     """One start of its own stream for both attacks, clamped into the image; all images, in the order of the index."""
-    s = parsed("--model", "resnet18-tiny", "--test-batch", "4")
+    s = parsed("--model", "resnet18-w8", "--test-batch", "4")
     t = Trainer(s, CPU)
     t.fresh(0)
     index = torch.tensor([5, 0, 9, 2, 7, 1])
@@ -355,7 +355,7 @@ def test_every_method_trains_on_real_architectures_at_tiny_size(tmp_path, monkey
 def test_bf16_and_other_options_run(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "LONGER", (2, 3))
     args = ["--precision", "bf16", "--mask-rule", "topfrac", "--cam", "xgradcam", "--cam-layer", "1", "--gallery", "2"]
-    args += ["--gallery-epochs", "2", "3", "--adaptive", "--autoattack", "apgd-ce", "--model", "resnet18-tiny"]
+    args += ["--gallery-epochs", "2", "3", "--adaptive", "--autoattack", "apgd-ce", "--model", "resnet18-w8"]
     run_main(monkeypatch, *TINY, *args, "--eval-limit", "8", "--out", str(tmp_path / "r"))
     m = runs.read_record(tmp_path / "r" / "seed0" / "record-part.json")["metrics"]
     assert m["gallery"]["epochs"] == [2, 3] and m["gallery"]["shape"] == [2, 16, 16, 3]
