@@ -29,7 +29,8 @@ def base(name, eps, pgd, fgsm, clean):
 
 def removed(name, eps, largest, smallest, latter=0.0):
     kinds = {"former, largest": largest, "former, smallest": smallest, "latter, largest": latter}
-    return [("removal", f"{eps}, {k}", name, "fgsm_drop", v) for k, v in kinds.items()]
+    rows = [("removal", f"{eps}, {k}", name, "fgsm_drop", v) for k, v in kinds.items()]
+    return [*rows, ("main", eps, name, "collapsed", 1.0)]
 
 
 def pair(metric, eps, one, two, tables=("main", "main")):
@@ -72,7 +73,13 @@ CASES = [
     *[
         (
             *("R8", CIFAR),
-            [("removal", f"{E16}, {k}", "V-FGSM", "pgd", v) for k, v in (("former, largest", after), ("nothing", 1.0))],
+            [
+                *[
+                    ("removal", f"{E16}, {k}", "V-FGSM", "pgd", v)
+                    for k, v in (("former, largest", after), ("nothing", 1.0))
+                ],
+                ("main", E16, "V-FGSM", "collapsed", 1.0),
+            ],
             after > 1.0,
         )
         for after in (2.65, 0.9)
@@ -103,7 +110,13 @@ CASES = [
     *[
         (
             *("E", CIFAR),
-            [("removal", f"{E16}, {k}", "R-FGSM", "pgd", v) for k, v in (("former, largest", after), ("nothing", 1.0))],
+            [
+                *[
+                    ("removal", f"{E16}, {k}", "R-FGSM", "pgd", v)
+                    for k, v in (("former, largest", after), ("nothing", 1.0))
+                ],
+                ("main", E16, "R-FGSM", "collapsed", 1.0),
+            ],
             after > 1.0,
         )
         for after in (2.65, 0.9)
@@ -151,3 +164,10 @@ def test_the_bottom_line_is_made_from_records():
     first, second, third = claims.bottom_line({"real": frame(CIFAR, cells), "demo": frame(DEMO, rows)})
     assert "V at 16/255: PGD accuracy ends at 0.0 % without and 20.0 % with" in first and "R at" not in first
     assert second == "The controls at V, 16/255: 3.0 % with the move undone." and third == line
+
+
+def test_a_network_without_overfitting_has_no_shortcut_to_remove():
+    f = frame(CIFAR, removed("V-FGSM", E16, 30.0, 0.0))
+    f.loc[(f["metric"] == "collapsed") & (f["seed"] == 1), "value"] = 0.0
+    f.loc[(f["metric"] == "fgsm_drop") & (f["seed"] == 1), "value"] = -99.0
+    assert claims.shortcut(f, "V-FGSM", 16).values.index.tolist() == [0]
