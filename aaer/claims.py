@@ -42,10 +42,13 @@ def real_collapse(f: pd.DataFrame, base: str, at: int) -> list[Difference]:
 
 
 def real_rescue(f: pd.DataFrame, ours: str, base: str, at: int) -> list[Difference]:
-    """A network that answers one class always has 10 % PGD accuracy: it has to have learnt something too."""
+    """On the seeds whose baseline overfits. A network that answers one class always has 10 % PGD accuracy: ours has to
+    have learnt something too."""
     gain, clean = paired(of(f, "pgd", ours, at), of(f, "pgd", base, at)), of(f, "clean", ours, at)
+    overfitted = of(f, "collapsed", base, at)
+    gain = gain[gain.index.isin(overfitted.index[overfitted > 0.5])]
     return [
-        Difference(f"{ours} - {base} at {at}/255, PGD accuracy", gain, above=10, unit="points"),
+        Difference(f"{ours} - {base} with CO at {at}/255, PGD accuracy", gain, above=10, unit="points"),
         Difference(f"{ours} at {at}/255, clean accuracy", clean, above=25, unit="%"),
     ]
 
@@ -164,7 +167,7 @@ CLAIMS = [
         lambda f: real_collapse(f, "V-FGSM", 12),
     ),
     Claim(
-        *("R2", "The regulariser rescues it: at least 10 points more PGD accuracy", "Section 4", "real"),
+        *("R2", "Where it does the regulariser rescues: at least 10 points more PGD accuracy", "Section 4", "real"),
         lambda f: real_rescue(f, "V-AAER", "V-FGSM", 12),
     ),
     Claim(

@@ -43,10 +43,13 @@ def real_collapse(f: pd.DataFrame, base: str, at: int) -> list[Difference]:
 
 
 def real_rescue(f: pd.DataFrame, ours: str, base: str, at: int) -> list[Difference]:
-    """A network that answers one class always has 10 % PGD accuracy: it has to have learnt something too."""
+    """On the seeds whose baseline overfits. A network that answers one class always has 10 % PGD accuracy: ours has to
+    have learnt something too."""
     gain, clean = paired(of(f, "pgd", ours, at), of(f, "pgd", base, at)), of(f, "clean", ours, at)
+    overfitted = of(f, "collapsed", base, at)
+    gain = gain[gain.index.isin(overfitted.index[overfitted > 0.5])]
     return [
-        Difference(f"{ours} - {base} at {at}/255, PGD accuracy", gain, above=10, unit="points"),
+        Difference(f"{ours} - {base} with CO at {at}/255, PGD accuracy", gain, above=10, unit="points"),
         Difference(f"{ours} at {at}/255, clean accuracy", clean, above=25, unit="%"),
     ]
 
@@ -170,7 +173,7 @@ CLAIMS = [
         lambda f: real_collapse(f, "V-FGSM", 16),
     ),
     Claim(
-        *("R2", "LAP rescues it: at least 10 points more PGD accuracy", "main table", "real"),
+        *("R2", "Where it does LAP rescues: at least 10 points more PGD accuracy", "main table", "real"),
         lambda f: real_rescue(f, "V-LAP", "V-FGSM", 16),
     ),
     Claim(

@@ -75,9 +75,12 @@ REAL = [
     ("R1", [("V-FGSM", 12, "pgd", 0.3), ("V-FGSM", 12, "fgsm", 60.0)], HOLDS),
     ("R1", [("V-FGSM", 12, "pgd", 5.1), ("V-FGSM", 12, "fgsm", 60.0)], FAILS),
     ("R1", [("V-FGSM", 12, "pgd", 4.0), ("V-FGSM", 12, "fgsm", 13.0)], FAILS),  # FGSM finds as much
-    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 12, "clean", 40.0)], HOLDS),
-    ("R2", [*two("pgd", 10.5, 1.0), ("V-AAER", 12, "clean", 40.0)], FAILS),
-    ("R2", [*two("pgd", 12.0, 1.0), ("V-AAER", 12, "clean", 20.0)], FAILS),  # it learnt next to nothing
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-FGSM", 12, "collapsed", 1.0), ("V-AAER", 12, "clean", 40.0)], HOLDS),
+    ("R2", [*two("pgd", 10.5, 1.0), ("V-FGSM", 12, "collapsed", 1.0), ("V-AAER", 12, "clean", 40.0)], FAILS),
+    # it learnt next to nothing
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-FGSM", 12, "collapsed", 1.0), ("V-AAER", 12, "clean", 20.0)], FAILS),
+    # nothing to be rescued from
+    ("R2", [*two("pgd", 12.0, 1.0), ("V-FGSM", 12, "collapsed", 0.0), ("V-AAER", 12, "clean", 40.0)], UNKNOWN),
     ("R3", [("V-FGSM", 12, "abnormal_at_co", 0.3), ("V-FGSM", 12, "abnormal_previous_co", 0.2)], HOLDS),
     ("R3", [("V-FGSM", 12, "abnormal_at_co", 0.1), ("V-FGSM", 12, "abnormal_previous_co", 0.2)], FAILS),
     *[
@@ -110,8 +113,24 @@ REAL = [
         for case in (
             (collapse, [("RS-FGSM", at, "pgd", 0.3), ("RS-FGSM", at, "fgsm", 60.0)], HOLDS),
             (collapse, [("RS-FGSM", at, "pgd", 5.1), ("RS-FGSM", at, "fgsm", 60.0)], FAILS),
-            (rescue, [*two("pgd", 12.0, 1.0, at, names), ("RS-AAER", at, "clean", 40.0)], HOLDS),
-            (rescue, [*two("pgd", 10.5, 1.0, at, names), ("RS-AAER", at, "clean", 40.0)], FAILS),
+            (
+                rescue,
+                [
+                    *two("pgd", 12.0, 1.0, at, names),
+                    ("RS-FGSM", at, "collapsed", 1.0),
+                    ("RS-AAER", at, "clean", 40.0),
+                ],
+                HOLDS,
+            ),
+            (
+                rescue,
+                [
+                    *two("pgd", 10.5, 1.0, at, names),
+                    ("RS-FGSM", at, "collapsed", 1.0),
+                    ("RS-AAER", at, "clean", 40.0),
+                ],
+                FAILS,
+            ),
         )
     ],
 ]

@@ -56,7 +56,11 @@ CASES = [
     *[
         (
             *("R2", CIFAR),
-            [*pair("pgd", E16, ("V-LAP", pgd), ("V-FGSM", 1.0)), ("main", E16, "V-LAP", "clean", clean)],
+            [
+                *pair("pgd", E16, ("V-LAP", pgd), ("V-FGSM", 1.0)),
+                ("main", E16, "V-LAP", "clean", clean),
+                ("main", E16, "V-FGSM", "collapsed", 1.0),
+            ],
             ok,
         )
         for pgd, clean, ok in ((12.0, 40.0, True), (10.5, 40.0, False), (12.0, 20.0, False))
@@ -171,3 +175,9 @@ def test_a_network_without_overfitting_has_no_shortcut_to_remove():
     f.loc[(f["metric"] == "collapsed") & (f["seed"] == 1), "value"] = 0.0
     f.loc[(f["metric"] == "fgsm_drop") & (f["seed"] == 1), "value"] = -99.0
     assert claims.shortcut(f, "V-FGSM", 16).values.index.tolist() == [0]
+
+
+def test_only_a_network_with_overfitting_is_rescued():
+    f = frame(CIFAR, [*pair("pgd", E16, ("V-LAP", 18.0), ("V-FGSM", 1.0)), ("main", E16, "V-FGSM", "collapsed", 1.0)])
+    f.loc[(f["metric"] == "collapsed") & (f["seed"] == 0), "value"] = 0.0
+    assert claims.real_rescue(f, "V-LAP", "V-FGSM", 16)[0].values.index.tolist() == [1]
