@@ -85,6 +85,13 @@ class App:
         self.rounds: list[tuple] = []  # the session before each round
         self.stopping = False
 
+    def restart(self) -> None:
+        """Forget all rounds, those that the workspace keeps, too."""
+        with self.lock:
+            self.reset()
+            if self.folder is not None:
+                workspace.forget(self.folder)
+
     # ------------------------------------------------------------------------------------------------------- marks
 
     def mark(self, t: int, o: int, way: int, x: float, y: float) -> str:
@@ -146,11 +153,12 @@ class App:
         """One round from frame t, which changes the frames of `span` alone."""
         if span is not None and not span[0] <= t <= span[1]:
             return f"Frame {t} lies outside of frames {span[0]} to {span[1]}."
+        self.stopping = False  # before the lock: who waits for another tab's round can cancel, too
         with self.lock:
             given = self.ready(t)
             if not given:
                 return f"Click on frame {t} first: nothing is marked there."
-            before, self.stopping = self.session.kept(), False
+            before = self.session.kept()
 
             def step(k: int, n: int) -> None:
                 if self.stopping:
@@ -213,7 +221,10 @@ class App:
         states = [s for s in self.session.states.values() if s.exact]
         if not states:
             return np.full(len(self.video.frames), np.nan)
-        out = np.min([s.iou for s in states], 0)
+        out = np.full(len(self.video.frames), np.nan)
+        for s in states:  # a round over chosen frames leaves the others without an answer
+            answered = [t for t, low in enumerate(s.low) if low is not None or t in s.exact or s.iou[t] > 0]
+            out[answered] = np.fmin(out[answered], s.iou[answered])
         for s in states:
             for t in s.exact:
                 if all(t in other.exact for other in states):
@@ -260,7 +271,7 @@ class App:
         """Masks, overlay and RLE of what was found so far."""
         if self.labels is None:
             raise UserError("nothing is segmented yet; mark an object and propagate first")
-        export.png(folder / "masks", self.labels)
+        export.png(folder / "masks", self.labels, self.video.names)
         export.rle(folder / "masks.json", self.labels, self.ids, self.video.name)
         export.film(folder / "overlay.mp4", self.video.frames, self.labels, self.project.s.fps)
         return [folder / "overlay.mp4", folder / "masks.json"]
@@ -330,9 +341,12 @@ def read_masks(folder: Path, video: data.Video, ids: tuple[int, ...]) -> dict[in
 
 
 def export_rounds(s: PageSettings, project: Project) -> None:
-    """The rounds of a file without a page."""
+    """The rounds of a file without a page, after those of the workspace or the masks that are there."""
     rounds = read_rounds(Path(s.interactions), project.video)
-    app = App(project, tuple(sorted({o for _, given in rounds for o in given})))
+    ids = tuple(sorted({o for _, given in rounds for o in given} | set(range(1, s.objects + 1))))
+    app = App(project, ids)
+    told = app.begin(read_masks(Path(s.masks).expanduser(), project.video, ids) if s.masks else None)
+    print(told, end="\n" if told else "")
     for t, given in progress(rounds, "rounds"):
         app.session.interact(t, given)
     app.kept()

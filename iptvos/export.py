@@ -27,15 +27,16 @@ def palette() -> list[int]:
 COLOURS = np.array(palette(), np.uint8).reshape(256, 3)
 
 
-def png(folder: Path, labels: list[np.ndarray]) -> None:
-    """<folder>/00000.png ...: palette index is the object id. Each file is there whole or not at all."""
+def png(folder: Path, labels: list[np.ndarray], names: list[str] | None = None) -> None:
+    """<folder>/<name of the frame>.png (00000.png ...): palette index is the object id. Each file is there whole or not
+    at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for t, label in enumerate(labels):
+    for t, label in zip(names or [f"{t:05d}" for t in range(len(labels))], labels, strict=True):
         image = Image.fromarray(label.astype(np.uint8), "P")
         image.putpalette(palette())
-        temporary = folder / f".{t:05d}.{os.getpid()}.tmp"
+        temporary = folder / f".{t}.{os.getpid()}.tmp"
         image.save(temporary, "PNG")
-        os.replace(temporary, folder / f"{t:05d}.png")
+        os.replace(temporary, folder / f"{t}.png")
 
 
 def rle(path: Path, labels: list[np.ndarray], objects: tuple[int, ...], name: str = "video") -> None:

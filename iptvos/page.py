@@ -134,7 +134,7 @@ def build(tabs: Tabs, video, ids: tuple[int, ...], folder: Path, told: str):
 
     def again(t, request: gr.Request):
         app = tabs.of(request)
-        app.reset()
+        app.restart()
         return *shown(app, t), "Everything is cleared."
 
     def jump(t, request: gr.Request):

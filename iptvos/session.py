@@ -72,10 +72,11 @@ class Session:
 
     def kept(self) -> tuple:
         """All that the rounds so far have made; `restore` goes back to it."""
-        return self.round, list(self.seconds), {o: s.copy() for o, s in self.states.items()}
+        states = {o: s.copy() for o, s in self.states.items()}
+        return self.round, list(self.seconds), states, self.basis, self.begun_at
 
     def restore(self, kept: tuple) -> None:
-        self.round, seconds, states = kept
+        self.round, seconds, states, self.basis, self.begun_at = kept
         self.seconds, self.states = list(seconds), {o: s.copy() for o, s in states.items()}
 
     def interact(self, t: int, given: dict[int, Interaction]) -> float:

@@ -42,8 +42,11 @@ def save(folder: Path, session: Session, sha: str, settings: dict) -> None:
             | {"box": None if c.box is None else np.asarray(c.box).tolist()}
             for t, c in s.clicks.items()
         }
+        before = [t for t in s.clicks if s.begun.get(t) is not None]  # what stood there before the first click
+        if before:
+            tensors[f"{o}.begun"] = torch.from_numpy(np.packbits(np.stack([s.begun[t] for t in before]), axis=None))
         stored = [] if s.memory is None else list(s.memory.interacted)
-        objects[str(o)] = {"low": there, "exact": list(s.exact), "clicks": given, "stored": stored}
+        objects[str(o)] = {"low": there, "exact": list(s.exact), "clicks": given, "stored": stored, "begun": before}
     info = {"sha256": sha, "settings": settings, "round": session.round, "objects": objects}
     info["first"] = session.begun_at
     run = checkpoints.fingerprint(info, [sha])
@@ -78,6 +81,16 @@ def load(folder: Path, session: Session, sha: str, settings: dict) -> bool:
     return True
 
 
+def forget(folder: Path) -> None:
+    """Nothing is kept from here on until the next round."""
+    for name in ("rounds.json", "state.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def masks_of(packed: torch.Tensor, n: int, h: int, w: int) -> np.ndarray:
+    return np.unpackbits(packed.numpy(), count=n * h * w).reshape(-1, h, w).astype(bool)
+
+
 def take(s, told: dict | None, tensors: dict, name: str, session: Session) -> None:
     """One object out of a folder."""
     if told is None:
@@ -89,13 +102,15 @@ def take(s, told: dict | None, tensors: dict, name: str, session: Session) -> No
     for t, low in zip(told["low"], tensors.get(f"{name}.low", ()), strict=True):
         s.low[t] = low
     if told["exact"]:
-        bits = np.unpackbits(tensors[f"{name}.exact"].numpy(), count=len(told["exact"]) * h * w)
-        s.exact = dict(zip(told["exact"], bits.reshape(-1, h, w).astype(bool), strict=True))
+        s.exact = dict(zip(told["exact"], masks_of(tensors[f"{name}.exact"], len(told["exact"]), h, w), strict=True))
+    before = {}
+    if told["begun"]:
+        before = dict(zip(told["begun"], masks_of(tensors[f"{name}.begun"], len(told["begun"]), h, w), strict=True))
     for t, c in told["clicks"].items():
         points = np.array(c["points"], np.float32).reshape(-1, 2)
         box = None if c["box"] is None else np.array(c["box"], np.float32)
         s.clicks[int(t)] = Interaction(points=points, labels=np.array(c["labels"], int), box=box)
-        s.begun[int(t)] = s.exact.get(int(t))
+        s.begun[int(t)] = before.get(int(t))
     if s.memory is not None and told["stored"]:
         session.remember_basis(session.begun_at)
         for t in told["stored"]:

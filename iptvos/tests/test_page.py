@@ -108,6 +108,7 @@ def test_a_round_changes_the_chosen_frames_alone():
     assert "outside" in app.propagate(0, span=(2, 4))
     app.propagate(0, span=(0, 2))
     assert [bool(g.any()) for g in app.labels] == [True] * 3 + [False] * 3
+    assert np.isnan(app.confidence()[3:]).all() and app.worst()[0] in (0, 1, 2)  # the others were not answered
 
 
 def test_confidence_and_the_worst_frame():
@@ -135,6 +136,62 @@ def test_the_workspace_goes_on_where_it_stopped(tmp_path):
         a.propagate(4)
     assert all(np.array_equal(a, b) for a, b in zip(app.labels, again.labels, strict=True))
     assert np.allclose(app.confidence(), again.confidence(), atol=1e-3)
+
+
+def test_a_second_click_on_a_frame_says_the_same_after_a_stop(tmp_path):
+    """It corrects the answer to all clicks of the frame from what stood there before the first one."""
+    p = project(workspace=str(tmp_path / "w"))
+    app = demo.App(p)
+    y, x = np.argwhere(p.video.truth[0] == 1).mean(0)
+    app.mark(0, 1, 0, x, y)
+    app.propagate(0)
+    again = demo.App(demo.Project(p.s, p.video))
+    again.begin(None)
+    for a in (app, again):
+        a.mark(0, 1, 0, x + 4, y)
+        a.propagate(0)
+        assert a.session.states[1].begun[0] is None
+    assert all(np.array_equal(a, b) for a, b in zip(app.labels, again.labels, strict=True))
+
+
+def test_starting_over_forgets_the_workspace(tmp_path):
+    p = project(workspace=str(tmp_path / "w"))
+    app = demo.App(p)
+    boxed(app)
+    app.propagate(0)
+    app.restart()
+    assert app.labels is None and demo.App(demo.Project(p.s, p.video)).begin(None) == ""
+
+
+def test_rounds_of_a_file_go_on_in_their_workspace_and_in_no_other(tmp_path, monkeypatch):
+    p = project(workspace=str(tmp_path / "w"))
+    app = demo.App(p)
+    boxed(app)
+    app.propagate(0)
+    (tmp_path / "given.json").write_text('[{"frame": 3, "objects": {"2": {"points": [[120, 60]], "labels": [1]}}}]')
+    s = settings.PageSettings(
+        objects=2, workspace=p.s.workspace, interactions=str(tmp_path / "given.json"), export=str(tmp_path / "out")
+    )
+    demo.export_rounds(s, demo.Project(s, p.video))
+    again = demo.App(demo.Project(p.s, p.video))
+    assert "after round 2" in again.begin(None) and 0 in again.session.states[1].exact
+    kept = (tmp_path / "w" / "rounds.json").read_bytes()
+    with pytest.raises(UserError, match="another video"):
+        demo.export_rounds(s, demo.Project(s, data.draw("plain", 2, 6)))
+    assert (tmp_path / "w" / "rounds.json").read_bytes() == kept
+
+
+def test_the_first_round_is_taken_back_whole():
+    """Also the statistics of the features, which are those of the first interacted frame."""
+    app, fresh = demo.App(project()), demo.App(project())
+    boxed(app, 5)
+    app.propagate(5)
+    app.back()
+    for a in (app, fresh):
+        boxed(a)
+        a.propagate(0)
+    assert all(np.array_equal(a, b) for a, b in zip(app.labels, fresh.labels, strict=True))
+    assert app.session.begun_at == fresh.session.begun_at == 0
 
 
 def test_a_workspace_of_another_video_or_method_or_a_damaged_one_is_refused(tmp_path):
@@ -170,6 +227,18 @@ def test_masks_that_are_there_begin(tmp_path):
     app = demo.App(p)
     assert list(masks) == [0] and "1 frames" in app.begin(masks)
     assert np.array_equal(app.labels[0], p.video.truth[0]) and app.labels[5].any()
+
+
+def test_exported_masks_are_those_that_begin(tmp_path):
+    """A folder of pictures may count its frames from 1."""
+    p = project(3)
+    p.video.names = ["00001", "00002", "00003"]
+    app = demo.App(p)
+    boxed(app)
+    app.propagate(0)
+    app.write(tmp_path)
+    masks = demo.read_masks(tmp_path / "masks", p.video, (1, 2))
+    assert all(np.array_equal(masks[k], app.labels[k]) for k in range(3))
 
 
 def test_masks_that_do_not_fit_are_named(tmp_path):
