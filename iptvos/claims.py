@@ -1,10 +1,9 @@
 """The paper's claims as measured differences; its own numbers are not known. How a verdict is made: lab/claims.py.
 
-A value is the mean of a seed over the procedural videos (scale demo; settings were looked at on seeds 100 to
-114, not shown, but one rule of the memory on the seeds shown: README.md),
-or of a sequence (scale real, one seed): methods are paired over them. Three of the eleven sequences (dog, libby,
-dance-twirl) chose the settings; the claims are made of all. The area under the curve counts seconds, so the claims on
-it are timed.
+A value is the mean of a seed over the procedural videos (scale demo; settings were looked at on seeds 100 to 114, not
+shown, but one rule of the memory on the seeds shown: README.md), or of a sequence (scale real, one seed): methods are
+paired over them. Three of the eleven sequences (dog, libby, dance-twirl) chose the settings; the claims are made of
+all. The area under the curve counts seconds, so the claims on it are timed.
 """
 
 from collections.abc import Callable

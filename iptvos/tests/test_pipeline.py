@@ -278,7 +278,7 @@ def test_segment_gives_label_maps_of_all_frames():
 
 @pytest.mark.parametrize("seed", [1, 3, 5])
 def test_an_object_that_moves_by_its_own_size_each_frame_is_not_lost(seed):
-    """28 pixels a frame, an object of radius 15: its masks become worse, but they stay on it."""
+    """28 pixels a frame, radius 15: here its masks become worse, but stay on it (not always: README.md)."""
     video = data.draw("plain", seed, 5)
     got = pipeline.segment(video.frames, video.truth[0])
     j = [(a & b).sum() / (a | b).sum() for a, b in zip(got, video.truth, strict=True)]
