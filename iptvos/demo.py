@@ -343,7 +343,8 @@ def read_masks(folder: Path, video: data.Video, ids: tuple[int, ...]) -> dict[in
 def export_rounds(s: PageSettings, project: Project) -> None:
     """The rounds of a file without a page, after those of the workspace or the masks that are there."""
     rounds = read_rounds(Path(s.interactions), project.video)
-    ids = tuple(sorted({o for _, given in rounds for o in given} | set(range(1, s.objects + 1))))
+    more = range(1, s.objects + 1) if s.workspace or s.masks else ()  # objects that these rounds do not name
+    ids = tuple(sorted({o for _, given in rounds for o in given} | set(more)))
     app = App(project, ids)
     told = app.begin(read_masks(Path(s.masks).expanduser(), project.video, ids) if s.masks else None)
     print(told, end="\n" if told else "")

@@ -178,6 +178,7 @@ def test_demo_without_a_page_writes_everything(monkeypatch, tmp_path):
     call(demo, monkeypatch, "--interactions", tmp_path / "given.json", "--export", tmp_path / "out")
     assert len(list((tmp_path / "out" / "masks").glob("*.png"))) == 40
     code = json.loads((tmp_path / "out" / "masks.json").read_text())
+    assert set(code["objects"]) == {"1", "2"}  # those of the rounds and no others
     with Image.open(tmp_path / "out" / "masks" / "00000.png") as image:
         label = np.asarray(image)
     first = code["objects"]["1"][0]
